@@ -1,0 +1,63 @@
+"""Packaging of tsdkd. Tool settings are in pyproject.toml; the tested set of versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (here / "tsdkd/__init__.py").read_text(), re.MULTILINE).group(1)
+
+extras = {
+    "vllm": ["vllm>=0.22,<=0.31"],  # the range that TRL 1.16 accepts
+    "deepspeed": ["deepspeed>=0.19"],  # teacher-only ZeRO-3 through accelerate's several plugins
+    "peft": ["peft>=0.18"],  # TRL 1.16 refuses older ones with transformers 5
+    "eval": ["lm-eval[hf,math,ifeval]>=0.4.13"],  # the release whose task names the suite uses
+    "report": ["matplotlib>=3.9"],
+}
+extras["dev"] = [
+    *extras["peft"],
+    *extras["report"],
+    "build",
+    "hypothesis",
+    "import-linter",
+    "mypy",
+    "pre-commit",
+    "pytest",
+    "ruff",
+    "setuptools",
+    "wheel",
+]
+extras["all"] = sorted({requirement for name in ("vllm", "deepspeed", "peft", "eval", "report") for requirement in extras[name]})
+
+setup(
+    name="tsdkd",
+    version=version,
+    description="On-policy, token-level distillation of language models: TSD-KD as losses and as TRL trainers",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["tsdkd", "tsdkd.*"]),
+    package_data={"tsdkd": ["py.typed", "CHANGELOG.md", "methods/README.md", "demo/models/*/*"]},
+    python_requires=">=3.11",  # as TRL 1.16, which uses 3.11 syntax
+    install_requires=[
+        "torch>=2.8",  # what TRL 1.16 and transformers 5 are tested with, and fully_shard for FSDP2
+        "transformers>=5.10",  # the Trainer loop whose hooks trainers/trl_seams.py names
+        "trl>=1.16,<1.17",  # its private seams move between minors; a test names the one that moved
+        "accelerate>=1.13",
+        "datasets>=4.0",
+        "safetensors>=0.5",
+        "numpy",
+        "rich>=13",  # the demo's progress bar and table
+    ],
+    extras_require=extras,
+    entry_points={"console_scripts": ["tsdkd=tsdkd.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,145 @@
+"""Prompts: what a data set must look like before a run starts, and how one is read and mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_SHOWN = 5
+
+
+def _rows(indices: Sequence[int]) -> str:
+    shown = ", ".join(map(str, indices[:_SHOWN]))
+    return f"{'row' if len(indices) == 1 else 'rows'} {shown}{', …' if len(indices) > _SHOWN else ''}"
+
+
+def _kind(prompt: Any) -> str:
+    """`text`, `chat`, `empty` or what else a prompt is."""
+    if prompt is None:
+        return "None"
+    if isinstance(prompt, str):
+        return "text" if prompt.strip() else "empty"
+    if isinstance(prompt, (list, tuple)):
+        if not prompt:
+            return "empty"
+        if all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+            return "chat" if any(m["content"] for m in prompt) else "empty"
+        return "a list that is not chat messages"
+    return type(prompt).__name__
+
+
+def check_prompts(dataset: Any, role: str, rows_needed: int = 1, batch: str = "") -> bool:
+    """Refuse a data set that cannot be trained on; whether its prompts are chats.
+
+    Args:
+        dataset: a `datasets.Dataset`; of an `IterableDataset` only the columns are checked.
+        role: `train_dataset` or `eval_dataset`, for messages.
+        rows_needed: the rows of one generation batch.
+        batch: how that number comes about, for messages.
+
+    Raises:
+        ValueError: splits instead of rows, no `prompt` column, images, too few rows, or prompts that are empty, None, or
+            partly text and partly chats (with their row numbers).
+    """
+    if isinstance(dataset, dict):
+        raise ValueError(f"{role} holds the splits {', '.join(dataset)}: pass one of them, e.g. dataset[{next(iter(dataset))!r}].")
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(
+            f"{role} has no 'prompt' column; it has: {', '.join(columns) or 'none'}. Rename the one that holds the prompts, "
+            f"e.g. dataset.rename_column({(columns or ['instruction'])[0]!r}, 'prompt'), or pass --prompt_column."
+        )
+    if columns is not None and {"image", "images"} & set(columns):
+        raise ValueError(f"{role} has images: this trainer distils text only. Remove the column with dataset.remove_columns.")
+    if not hasattr(dataset, "__len__"):
+        return False
+    if len(dataset) < rows_needed:
+        raise ValueError(
+            f"{role} has {len(dataset)} rows but one generation batch takes {rows_needed}{batch}: nothing would be trained. "
+            "Add prompts, or lower per_device_train_batch_size or gradient_accumulation_steps."
+        )
+    kinds: dict[str, list[int]] = {}
+    for row, prompt in enumerate(dataset["prompt"]):
+        kinds.setdefault(_kind(prompt), []).append(row)
+    for kind, rows in kinds.items():
+        if kind not in ("text", "chat"):
+            raise ValueError(
+                f"{role} has {len(rows)} prompts that are {kind} ({_rows(rows)}): a prompt is a text or a list of chat "
+                "messages {'role': …, 'content': …}, with something in it. Remove or mend those rows."
+            )
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{role} mixes prompts of two types: {len(kinds['text'])} are text ({_rows(kinds['text'])}) and "
+            f"{len(kinds['chat'])} are chats ({_rows(kinds['chat'])}). Make them one type: [{{'role': 'user', 'content': text}}]."
+        )
+    return "chat" in kinds
+
+
+def fitting_rows(lengths: Sequence[int], limit: int, why: str, role: str, drop: bool) -> list[int]:
+    """The rows whose prompts leave room for a completion.
+
+    Args:
+        lengths: tokens of each prompt.
+        limit: the longest prompt allowed, tokens.
+        why: what set the limit, for messages.
+        drop: leave the others out instead of refusing them.
+
+    Raises:
+        ValueError: how many prompts are too long and the first of them, unless `drop`; or no prompt fits.
+    """
+    long = [row for row, length in enumerate(lengths) if length > limit]
+    if long and (not drop or len(long) == len(lengths)):
+        raise ValueError(
+            f"{len(long)} of {len(lengths)} prompts of {role} are longer than {limit} tokens, the first is row {long[0]} with "
+            f"{lengths[long[0]]}: {why}. Shorten them, raise max_length, lower max_completion_length, or drop them with "
+            f"drop_long_prompts=True."
+        )
+    excluded = set(long)
+    return [row for row in range(len(lengths)) if row not in excluded]
+
+
+def load_prompts(
+    name: str, *, config: str | None = None, split: str = "train", prompt_column: str = "prompt", drop_duplicates: bool = False
+) -> Any:
+    """A data set of prompts, from the Hub or from a local JSONL, JSON, CSV or Parquet file.
+
+    Args:
+        name: the data set's name or a file's path.
+        config: the data set's configuration.
+        split: which split.
+        prompt_column: the column that holds the prompts; it is renamed to `prompt`.
+        drop_duplicates: keep the first of equal prompts.
+
+    Raises:
+        ValueError: the column is not there (the message lists what is).
+    """
+    import datasets
+
+    path = Path(name)
+    if path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        if not path.is_file():
+            raise ValueError(f"the file {name} is not there: pass the path of a JSONL, JSON, CSV or Parquet file, or a data set's name.")
+        builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}[path.suffix]
+        rows = datasets.load_dataset(builder, data_files=str(path), split="train")
+    else:
+        rows = datasets.load_dataset(name, config, split=split)
+    return map_prompts(rows, prompt_column=prompt_column, drop_duplicates=drop_duplicates)
+
+
+def map_prompts(rows: Any, *, prompt_column: str = "prompt", drop_duplicates: bool = False) -> Any:
+    """Rename the prompts' column to `prompt` and drop repeated prompts; other columns stay."""
+    if prompt_column not in rows.column_names:
+        raise ValueError(
+            f"no column {prompt_column!r} in the data set; it has: {', '.join(rows.column_names)}. Pass --prompt_column."
+        )
+    if prompt_column != "prompt":
+        if "prompt" in rows.column_names:
+            rows = rows.remove_columns("prompt")
+        rows = rows.rename_column(prompt_column, "prompt")
+    if drop_duplicates:
+        first: dict[str, int] = {}
+        for row, prompt in enumerate(rows["prompt"]):
+            first.setdefault(repr(prompt), row)
+        rows = rows.select(sorted(first.values()))
+    return rows

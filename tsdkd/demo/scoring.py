@@ -1,0 +1,60 @@
+"""Accuracy of a model on the demo's problems: greedy decoding in float32, graded by `tsdkd.data.answers`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tsdkd.data.answers import is_correct
+from tsdkd.demo.problems import Problem
+
+MAX_NEW_TOKENS = 48
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share (95 % by default), in [0, 1].
+
+    Example:
+        >>> low, high = wilson_interval(50, 100)
+        >>> round(low, 4), round(high, 4)
+        (0.4038, 0.5962)
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes of {trials} trials: pass 0 <= successes <= trials, at least one trial.")
+    share, z2 = successes / trials, z * z
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials)) / (1 + z2 / trials)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@torch.no_grad()
+def answers(model, tokenizer, problems: list[Problem], batch_size: int = 250) -> list[str]:
+    """The model's greedy answers, in the problems' order."""
+    texts: list[str] = []
+    for start in range(0, len(problems), batch_size):
+        chats = [[{"role": "user", "content": p.question}] for p in problems[start : start + batch_size]]
+        inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
+        ).to(model.device)
+        output = model.generate(
+            **inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id
+        )
+        texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def accuracy(model, tokenizer, problems: list[Problem]) -> dict[str, float]:
+    """Share of problems answered right, with its 95 % Wilson interval.
+
+    Returns:
+        `accuracy`, `low`, `high` in [0, 1] and `n`, the number of problems.
+    """
+    was_training = model.training
+    model.eval()
+    right = sum(
+        is_correct(text, p.answer) for text, p in zip(answers(model, tokenizer, problems), problems, strict=True)
+    )
+    model.train(was_training)
+    low, high = wilson_interval(right, len(problems))
+    return {"accuracy": right / len(problems), "low": low, "high": high, "n": len(problems)}

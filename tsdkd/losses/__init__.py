@@ -1,0 +1,41 @@
+"""The formulas of the paper as small pure functions on logits: per token, unreduced, torch only."""
+
+from tsdkd.losses.divergence import (
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+    shared_vocabulary,
+    skew_forward_kl,
+    skew_reverse_kl,
+)
+from tsdkd.losses.entropy import entropy_gap, token_entropy
+from tsdkd.losses.ranking import kendall_tau, plackett_luce_nll, student_candidates, teacher_order
+from tsdkd.losses.reduction import divide, response_coefficients, token_coefficients, weighted_sum
+
+DIVERGENCES = {
+    "forward_kl": forward_kl,
+    "generalized_jsd": generalized_jsd,
+    "reverse_kl": reverse_kl,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+}
+
+__all__ = [
+    "DIVERGENCES",
+    "entropy_gap",
+    "forward_kl",
+    "generalized_jsd",
+    "kendall_tau",
+    "plackett_luce_nll",
+    "divide",
+    "response_coefficients",
+    "reverse_kl",
+    "shared_vocabulary",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "student_candidates",
+    "teacher_order",
+    "token_entropy",
+    "token_coefficients",
+    "weighted_sum",
+]

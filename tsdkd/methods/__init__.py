@@ -1,0 +1,37 @@
+"""The methods, one paper per file; `README.md` beside them is the paper index and the list of deviations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tsdkd.checks import check_choice
+from tsdkd.methods.base import Method
+from tsdkd.methods.tsd_kd import TSDKD, tsd_kd_loss
+
+METHODS: dict[str, type] = {"tsd_kd": TSDKD}
+
+
+def resolve_method(method: str | Method, options: dict[str, Any] | None = None) -> Method:
+    """A method from its name and options, or the user's own object as it is.
+
+    Raises:
+        ValueError: an unknown name or option, options beside an object, or an object that lacks what a method has.
+    """
+    if isinstance(method, str):
+        check_choice("method", method, METHODS)
+        known = METHODS[method].__dataclass_fields__
+        for option in options or {}:
+            if option not in known:
+                raise ValueError(f"method {method!r} has no option {option!r}; it has: {', '.join(known)}.")
+        return METHODS[method](**(options or {}))
+    if options:
+        raise ValueError("method_options were given beside a method object: set them on the object.")
+    missing = [name for name in ("name", "paper", "counts", "terms", "only", "loss") if not hasattr(method, name)]
+    if missing:
+        raise ValueError(
+            f"method={type(method).__name__} lacks {', '.join(missing)}: a method has the members of tsdkd.methods.base.Method."
+        )
+    return method
+
+
+__all__ = ["METHODS", "TSDKD", "Method", "resolve_method", "tsd_kd_loss"]

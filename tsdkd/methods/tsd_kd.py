@@ -1,0 +1,209 @@
+"""TSD-KD, section 3 of the paper: rank the opener, match where the teacher is surer, sharpen where the student wavers.
+
+loss = α · indirect + direct + entropy (Eq. 13), every term on tokens of its own choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tsdkd import fused
+from tsdkd.checks import check_candidates, check_count, check_mask, check_positions, check_positive, check_share, check_weight
+from tsdkd.fused.reference import evaluate_logits
+from tsdkd.losses import shared_vocabulary
+from tsdkd.selection import Gate, Opener, TopEntropy, resolve_gate, top_count
+from tsdkd.types import Counts, Head, LossTerms, Objective, TokenBatch, TokenStatistics, TokenWeights
+
+TERMS = ("indirect", "direct", "entropy")
+
+
+@dataclass(frozen=True)
+class TSDKD:
+    """Token-selective dual knowledge distillation, with the paper's values.
+
+    Attributes:
+        indirect_weight: α of Eq. 13; 0 switches the ranking term off.
+        direct_weight: weight of the gated divergence.
+        entropy_weight: weight of the entropy term.
+        beta: the divergence's β: 0 forward KL, 1 reverse KL (Eq. 1).
+        gate: `"entropy_gap"` (Eq. 11), `"none"` (weight 1; all else off, this is GKD) or a function of
+            `TokenStatistics`.
+        gate_sharpness: γ.
+        num_candidates: k, how many tokens the student proposes (section 3.1).
+        opener_entropy_share: c, the share of a response's entropy that its opener holds.
+        top_entropy_fraction: ρ, the share of a response's tokens whose entropy is minimised (Eq. 12).
+        kd_temperature: τ of the divergence and the entropies; ranking scores are untempered.
+
+    References:
+        TSD-KD section 3, A.9.
+    """
+
+    indirect_weight: float = 0.1
+    direct_weight: float = 1.0
+    entropy_weight: float = 1.0
+    beta: float = 0.9
+    gate: str | Gate | None = "entropy_gap"
+    gate_sharpness: float = 1.0
+    num_candidates: int = 10
+    opener_entropy_share: float = 0.1
+    top_entropy_fraction: float = 0.1
+    kd_temperature: float = 1.0
+
+    name = "tsd_kd"
+    title = "TSD-KD"
+    paper = {  # noqa: RUF012  (a constant of the class, not a field)
+        "title": "Explain in Your Own Words: Improving Reasoning via Token-Selective Dual Knowledge Distillation",
+        "id": "2603.13260",
+        "citation": (
+            "@inproceedings{tsdkd2026,\n"
+            "    title     = {{Explain in Your Own Words: Improving Reasoning via Token-Selective Dual Knowledge "
+            "Distillation}},\n"
+            "    booktitle = {The Fourteenth International Conference on Learning Representations, {ICLR} 2026},\n"
+            "    year      = 2026,\n"
+            "    note      = {arXiv:2603.13260},\n"
+            "}"
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        for name in ("indirect_weight", "direct_weight", "entropy_weight"):
+            check_weight(name, getattr(self, name))
+        for name in ("beta", "opener_entropy_share", "top_entropy_fraction"):
+            check_share(name, getattr(self, name))
+        check_positive("gate_sharpness", self.gate_sharpness)
+        check_positive("kd_temperature", self.kd_temperature)
+        check_count("num_candidates", self.num_candidates, smallest=2)
+        resolve_gate(self.gate, self.gate_sharpness)
+
+    def objective(self) -> Objective:
+        """The three terms, as an engine reads them."""
+        ranks = self.indirect_weight != 0 and self.opener_entropy_share != 0
+        sharpens = self.entropy_weight != 0 and self.top_entropy_fraction != 0
+        return Objective(
+            divergence="generalized_jsd",
+            divergence_parameter=self.beta,
+            direct_weight=self.direct_weight,
+            gate=resolve_gate(self.gate, self.gate_sharpness),
+            indirect_weight=self.indirect_weight,
+            num_candidates=self.num_candidates,
+            opener=Opener(self.opener_entropy_share) if ranks else None,
+            entropy_weight=self.entropy_weight,
+            top_entropy=TopEntropy(self.top_entropy_fraction) if sharpens else None,
+            temperature=self.kd_temperature,
+        )
+
+    def counts(self, lengths: Sequence[int]) -> Counts:
+        selected = sum(top_count(length, self.top_entropy_fraction) for length in lengths)
+        return Counts(tokens=sum(lengths), selected=selected, responses=sum(length > 0 for length in lengths))
+
+    def terms(self) -> dict[str, float]:
+        return {term: getattr(self, f"{term}_weight") for term in TERMS}
+
+    def only(self, term: str) -> TSDKD:
+        return dataclasses.replace(self, **{f"{other}_weight": 0.0 for other in TERMS if other != term})
+
+    def loss(
+        self, batch: TokenBatch, student_head: Head, teacher_head: Head, *, counts: Counts | None = None, impl: str = "auto"
+    ) -> LossTerms:
+        check_candidates(self.num_candidates, min(student_head.size, teacher_head.size))
+        return fused.evaluate(self.objective(), batch, student_head, teacher_head, counts=counts, impl=impl)
+
+
+def _spread(terms: LossTerms, mask: torch.Tensor) -> LossTerms:
+    """The per-token members laid out as the caller's `[batch, completion]` mask."""
+
+    def lay(values: torch.Tensor | None) -> torch.Tensor | None:
+        if values is None:
+            return None
+        return values.new_zeros(mask.shape).masked_scatter_(mask, values[terms.mask])
+
+    statistics = {field.name: lay(getattr(terms.statistics, field.name)) for field in dataclasses.fields(TokenStatistics)}
+    weights = {field.name: lay(getattr(terms.weights, field.name)) for field in dataclasses.fields(TokenWeights)}
+    return dataclasses.replace(
+        terms,
+        statistics=TokenStatistics(**statistics),
+        weights=TokenWeights(**weights),
+        ranking_nll=lay(terms.ranking_nll),
+        candidate_tau=lay(terms.candidate_tau),
+    )
+
+
+def tsd_kd_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    completion_mask: torch.Tensor,
+    *,
+    indirect_weight: float = 0.1,
+    direct_weight: float = 1.0,
+    entropy_weight: float = 1.0,
+    beta: float = 0.9,
+    gate: str | Gate | None = "entropy_gap",
+    gate_sharpness: float = 1.0,
+    num_candidates: int = 10,
+    opener_entropy_share: float = 0.1,
+    top_entropy_fraction: float = 0.1,
+    temperature: float = 1.0,
+    counts: Counts | None = None,
+) -> LossTerms:
+    """TSD-KD's objective on logits, for any training loop.
+
+    Formula: `α · indirect + direct + entropy` (Eq. 13): the Plackett-Luce loss of the teacher's order of the student's k
+    best tokens, on each response's opener; the generalized JSD weighted by sigmoid(γ (H_S − H_T)); the entropy of the
+    top ρ of each response's tokens. Each term is divided by its count.
+
+    Args:
+        student_logits: `[batch, completion, vocab_s]`, the logits that predict each completion token; float32 or
+            float64 are computed as they are, bf16 and fp16 in float32.
+        teacher_logits: `[batch, completion, vocab_t]`; the first min(vocab_s, vocab_t) ids are the shared vocabulary.
+        completion_mask: `[batch, completion]`, bool or 0/1, True on trained tokens. What stands elsewhere, NaN
+            included, changes nothing.
+        indirect_weight, direct_weight, entropy_weight: the terms' weights, 0 or more.
+        beta: 0 is the forward KL, 1 the reverse KL.
+        gate: `"entropy_gap"`, `"none"` (weight 1) or a function of `TokenStatistics`.
+        gate_sharpness: γ, above 0.
+        num_candidates: k, from 2 to the shared vocabulary.
+        opener_entropy_share, top_entropy_fraction: c and ρ in [0, 1]; 0 switches the term off.
+        temperature: τ of divergence and entropies; ranking scores are untempered.
+        counts: what the terms are divided by (tokens, selected, responses), to normalise over a larger step; default:
+            this mask's own.
+
+    Returns:
+        `LossTerms`: `.loss`, `.indirect`, `.direct`, `.entropy` (unweighted, with gradient; a term that is switched off
+        is 0), the masks and the per-token diagnostics, `[batch, completion]`.
+
+    Raises:
+        ValueError: shapes, devices, mask values or options that do not fit; the message says what to do.
+
+    Example:
+        >>> import torch
+        >>> student = torch.randn(2, 5, 32, requires_grad=True)
+        >>> terms = tsd_kd_loss(student, torch.randn(2, 5, 32), torch.ones(2, 5))
+        >>> terms.loss.backward()
+        >>> student.grad.shape
+        torch.Size([2, 5, 32])
+
+    References:
+        TSD-KD Eq. 3-5, 11-13; arXiv 2603.13260.
+    """
+    method = TSDKD(
+        indirect_weight=indirect_weight,
+        direct_weight=direct_weight,
+        entropy_weight=entropy_weight,
+        beta=beta,
+        gate=gate,
+        gate_sharpness=gate_sharpness,
+        num_candidates=num_candidates,
+        opener_entropy_share=opener_entropy_share,
+        top_entropy_fraction=top_entropy_fraction,
+        kd_temperature=temperature,
+    )
+    check_positions(student_logits, teacher_logits, "logits")
+    mask = check_mask(completion_mask, student_logits.shape[:2], student_logits.device)
+    student, teacher = shared_vocabulary(student_logits, teacher_logits)
+    check_candidates(num_candidates, student.shape[-1])
+    lengths = mask.sum(-1).tolist()
+    return _spread(evaluate_logits(method.objective(), student[mask], teacher[mask], lengths, counts), mask)

@@ -1,0 +1,90 @@
+"""The head of a causal language model, its last hidden state, and the check that together they give its logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tsdkd.types import Head
+
+# What families multiply their logits by, and what they divide them by.
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_DIVISOR = "logits_scaling"
+_DIVISOR_IS_MULTIPLIER = {"hyperclovax"}
+
+
+def text_config(model: nn.Module):
+    """The configuration of the language model inside `model`."""
+    return model.config.get_text_config()
+
+
+def head_of(model: nn.Module) -> Head:
+    """The model's head with every factor that its family applies to the logits.
+
+    Raises:
+        ValueError: the model has no linear head.
+    """
+    output = model.get_output_embeddings()
+    if output is None or not hasattr(output, "weight"):
+        raise ValueError(
+            f"{type(model).__name__} has no linear language-model head (get_output_embeddings() gave "
+            f"{type(output).__name__}): distillation needs one; pass a causal language model."
+        )
+    config = text_config(model)
+    scale = next((s for name in _MULTIPLIERS if (s := getattr(config, name, None)) is not None), None)
+    divisor = getattr(config, _DIVISOR, None)
+    if scale is None and divisor is not None:
+        scale = divisor if config.model_type in _DIVISOR_IS_MULTIPLIER else 1 / divisor
+    return Head(
+        weight=output.weight,
+        bias=getattr(output, "bias", None),
+        logit_scale=1.0 if scale is None else float(scale),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def without_adapter_wrapper(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper (its adapters stay active), or the model itself."""
+    return model.base_model.model if hasattr(model, "peft_config") and hasattr(model, "base_model") else model
+
+
+def last_hidden_state(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`[rows, longest, hidden]`, what the head reads; the vocabulary is not projected."""
+    backbone = without_adapter_wrapper(model).base_model
+    return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, role: str, vocab_size: int) -> None:
+    """Refuse a model whose logits are not head(last hidden state), or are not finite, on a short text.
+
+    This closes the class of silently wrong losses: a scale, cap or bias of a family that `head_of` does not know.
+
+    Raises:
+        ValueError: naming the role (student or teacher) and the architecture.
+    """
+    inner = without_adapter_wrapper(model)
+    device = model.get_input_embeddings().weight.device
+    was_training = model.training
+    model.eval()
+    ids = (torch.arange(8, device=device) * 7 % vocab_size).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    own = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    rebuilt = head_of(model).logits(last_hidden_state(model, ids, mask))
+    model.train(was_training)
+    name = f"{type(inner).__name__} (model_type {text_config(inner).model_type!r})"
+    if not bool(torch.isfinite(own).all()):
+        raise ValueError(
+            f"the {role}, {name}, gives non-finite logits (NaN or Inf) on a short text: its weights are damaged or its dtype "
+            f"({own.dtype}) overflows. Check the checkpoint, or load it in bfloat16 or float32."
+        )
+    error = (own.float() - rebuilt.float()).abs().max().item()
+    scale = own.float().abs().max().item()
+    # One rounding of the dtype for the projection, one for each factor after it.
+    allowed = 8 * torch.finfo(own.dtype).eps * max(scale, 1.0)
+    if error > allowed:
+        raise ValueError(
+            f"the {role}, {name}, does not compute its logits as head(last hidden state): they differ by {error:.3g} (allowed: "
+            f"{allowed:.3g}), so its losses would be silently wrong. The architecture is not supported; use another {role}, or "
+            f"add its logit factor to tsdkd/teachers/heads.py."
+        )

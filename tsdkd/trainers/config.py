@@ -1,0 +1,117 @@
+"""The options of a run: TRL's, and those of token-level distillation beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from trl import DistillationConfig
+
+from tsdkd.checks import check_count, check_positive
+from tsdkd.fused import ENGINES
+from tsdkd.methods import Method, resolve_method
+from tsdkd.methods.tsd_kd import TSDKD
+
+
+def bf16_works_here() -> bool:
+    """Whether this machine has an accelerator that trains in bf16; a CPU does not count."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@dataclass
+class TokenDistillConfig(DistillationConfig):
+    """Options of `TokenDistillTrainer`: TRL's `DistillationConfig`, with these beside them.
+
+    `temperature` is the sampling temperature only; the loss has its own. `bf16` defaults to what the machine has.
+
+    Args:
+        method: the method's name; its own options are `method_options`.
+        method_options: the method's options by name, a dict or JSON.
+        max_length: prompt plus response, tokens; never above the smaller context of the two models. None: that context.
+        drop_long_prompts: drop prompts that leave no room for `max_completion_length`, and log how many, instead of
+            refusing them.
+        teacher_batch_size: rows per forward pass of the teacher; None: `per_device_train_batch_size`.
+        fused_impl: the loss engine, see `tsdkd.fused`.
+        term_grad_norm_steps: every that many steps, log the norm of each term's gradient with respect to the student's
+            last hidden states, on one micro-batch; 0 is never.
+    """
+
+    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "method_options"]
+
+    method: str = field(default="tsd_kd", metadata={"help": "The distillation method's name."})
+    method_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "The method's options, by name."})
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Prompt plus response, tokens (paper, A.9: 'Max Sequence Length 1024')."},
+    )
+    drop_long_prompts: bool = field(
+        default=False, metadata={"help": "Drop prompts that leave no room for a completion instead of refusing them."}
+    )
+    teacher_batch_size: int | None = field(default=None, metadata={"help": "Rows per forward pass of the teacher."})
+    fused_impl: str = field(default="auto", metadata={"help": f"The loss engine: one of {', '.join(ENGINES)}."})
+    term_grad_norm_steps: int = field(
+        default=0, metadata={"help": "Log each term's gradient norm every that many steps; 0 is never."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = bf16_works_here()
+        super().__post_init__()
+        if self.max_length is not None:
+            check_count("max_length", self.max_length, smallest=2)
+        if self.max_completion_length is not None:
+            check_count("max_completion_length", self.max_completion_length)
+        if self.teacher_batch_size is not None:
+            check_count("teacher_batch_size", self.teacher_batch_size)
+        check_count("term_grad_norm_steps", self.term_grad_norm_steps, smallest=0)
+        self.build_method()  # refuses unknown options before any model is loaded
+
+    def build_method(self) -> Method:
+        """The method that these options name."""
+        return resolve_method(self.method, self.method_options)
+
+
+@dataclass
+class TSDKDConfig(TokenDistillConfig):
+    """Options of `TSDKDTrainer`, with the paper's values: a field for every keyword of `tsd_kd_loss`.
+
+    `temperature` of the loss is `kd_temperature` here; the inherited `temperature` is that of sampling.
+    """
+
+    learning_rate: float = field(
+        default=5e-6, metadata={"help": "AdamW (paper, A.9: 'Learning rate 5e-6 (Qwen2.5), 1e-7 (Gemma2)')."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Paper, A.9: 'Learning rate scheduler Cosine'."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Below 1 a share of the steps (paper, A.9: 'Warmup ratio 0.1')."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Paper, A.9: 'Epochs 3'."})
+
+    indirect_weight: float = field(default=0.1, metadata={"help": "alpha of Eq. 13 (paper, A.9: 0.1); 0 is off."})
+    direct_weight: float = field(default=1.0, metadata={"help": "Weight of the gated JSD (paper, Eq. 13: 1); 0 is off."})
+    entropy_weight: float = field(default=1.0, metadata={"help": "Weight of the entropy term (paper, Eq. 13: 1); 0 is off."})
+    beta: float = field(
+        default=0.9,
+        metadata={"help": "0 forward KL, 1 reverse KL (paper, 4.1: 'we set 0.9 for JSD as suggested by GKD'; A.5)."},
+    )
+    gate: str = field(default="entropy_gap", metadata={"help": "'entropy_gap' (paper, Eq. 11) or 'none' (weight 1)."})
+    gate_sharpness: float = field(default=1.0, metadata={"help": "gamma of Eq. 11 (the paper gives none)."})
+    num_candidates: int = field(default=10, metadata={"help": "k, tokens the student proposes (paper, A.3 and A.9: 10)."})
+    opener_entropy_share: float = field(
+        default=0.1, metadata={"help": "c, share of the response's entropy that the opener holds (paper, A.9: 0.1)."}
+    )
+    top_entropy_fraction: float = field(
+        default=0.1, metadata={"help": "rho, share of tokens whose entropy is minimised (paper, A.4 and A.9: 0.1)."}
+    )
+    kd_temperature: float = field(default=1.0, metadata={"help": "tau of the loss (paper, A.9: 'Temperature of KD 1.0')."})
+
+    def __post_init__(self) -> None:
+        check_positive("kd_temperature", self.kd_temperature)
+        super().__post_init__()
+
+    def build_method(self) -> Method:
+        if self.method != "tsd_kd" or self.method_options:
+            raise ValueError(
+                f"TSDKDConfig is TSD-KD, its options are fields; got method={self.method!r}, "
+                f"method_options={self.method_options!r}. For another method use TokenDistillConfig."
+            )
+        return TSDKD(**{option.name: getattr(self, option.name) for option in fields(TSDKD)})

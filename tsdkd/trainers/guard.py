@@ -1,0 +1,52 @@
+"""A step with a NaN or Inf stops before the optimizer sees it: on all processes alike, with one read per step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+class NonFiniteError(FloatingPointError):
+    """A NaN or Inf in a model's output, in a term of the loss or in the gradient norm; weights are unchanged."""
+
+
+class Guard:
+    """Collects, on the device, what was not finite in the micro-batches of a step."""
+
+    def __init__(self) -> None:
+        self._flags: dict[str, torch.Tensor] = {}
+
+    def watch(self, name: str, values: torch.Tensor) -> None:
+        """Remember whether `values` hold a NaN or Inf; nothing is read from the device."""
+        flag = ~torch.isfinite(values.detach()).all()
+        old = self._flags.get(name)
+        self._flags[name] = flag if old is None else old | flag
+
+    def check(self, accelerator, step: int, models: dict[str, str], grad_norm: torch.Tensor | float | None) -> None:
+        """Raise on every process if any process saw a NaN or Inf in this optimizer step.
+
+        Args:
+            step: the optimizer step about to be made, from 1.
+            models: `student` and `teacher` by name, for the message.
+            grad_norm: the step's gradient norm; None where a loss scaler handles infinite ones itself.
+        """
+        names = list(self._flags)
+        flags = [self._flags[name].to(accelerator.device, torch.float32) for name in names]
+        self._flags.clear()
+        if grad_norm is not None:
+            norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=accelerator.device).detach()
+            names.append("the gradient norm")
+            flags.append((~torch.isfinite(norm)).float())
+        if not flags:
+            return
+        found = accelerator.reduce(torch.stack(flags), reduction="sum").tolist()
+        culprits = [name for name, count in zip(names, found, strict=True) if count and not math.isnan(count)]
+        if culprits:
+            raise NonFiniteError(
+                f"step {step}: NaN or Inf in {', '.join(culprits)} (student: {models['student']}, teacher: "
+                f"{models['teacher']}). The step was not made: the student's weights are those of step {step - 1}, and nothing was "
+                "saved. Look at the first name: a model's hidden states point to its checkpoint or dtype (try bfloat16 or "
+                "float32 instead of float16), a term to its options, the gradient norm alone to the learning rate or to "
+                "mixed precision."
+            )

@@ -1,0 +1,138 @@
+"""The one subclass of TRL's trainer. Every private attribute of TRL and transformers is named here, and nowhere else.
+
+It offers hooks to `token_level.py`; `tests/test_trl_seam.py` compares the signatures it relies on, so that an upgrade of
+TRL fails in one clear line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from trl import DistillationTrainer
+
+from tsdkd.types import Rollouts
+
+
+class SeamTrainer(DistillationTrainer):
+    """TRL's generation, tools, PEFT, accumulation and logging, with the loss and its counts handed to hooks.
+
+    Hooks:
+        prepare_step(rollouts): what joins the generation batch beside TRL's tensors, from this process's rollouts.
+        token_loss(student, inputs): the micro-batch's loss, run inside the student's wrapper.
+        before_optimizer_step(grad_norm): called once per optimizer step, before the weights change.
+        window_metrics(mode): extra metrics at logging time.
+    """
+
+    def prepare_step(self, rollouts: Rollouts) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def token_loss(self, student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def before_optimizer_step(self, grad_norm: torch.Tensor | float | None) -> None:
+        raise NotImplementedError
+
+    def window_metrics(self, mode: str) -> dict[str, float]:
+        raise NotImplementedError
+
+    @property
+    def mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def tokenize(self, prompts: list) -> list[list[int]]:
+        """Prompts as TRL will tokenize them for generation."""
+        return self._tokenize_prompts(prompts)[0]
+
+    def forbid_ids_from(self, vocab_size: int) -> None:
+        """Never sample an id from `vocab_size` on: the other model has no embedding for it."""
+        beyond = list(range(vocab_size, self.model.config.get_text_config().vocab_size))
+        if not beyond:
+            return
+        if self.use_vllm:
+            kwargs = dict(self.vllm_generation.generation_kwargs or {})
+            kwargs["allowed_token_ids"] = [i for i in kwargs.get("allowed_token_ids", range(vocab_size)) if i < vocab_size]
+            self.vllm_generation.generation_kwargs = kwargs
+            return
+        suppressed = sorted({*(self.generation_kwargs.get("suppress_tokens") or []), *beyond})
+        self.generation_kwargs["suppress_tokens"] = suppressed
+        self.generation_config.suppress_tokens = suppressed
+
+    def set_max_completion_length(self, tokens: int) -> None:
+        """The longest completion, for TRL's own generation and for vLLM's."""
+        self.max_completion_length = tokens
+        self.generation_kwargs["max_new_tokens"] = tokens
+        self.generation_config.max_new_tokens = tokens
+        if self.use_vllm:
+            self.vllm_generation.max_completion_length = tokens
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if self._empty_rows is None:  # the first turn; later ones write for a part of the rows
+            self._empty_rows = {row for row, ids in enumerate(completion_ids) if not ids}
+            # TRL reads ids[-1] of every completion; a padding token stands in and is not trained on.
+            completion_ids = [ids or [self._tokenizer.pad_token_id] for ids in completion_ids]
+        return completion_ids
+
+    def _generate(self, prompts: list):
+        self._empty_rows = None
+        prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
+        masks = tool_mask if tool_mask is not None else [[1] * len(ids) for ids in completion_ids]
+        if self._empty_rows:
+            masks = [[0] * len(mask) if row in self._empty_rows else mask for row, mask in enumerate(masks)]
+            tool_mask = masks
+        self._rollouts = Rollouts(prompt_ids, completion_ids, masks)
+        return prompt_ids, completion_ids, tool_mask, images, tool_images
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        rollouts = self._rollouts
+        if self.mode == "eval":
+            rollouts = self._without_repeats(rollouts)
+        # Lists are shuffled and split with the batch, 0-d tensors are passed through.
+        output["rollout_prompts"] = rollouts.prompt_ids
+        output["rollout_completions"] = rollouts.completion_ids
+        output["rollout_masks"] = rollouts.completion_mask
+        output.update(self.prepare_step(rollouts))
+        return output
+
+    def _without_repeats(self, rollouts: Rollouts) -> Rollouts:
+        """Untrain the rows that accelerate repeats to fill the last evaluation batch of all processes."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return rollouts
+        first = self.accelerator.process_index * len(rollouts)
+        masks = [m if first + row < state.remainder else [0] * len(m) for row, m in enumerate(rollouts.completion_mask)]
+        return Rollouts(rollouts.prompt_ids, rollouts.completion_ids, masks)
+
+    @staticmethod
+    def rollouts_of(inputs: dict[str, Any]) -> Rollouts:
+        """A micro-batch's rollouts."""
+        return Rollouts(inputs["rollout_prompts"], inputs["rollout_completions"], inputs["rollout_masks"])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        student = self.accelerator.unwrap_model(model)
+        loss = self._forward_redirection(model, student, self.token_loss, student, inputs)
+        return (loss, None) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.before_optimizer_step(grad_norm)
+        return grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.mode == "train":
+            logs.update(self.window_metrics("train"))
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Sums over the whole evaluation set divided by its counts, not transformers' mean of batch means."""
+        self.window_metrics("eval")  # forget what an interrupted evaluation left
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self.window_metrics("eval").items()})
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.create_model_card()
