@@ -224,7 +224,7 @@ class AdaptiveOpener:
             check_share("shares", share)
 
     def _smooth(self, difficulty: float) -> float:
-        recent = [*self.raw[len(self.raw) - (self.smoothing - 1) :], difficulty] if self.raw else [difficulty]
+        recent = [*self.raw, difficulty]  # the history keeps the last smoothing − 1
         return sum(recent) / len(recent)
 
     def shares_for(self, difficulties: Sequence[float]) -> list[float]:
@@ -236,12 +236,11 @@ class AdaptiveOpener:
         return [self.shares[sum(self._smooth(d) > bound for bound in bounds)] for d in difficulties]
 
     def append(self, difficulties: Sequence[float]) -> None:
-        """Extend the history by a step's difficulties, in the order of the rollouts."""
-        for difficulty in difficulties:
-            self.smoothed.append(self._smooth(difficulty))
-            self.raw.append(difficulty)
-        del self.smoothed[: -self.window]
-        del self.raw[: -(self.smoothing - 1) or len(self.raw)]
+        """Extend the history by a step's difficulties, in the order of the rollouts; each is smoothed as it was judged."""
+        self.smoothed += [self._smooth(difficulty) for difficulty in difficulties]
+        self.raw += difficulties
+        self.smoothed = self.smoothed[-self.window :]
+        self.raw = self.raw[-(self.smoothing - 1) :] if self.smoothing > 1 else []
 
     def state_dict(self) -> dict[str, Any]:
         """The history, for a checkpoint."""

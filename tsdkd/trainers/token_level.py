@@ -174,17 +174,16 @@ class TokenDistillTrainer(SeamTrainer):
         candidates = getattr(self.method, "num_candidates", None)
         if candidates is not None and candidates > size:
             raise ValueError(f"num_candidates={candidates} but the two models share {size} tokens: pass {size} or fewer.")
-        source = name_of(teacher_model)
+        source = getattr(teacher_model.config, "_name_or_path", "")
         try:
-            theirs = AutoTokenizer.from_pretrained(source, trust_remote_code=self.args.trust_remote_code)
+            theirs = AutoTokenizer.from_pretrained(source, trust_remote_code=self.args.trust_remote_code) if source else None
         except (OSError, ValueError) as error:
-            logger.warning(
-                "the teacher's tokenizer could not be read from %r (%s): whether it agrees with the student's is not checked.",
-                source,
-                str(error).splitlines()[0],
-            )
-            return size
-        check_same_tokens(self._tokenizer, theirs, size)
+            logger.warning("no tokenizer could be read from %r: %s", source, str(error).splitlines()[0])
+            theirs = None
+        if theirs is None:
+            logger.warning("the teacher comes without a tokenizer: whether it agrees with the student's is not checked.")
+        else:
+            check_same_tokens(self._tokenizer, theirs, size)
         return size
 
     def _prompt_limits(self) -> tuple[int, str]:

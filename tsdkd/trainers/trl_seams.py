@@ -6,6 +6,7 @@ TRL fails in one clear line.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,4 +136,4 @@ class SeamTrainer(DistillationTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
-            self.create_model_card()
+            self.create_model_card(model_name=Path(self.args.output_dir).name)

@@ -1,0 +1,78 @@
+"""`tsdkd train`: a YAML recipe and flags to a trained student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+ALIASES = {"--student": "--model_name_or_path", "--teacher": "--teacher_model_name_or_path"}
+
+
+@dataclass
+class DataArguments:
+    """Where the prompts come from."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A data set's name, or the path of a JSONL, JSON, CSV or Parquet file."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
+    dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "A second data set, for evaluation."})
+    prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts."})
+    drop_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep the first of equal prompts."})
+
+
+def parse(arguments: list[str]):
+    """Data, training and model options from flags and `--config FILE`; flags win."""
+    from trl import ModelConfig, TrlParser
+
+    from tsdkd.trainers import TSDKDConfig
+
+    parser = TrlParser((DataArguments, TSDKDConfig, ModelConfig), prog="tsdkd train")
+    spelled = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        spelled.append(ALIASES.get(flag, flag) + equals + value)
+    return parser.parse_args_and_config(spelled)
+
+
+def main(arguments: list[str]) -> int:
+    data, config, model = parse(arguments)
+    if model.model_name_or_path is None:
+        raise ValueError("no student was given: pass --student NAME_OR_PATH (model_name_or_path in YAML).")
+    if config.teacher_model_name_or_path is None:
+        raise ValueError("no teacher was given: pass --teacher NAME_OR_PATH (teacher_model_name_or_path in YAML).")
+    if data.dataset_name is None:
+        raise ValueError("no prompts were given: pass --dataset_name NAME_OR_FILE (a data set or a JSONL file).")
+
+    from trl import get_peft_config, get_quantization_config
+
+    from tsdkd.data.prompts import load_prompts
+    from tsdkd.trainers import TSDKDTrainer
+
+    def load(name: str, split: str):
+        rows = load_prompts(
+            name,
+            config=data.dataset_config,
+            split=split,
+            prompt_column=data.prompt_column,
+            drop_duplicates=data.drop_duplicate_prompts,
+        )
+        print(f"{len(rows)} prompts from {name}")
+        return rows
+
+    options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
+    if model.dtype not in (None, "auto"):
+        options["dtype"] = model.dtype
+    config.model_init_kwargs = {**{k: v for k, v in options.items() if v is not None}, **(config.model_init_kwargs or {})}
+    trainer = TSDKDTrainer(
+        model=model.model_name_or_path,
+        args=config,
+        train_dataset=load(data.dataset_name, data.dataset_train_split),
+        eval_dataset=load(data.eval_dataset_name, "train") if data.eval_dataset_name else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model(config.output_dir)
+    trainer.accelerator.print(f"The student is in {config.output_dir}")
+    return 0
