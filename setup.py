@@ -28,7 +28,9 @@ extras["dev"] = [
     "setuptools",
     "wheel",
 ]
-extras["all"] = sorted({requirement for name in ("vllm", "deepspeed", "peft", "eval", "report") for requirement in extras[name]})
+extras["all"] = sorted(
+    {requirement for name in ("vllm", "deepspeed", "peft", "eval", "report") for requirement in extras[name]}
+)
 
 setup(
     name="tsdkd",

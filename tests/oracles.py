@@ -55,9 +55,7 @@ def _log_sum_exp(values: Sequence[Number]) -> Number:
     return largest + _log(_sum([_exp(value - largest) for value in values]))
 
 
-def gradient(
-    f: Callable[[list[Number]], Number], x: Sequence[float], step: float = 1e-30
-) -> list[float]:
+def gradient(f: Callable[[list[Number]], Number], x: Sequence[float], step: float = 1e-30) -> list[float]:
     """df/dx_i = Im f(x + i h e_i) / h: exact to rounding, for there is no difference that could cancel."""
     result = []
     for position in range(len(x)):
@@ -84,9 +82,7 @@ def softmax(logits: Sequence[Number], temperature: float = 1.0) -> list[Number]:
 
 def entropy(logits: Sequence[Number], temperature: float = 1.0) -> Number:
     """H = - sum_v p(v) log p(v), in nats (Eq. 10); 0 log 0 = 0."""
-    return -_expectation(
-        log_softmax(logits, temperature), log_softmax(logits, temperature)
-    )
+    return -_expectation(log_softmax(logits, temperature), log_softmax(logits, temperature))
 
 
 def _expectation(log_p: Sequence[Number], values: Sequence[Number]) -> Number:
@@ -103,18 +99,13 @@ def _kl(log_p: Sequence[Number], log_q: Sequence[Number]) -> Number:
     return _expectation(log_p, [lp - lq for lp, lq in zip(log_p, log_q, strict=True)])
 
 
-def _log_mixture(
-    weight: float, log_p: Sequence[Number], log_q: Sequence[Number]
-) -> list[Number]:
+def _log_mixture(weight: float, log_p: Sequence[Number], log_q: Sequence[Number]) -> list[Number]:
     """log(weight p + (1 - weight) q), token by token."""
     if weight == 0.0:
         return list(log_q)
     if weight == 1.0:
         return list(log_p)
-    return [
-        _log_sum_exp([math.log(weight) + lp, math.log(1.0 - weight) + lq])
-        for lp, lq in zip(log_p, log_q, strict=True)
-    ]
+    return [_log_sum_exp([math.log(weight) + lp, math.log(1.0 - weight) + lq]) for lp, lq in zip(log_p, log_q, strict=True)]
 
 
 def _log_distributions(
@@ -124,17 +115,13 @@ def _log_distributions(
     return log_softmax(student, temperature), log_softmax(_reals(teacher), temperature)
 
 
-def forward_kl(
-    student: Sequence[Number], teacher: Sequence[Number], temperature: float = 1.0
-) -> Number:
+def forward_kl(student: Sequence[Number], teacher: Sequence[Number], temperature: float = 1.0) -> Number:
     """KL(p_T || p_S)."""
     log_s, log_t = _log_distributions(student, teacher, temperature)
     return _kl(log_t, log_s)
 
 
-def reverse_kl(
-    student: Sequence[Number], teacher: Sequence[Number], temperature: float = 1.0
-) -> Number:
+def reverse_kl(student: Sequence[Number], teacher: Sequence[Number], temperature: float = 1.0) -> Number:
     """KL(p_S || p_T)."""
     log_s, log_t = _log_distributions(student, teacher, temperature)
     return _kl(log_s, log_t)
@@ -193,9 +180,7 @@ def candidates(student_logits: Sequence[Number], k: int) -> list[int]:
     return ids[:k]
 
 
-def teacher_order(
-    student_logits: Sequence[Number], teacher_logits: Sequence[Number], k: int
-) -> list[int]:
+def teacher_order(student_logits: Sequence[Number], teacher_logits: Sequence[Number], k: int) -> list[int]:
     """pi: the student's candidates, the teacher's favourite first; equal teacher logits keep the student's order."""
     proposed = candidates(student_logits, k)
     ranks = sorted(
@@ -205,9 +190,7 @@ def teacher_order(
     return [proposed[rank] for rank in ranks]
 
 
-def plackett_luce_nll(
-    scores_in_order: Sequence[Number], stage_weights: Sequence[float] | None = None
-) -> Number:
+def plackett_luce_nll(scores_in_order: Sequence[Number], stage_weights: Sequence[float] | None = None) -> Number:
     """NLL = sum_{i=1..k} w_i (log sum_{j=i..k} exp(s_j) - s_i), Eq. 3-5; w_i = 1 without stage weights."""
     weights = [1.0] * len(scores_in_order) if stage_weights is None else stage_weights
     stages = [
@@ -217,9 +200,7 @@ def plackett_luce_nll(
     return _sum(stages)
 
 
-def _choice_process(
-    scores: Sequence[Number], remaining: list[int]
-) -> Iterator[tuple[list[int], Number]]:
+def _choice_process(scores: Sequence[Number], remaining: list[int]) -> Iterator[tuple[list[int], Number]]:
     """Every order in which `remaining` can be chosen one by one, with its probability.
 
     P(a first among R) = exp(s_a) / sum_{b in R} exp(s_b); then the same among R without a.
@@ -248,16 +229,9 @@ def plackett_luce_nll_by_enumeration(scores_in_order: Sequence[Number]) -> Numbe
     if abs(_sum([probability for _, probability in orders]) - 1.0) > 1e-12:
         raise AssertionError("the probabilities of all orders do not sum to one")
     best = sorted(items, key=lambda item: -_real(scores_in_order[item]))
-    probability_of_best = max(
-        _real(probability) for order, probability in orders if order == best
-    )
-    if any(
-        _real(probability) > probability_of_best * (1.0 + 1e-12)
-        for _, probability in orders
-    ):
-        raise AssertionError(
-            "the order by descending score is not the most probable one"
-        )
+    probability_of_best = max(_real(probability) for order, probability in orders if order == best)
+    if any(_real(probability) > probability_of_best * (1.0 + 1e-12) for _, probability in orders):
+        raise AssertionError("the order by descending score is not the most probable one")
     [given] = [probability for order, probability in orders if order == items]
     return -_log(given)
 
@@ -283,19 +257,13 @@ def ranking_nll(
     if stage_weights == "uniform":
         return plackett_luce_nll(scores)
     if stage_weights == "teacher_mass":
-        return plackett_luce_nll(
-            scores, teacher_mass_weights([teacher_logits[token] for token in order])
-        )
+        return plackett_luce_nll(scores, teacher_mass_weights([teacher_logits[token] for token in order]))
     raise ValueError(f"unknown stage weights: {stage_weights!r}")
 
 
-def sub_response_reward(
-    logits: Sequence[Sequence[Number]], tokens: Sequence[int]
-) -> Number:
+def sub_response_reward(logits: Sequence[Sequence[Number]], tokens: Sequence[int]) -> Number:
     """r(y_{<=t}) = log p(y_{<=t} | x) = sum_{i<=t} log p(y_i | x, y_{<i}), Eq. 7; logits[i] are those that chose y_i."""
-    return _sum(
-        [log_softmax(row)[token] for row, token in zip(logits, tokens, strict=True)]
-    )
+    return _sum([log_softmax(row)[token] for row, token in zip(logits, tokens, strict=True)])
 
 
 def bradley_terry_nll(reward_preferred: Number, reward_other: Number) -> Number:
@@ -312,11 +280,7 @@ def kendall_tau(order_of_positions: Sequence[int]) -> float:
     `order_of_positions` holds, in the one order, each item's position in the other. Fewer than two items have no pair.
     """
     length = len(order_of_positions)
-    pairs = [
-        (order_of_positions[i], order_of_positions[j])
-        for i in range(length)
-        for j in range(i + 1, length)
-    ]
+    pairs = [(order_of_positions[i], order_of_positions[j]) for i in range(length) for j in range(i + 1, length)]
     if not pairs:
         raise ValueError("Kendall's tau needs at least two items")
     concordant = sum(first < second for first, second in pairs)
@@ -341,9 +305,7 @@ def gate(
     temperature: float = 1.0,
 ) -> float:
     """w_t = sg(sigmoid(gamma (H_S - H_T))), Eq. 11: no gradient, so real parts only."""
-    gap = _real(entropy(_reals(student_logits), temperature)) - _real(
-        entropy(_reals(teacher_logits), temperature)
-    )
+    gap = _real(entropy(_reals(student_logits), temperature)) - _real(entropy(_reals(teacher_logits), temperature))
     return _sigmoid(sharpness * gap)
 
 
@@ -373,9 +335,7 @@ def top_entropy_indices(entropies: Sequence[Number], fraction: float) -> list[in
     return sorted(ranked[: top_entropy_count(len(entropies), fraction)])
 
 
-def shared_vocabulary(
-    student_logits: Sequence[Number], teacher_logits: Sequence[Number]
-) -> Token:
+def shared_vocabulary(student_logits: Sequence[Number], teacher_logits: Sequence[Number]) -> Token:
     """Both logits cut to the first V = min(V_S, V_T) ids."""
     size = min(len(student_logits), len(teacher_logits))
     return list(student_logits[:size]), list(teacher_logits[:size])
@@ -395,9 +355,7 @@ def step_counts(lengths: Sequence[int], fraction: float) -> tuple[int, int, int]
     return sum(lengths), selected, sum(length > 0 for length in lengths)
 
 
-def entropy_penalty(
-    student_entropy: Number, teacher_entropy: float, target: str = "zero"
-) -> Number:
+def entropy_penalty(student_entropy: Number, teacher_entropy: float, target: str = "zero") -> Number:
     """Target "zero": H_S (Eq. 12). Target "teacher": max(0, H_S - H_T), with no gradient through H_T."""
     if target == "zero":
         return student_entropy
@@ -417,10 +375,7 @@ def _indirect_term(
     """sum over responses of (1/n) sum_{t<=n} NLL_t, / number of responses; n the length of the opener."""
     means = []
     for response, length in zip(responses, lengths, strict=True):
-        nlls = [
-            ranking_nll(student, teacher, k, stage_weights)
-            for student, teacher in response[:length]
-        ]
+        nlls = [ranking_nll(student, teacher, k, stage_weights) for student, teacher in response[:length]]
         means.append(_ratio(_sum(nlls), length))
     return _ratio(_sum(means), count)
 
@@ -483,42 +438,19 @@ def tsd_kd(
     terms are unweighted; a term whose weight is 0 is 0, and so is one whose share is 0. The selections, gates,
     divergences and entropies are returned for every token whatever the weights are.
     """
-    rows = [
-        [shared_vocabulary(student, teacher) for student, teacher in response]
-        for response in responses
-    ]
+    rows = [[shared_vocabulary(student, teacher) for student, teacher in response] for response in responses]
     shares = opener_entropy_share
     if isinstance(shares, (int, float)):
         shares = [shares] * len(rows)
 
-    student_entropy = [
-        [entropy(student, temperature) for student, _ in row] for row in rows
-    ]
-    teacher_entropy = [
-        [_real(entropy(_reals(teacher), temperature)) for _, teacher in row]
-        for row in rows
-    ]
-    divergence = [
-        [
-            generalized_jsd(student, teacher, beta, temperature)
-            for student, teacher in row
-        ]
-        for row in rows
-    ]
+    student_entropy = [[entropy(student, temperature) for student, _ in row] for row in rows]
+    teacher_entropy = [[_real(entropy(_reals(teacher), temperature)) for _, teacher in row] for row in rows]
+    divergence = [[generalized_jsd(student, teacher, beta, temperature) for student, teacher in row] for row in rows]
     gates = [
-        [
-            gate(student, teacher, gate_sharpness, temperature) if gate_on else 1.0
-            for student, teacher in row
-        ]
-        for row in rows
+        [gate(student, teacher, gate_sharpness, temperature) if gate_on else 1.0 for student, teacher in row] for row in rows
     ]
-    openers = [
-        opener_length(values, share)
-        for values, share in zip(student_entropy, shares, strict=True)
-    ]
-    selected = [
-        top_entropy_indices(values, top_entropy_fraction) for values in student_entropy
-    ]
+    openers = [opener_length(values, share) for values, share in zip(student_entropy, shares, strict=True)]
+    selected = [top_entropy_indices(values, top_entropy_fraction) for values in student_entropy]
 
     own_counts = step_counts([len(row) for row in rows], top_entropy_fraction)
     tokens, selected_tokens, nonempty = own_counts if counts is None else counts
@@ -526,31 +458,19 @@ def tsd_kd(
     direct: Number = 0.0
     sharpening: Number = 0.0
     if indirect_weight != 0.0:
-        indirect = _indirect_term(
-            rows, openers, nonempty, num_candidates, stage_weights
-        )
+        indirect = _indirect_term(rows, openers, nonempty, num_candidates, stage_weights)
     if direct_weight != 0.0:
         direct = _direct_term(gates, divergence, tokens)
     if entropy_weight != 0.0:
-        sharpening = _entropy_term(
-            student_entropy, teacher_entropy, selected, selected_tokens, entropy_target
-        )
+        sharpening = _entropy_term(student_entropy, teacher_entropy, selected, selected_tokens, entropy_target)
 
     return {
-        "loss": indirect_weight * indirect
-        + direct_weight * direct
-        + entropy_weight * sharpening,
+        "loss": indirect_weight * indirect + direct_weight * direct + entropy_weight * sharpening,
         "indirect": indirect,
         "direct": direct,
         "entropy": sharpening,
-        "opener": [
-            [int(t < n) for t in range(len(row))]
-            for row, n in zip(rows, openers, strict=True)
-        ],
-        "top_entropy": [
-            [int(t in chosen) for t in range(len(row))]
-            for row, chosen in zip(rows, selected, strict=True)
-        ],
+        "opener": [[int(t < n) for t in range(len(row))] for row, n in zip(rows, openers, strict=True)],
+        "top_entropy": [[int(t in chosen) for t in range(len(row))] for row, chosen in zip(rows, selected, strict=True)],
         "divergence": divergence,
         "gate": gates,
         "student_entropy": student_entropy,
@@ -561,9 +481,7 @@ def tsd_kd(
 # Adaptive opener (appendix A.7, Algorithm 2) ---------------------------------------------------------------------
 
 
-def difficulty(
-    student_entropies: Sequence[Number], teacher_entropies: Sequence[Number]
-) -> float:
+def difficulty(student_entropies: Sequence[Number], teacher_entropies: Sequence[Number]) -> float:
     """d = mean_t H_S(t) - mean_t H_T(t) of a response with L > 0."""
     student, teacher = _reals(student_entropies), _reals(teacher_entropies)
     return sum(student) / len(student) - sum(teacher) / len(teacher)
@@ -578,9 +496,7 @@ def quantile(values: Sequence[float], level: float) -> float:
     return ordered[lower] + (place - lower) * (ordered[upper] - ordered[lower])
 
 
-def smoothed_difficulty(
-    history_raw: Sequence[float], value: float, earlier: int = 4
-) -> float:
+def smoothed_difficulty(history_raw: Sequence[float], value: float, earlier: int = 4) -> float:
     """The mean of d and the last 4 raw difficulties of the history, or of those there are."""
     recent = [*list(history_raw)[max(0, len(history_raw) - earlier) :], value]
     return sum(recent) / len(recent)
@@ -606,9 +522,7 @@ def adaptive_opener_shares(
     `difficulties` are those of the responses with L > 0, in the order of the rollouts, and are appended in that order.
     The returned histories are not cut: only their ends are ever read.
     """
-    smoothed = [
-        smoothed_difficulty(history_raw, value, earlier) for value in difficulties
-    ]
+    smoothed = [smoothed_difficulty(history_raw, value, earlier) for value in difficulties]
     recent = list(history_smoothed)[-window:]
     if len(recent) < minimum:
         chosen = [fixed_share] * len(smoothed)

@@ -218,9 +218,7 @@ def test_proposition_1():
         pair = losses.student_candidates(student[t], 2)
         order = losses.teacher_order(teacher[pair])
         best, other = pair[order].tolist()
-        rewards = [
-            oracles.sub_response_reward(student[: t + 1].tolist(), [*written[:t], token]) for token in (best, other)
-        ]
+        rewards = [oracles.sub_response_reward(student[: t + 1].tolist(), [*written[:t], token]) for token in (best, other)]
         nll = losses.plackett_luce_nll(student[t][pair[order]]).item()
         torch.testing.assert_close(nll, oracles.bradley_terry_nll(*rewards), **EXACT)
 

@@ -102,9 +102,7 @@ def test_adaptive_opener_equals_the_oracle(steps):
     opener = selection.AdaptiveOpener(window=16, warmup=5)
     raw, smoothed = [], []
     for difficulties in steps:
-        expected, raw, smoothed = oracles.adaptive_opener_shares(
-            raw, smoothed, difficulties, window=16, minimum=5
-        )
+        expected, raw, smoothed = oracles.adaptive_opener_shares(raw, smoothed, difficulties, window=16, minimum=5)
         assert opener.shares_for(difficulties) == expected
         opener.append(difficulties)
         assert opener.smoothed == pytest.approx(smoothed[-16:])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from tsdkd.demo.recreate import make_tokenizer
 
@@ -23,6 +23,7 @@ _COMMON = dict(
     pad_token_id=0,
 )
 FAMILIES = {
+    "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {}),
     "gemma2": (Gemma2Config, dict(final_logit_softcapping=3.0, query_pre_attn_scalar=16)),
@@ -30,19 +31,31 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str = "qwen2", vocab_size: int = 64, hidden: int = 32, seed: int = 0):
-    """A model with random weights in float32."""
+def tiny_model(
+    family: str = "qwen2",
+    vocab_size: int = 64,
+    hidden: int = 32,
+    seed: int = 0,
+    positions: int = 128,
+    closes_soon: bool = False,
+):
+    """A model with random weights in float32; one that `closes_soon` ends its answers after a few tokens."""
     torch.manual_seed(seed)
     config_class, extra = FAMILIES[family]
     options = dict(_COMMON, vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, **extra)
+    options["max_position_embeddings"] = positions
     if family in ("qwen2", "granite"):
         options.pop("head_dim")
-    return AutoModelForCausalLM.from_config(config_class(**options)).eval()
+    model = AutoModelForCausalLM.from_config(config_class(**options)).eval()
+    if closes_soon:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(0.3)  # nearly uniform, and so is the chance of an end
+    return model
 
 
 def save_tiny(folder: Path, **kwargs) -> str:
-    """The path of a tiny model with the demo's tokenizer beside it."""
-    tiny_model(**kwargs).save_pretrained(folder)
+    """The path of a tiny model with the demo's tokenizer beside it (of type llama: AutoTokenizer gives a qwen2 its own)."""
+    tiny_model(**{"family": "llama", **kwargs}).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
 

@@ -25,7 +25,7 @@ _WHERE = {
     "tsd_kd_loss": "tsdkd.methods",
 }
 
-__all__ = sorted(_WHERE)  # noqa: PLE0605
+__all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
     from tsdkd.methods import TSDKD as TSDKD

@@ -98,9 +98,7 @@ def top_entropy_mask(student_entropy: torch.Tensor, mask: torch.Tensor, top_entr
     return mask & (rank < kept)
 
 
-def entropy_gap_gate(
-    student_entropy: torch.Tensor, teacher_entropy: torch.Tensor, gate_sharpness: float = 1.0
-) -> torch.Tensor:
+def entropy_gap_gate(student_entropy: torch.Tensor, teacher_entropy: torch.Tensor, gate_sharpness: float = 1.0) -> torch.Tensor:
     """The weight of the direct term: high where the student is uncertain and the teacher is not.
 
     Formula: `w = sigmoid(γ · (H_S − H_T))`, without gradient.

@@ -255,7 +255,9 @@ class Rollouts:
 
     def rows(self, index: Sequence[int]) -> Rollouts:
         """Some of the rows, in the given order."""
-        return Rollouts(*([column[i] for i in index] for column in (self.prompt_ids, self.completion_ids, self.completion_mask)))
+        return Rollouts(
+            *([column[i] for i in index] for column in (self.prompt_ids, self.completion_ids, self.completion_mask))
+        )
 
     def padded(self, pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Right-padded `input_ids` and `attention_mask`, `[rows, longest]`, and where to read the hidden states.

@@ -9,8 +9,8 @@ from pathlib import Path
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tsdkd demo",
-        description="Distil a tiny student from a tiny teacher by TSD-KD, both shipped with the package, on this machine (under "
-        "5 minutes on 2 CPU cores): accuracy on held-out word problems before and after.",
+        description="Distil a tiny student from a tiny teacher by TSD-KD, both shipped with the package, on this machine "
+        "(under 5 minutes on 2 CPU cores): accuracy on held-out word problems before and after.",
     )
     parser.add_argument("--output_dir", type=Path, default=Path("demo-run"), help="where results go (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of training problems and sampling (default: %(default)s)")

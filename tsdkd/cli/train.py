@@ -18,6 +18,9 @@ class DataArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "A second data set, for evaluation."})
     prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts."})
+    prompt_as_chat: bool = field(
+        default=False, metadata={"help": "Make each text prompt a chat of one user message, for models with a chat template."}
+    )
     drop_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep the first of equal prompts."})
 
 
@@ -56,6 +59,7 @@ def main(arguments: list[str]) -> int:
             split=split,
             prompt_column=data.prompt_column,
             drop_duplicates=data.drop_duplicate_prompts,
+            as_chat=data.prompt_as_chat,
         )
         print(f"{len(rows)} prompts from {name}")
         return rows

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _SHOWN = 5
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def _rows(indices: Sequence[int]) -> str:
@@ -43,7 +44,9 @@ def check_prompts(dataset: Any, role: str, rows_needed: int = 1, batch: str = ""
             partly text and partly chats (with their row numbers).
     """
     if isinstance(dataset, dict):
-        raise ValueError(f"{role} holds the splits {', '.join(dataset)}: pass one of them, e.g. dataset[{next(iter(dataset))!r}].")
+        raise ValueError(
+            f"{role} holds the splits {', '.join(dataset)}: pass one of them, e.g. dataset[{next(iter(dataset))!r}]."
+        )
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "prompt" not in columns:
         raise ValueError(
@@ -71,7 +74,8 @@ def check_prompts(dataset: Any, role: str, rows_needed: int = 1, batch: str = ""
     if len(kinds) > 1:
         raise ValueError(
             f"{role} mixes prompts of two types: {len(kinds['text'])} are text ({_rows(kinds['text'])}) and "
-            f"{len(kinds['chat'])} are chats ({_rows(kinds['chat'])}). Make them one type: [{{'role': 'user', 'content': text}}]."
+            f"{len(kinds['chat'])} are chats ({_rows(kinds['chat'])}). Make them one type: "
+            "[{'role': 'user', 'content': text}]."
         )
     return "chat" in kinds
 
@@ -99,47 +103,56 @@ def fitting_rows(lengths: Sequence[int], limit: int, why: str, role: str, drop: 
     return [row for row in range(len(lengths)) if row not in excluded]
 
 
-def load_prompts(
-    name: str, *, config: str | None = None, split: str = "train", prompt_column: str = "prompt", drop_duplicates: bool = False
-) -> Any:
+def load_prompts(name: str, *, config: str | None = None, split: str = "train", **mapping: Any) -> Any:
     """A data set of prompts, from the Hub or from a local JSONL, JSON, CSV or Parquet file.
 
     Args:
         name: the data set's name or a file's path.
         config: the data set's configuration.
         split: which split.
-        prompt_column: the column that holds the prompts; it is renamed to `prompt`.
-        drop_duplicates: keep the first of equal prompts.
+        mapping: as `map_prompts` takes it.
 
     Raises:
-        ValueError: the column is not there (the message lists what is).
+        ValueError: the file or the column is not there (the message lists what is).
     """
     import datasets
 
     path = Path(name)
-    if path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
+    if path.suffix in _BUILDERS:
         if not path.is_file():
-            raise ValueError(f"the file {name} is not there: pass the path of a JSONL, JSON, CSV or Parquet file, or a data set's name.")
-        builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}[path.suffix]
-        rows = datasets.load_dataset(builder, data_files=str(path), split="train")
+            raise ValueError(f"there is no file {name}: pass the path of one ({', '.join(_BUILDERS)}), or a data set's name.")
+        rows = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
     else:
         rows = datasets.load_dataset(name, config, split=split)
-    return map_prompts(rows, prompt_column=prompt_column, drop_duplicates=drop_duplicates)
+    return map_prompts(rows, **mapping)
 
 
-def map_prompts(rows: Any, *, prompt_column: str = "prompt", drop_duplicates: bool = False) -> Any:
-    """Rename the prompts' column to `prompt` and drop repeated prompts; other columns stay."""
+def map_prompts(rows: Any, *, prompt_column: str = "prompt", drop_duplicates: bool = False, as_chat: bool = False) -> Any:
+    """The prompts' column as `prompt`, and nothing else of the rows.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        prompt_column: the column that holds the prompts.
+        drop_duplicates: keep the first of equal prompts.
+        as_chat: make each text a chat of one user message.
+
+    Raises:
+        ValueError: the column is not there, or `as_chat` for prompts that are chats already.
+    """
     if prompt_column not in rows.column_names:
         raise ValueError(
             f"no column {prompt_column!r} in the data set; it has: {', '.join(rows.column_names)}. Pass --prompt_column."
         )
+    rows = rows.select_columns(prompt_column)
     if prompt_column != "prompt":
-        if "prompt" in rows.column_names:
-            rows = rows.remove_columns("prompt")
         rows = rows.rename_column(prompt_column, "prompt")
     if drop_duplicates:
         first: dict[str, int] = {}
         for row, prompt in enumerate(rows["prompt"]):
             first.setdefault(repr(prompt), row)
         rows = rows.select(sorted(first.values()))
+    if as_chat:
+        if len(rows) and not isinstance(rows[0]["prompt"], str):
+            raise ValueError("prompt_as_chat makes chats of texts, but these prompts are chats already: leave it out.")
+        rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
     return rows

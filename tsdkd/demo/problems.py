@@ -34,7 +34,7 @@ def make_problem(rng: random.Random, level: int, faulty: float = 0.0) -> Problem
     Args:
         rng: the source of randomness.
         level: how many operations it takes, 1 or more.
-        faulty: the chance of each written result to be off by a few, for solutions that teach a bad habit; `answer` is
+        faulty: the chance of each written result to be one too many, for solutions that teach a bad habit; `answer` is
             then the wrong one that the solution ends with.
     """
     if level < 1:
@@ -58,7 +58,7 @@ def make_problem(rng: random.Random, level: int, faulty: float = 0.0) -> Problem
             sentences.append(f"{name} {verb} them.")
             true, step, result = true * FACTORS[verb], f"{written}*{FACTORS[verb]}", written * FACTORS[verb]
         if rng.random() < faulty:
-            result += rng.choice((-10, -2, -1, 1, 2, 10))
+            result += 1
         written = min(max(result, 0), 3 * LARGEST)
         steps.append(f"{step}={written}")
     sentences.append(f"How many {item} now?")
@@ -73,7 +73,8 @@ def make_problems(count: int, seed: int, levels: tuple[int, ...] = LEVELS, fault
 
 def held_out(count: int, seed: int, seen: set[str], levels: tuple[int, ...] = LEVELS) -> list[Problem]:
     """`count` distinct problems none of whose questions is in `seen`."""
-    rng, chosen = random.Random(seed), {}
+    rng = random.Random(seed)
+    chosen: dict[str, Problem] = {}
     while len(chosen) < count:
         problem = make_problem(rng, levels[len(chosen) % len(levels)])
         if problem.question not in seen:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from tsdkd.demo.problems import FACTORS, GAINS, ITEMS, LOSSES, NAMES, held_out, make_problem, make_problems
+from tsdkd.demo.problems import FACTORS, GAINS, ITEMS, LOSSES, NAMES, held_out, make_problem
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>")
 CHAT_TEMPLATE = (
@@ -71,6 +71,34 @@ def make_model(layers: int, hidden: int, intermediate: int) -> Qwen2ForCausalLM:
     )
 
 
+def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
+    """The same function as a Llama with biases: AutoTokenizer replaces the tokenizer of any model of type qwen2 by its own."""
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    names += (
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "eos_token_id",
+        "pad_token_id",
+    )
+    options = {name: getattr(model.config, name) for name in names}
+    llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, bos_token_id=None, **options))
+    missing, unexpected = llama.load_state_dict(model.state_dict(), strict=False)
+    if unexpected or not all(name.endswith("o_proj.bias") for name in missing):
+        raise AssertionError(f"the two architectures differ: {missing}, {unexpected}")
+    for layer in llama.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.bias)  # Qwen2 has none
+    return llama.eval()
+
+
 def _batch(tokenizer, rng, size, faulty, levels):
     rows, starts = [], []
     for _ in range(size):
@@ -118,18 +146,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--teacher_steps", type=int, default=2500)
-    parser.add_argument("--student_steps", type=int, default=2500)
+    parser.add_argument("--student_steps", type=int, default=800)
     parser.add_argument("--habit_steps", type=int, default=60)
+    parser.add_argument("--problems", type=int, default=600, help="held-out problems to score on")
     parser.add_argument("--only", choices=["teacher", "student"])
     args = parser.parse_args()
     tokenizer = make_tokenizer()
-    problems = held_out(600, 4321, {p.question for p in make_problems(0, 0)}, levels=(2, 3))
+    problems = held_out(args.problems, 4321, set(), levels=(2, 3))
 
     def save(model, name):
         folder = args.output_dir / name
-        model.to(torch.bfloat16).save_pretrained(folder)
+        stored = as_llama(model).to(torch.bfloat16)
+        stored.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        print(name, "accuracy", accuracy(model.float(), tokenizer, problems), flush=True)
+        model.to(torch.bfloat16).float()  # training goes on from what is stored
+        print(name, "accuracy", accuracy(stored.float(), tokenizer, problems), flush=True)
 
     if args.only != "student":
         torch.manual_seed(1)
@@ -139,7 +170,7 @@ def main() -> None:
         student = make_model(2, 128, 384)
         fit(student, tokenizer, steps=args.student_steps, lr=2e-3, batch=128, seed=2)
         save(student, "student-before-habit")
-        fit(student, tokenizer, steps=args.habit_steps, lr=5e-4, batch=128, seed=3, faulty=0.6, warmup=10, report=20)
+        fit(student, tokenizer, steps=args.habit_steps, lr=5e-4, batch=128, seed=3, faulty=0.5, warmup=10, report=20)
         save(student, "student")
 
 

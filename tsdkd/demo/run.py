@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tsdkd.demo.problems import Problem, held_out, make_problems
 from tsdkd.demo.scoring import MAX_NEW_TOKENS, accuracy
+from tsdkd.methods import TSDKD
 from tsdkd.provenance import provenance
 from tsdkd.trainers import TSDKDConfig, TSDKDTrainer
 
@@ -162,11 +163,17 @@ def run(output_dir: Path, seed: int = 0, weights: str = "demo", steps: int = 200
     teacher, student = load["teacher"].eval(), load["student"]
     console.print(f"Arithmetic word problems, e.g.: {test[0].question}", markup=False)
     console.print(
-        f"A teacher of {teacher.num_parameters() / 1e6:.1f} M parameters, a student of {student.num_parameters() / 1e6:.1f} M that "
-        f"has the skill and a bad habit; weights: {weights}, {choice.why}",
+        f"A teacher of {teacher.num_parameters() / 1e6:.1f} M parameters, a student of {student.num_parameters() / 1e6:.1f} M "
+        f"that has the skill and a bad habit; weights: {weights}, {choice.why}",
         markup=False,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("time left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("time left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         scoring = progress.add_task("scoring teacher and student", total=2)
         before = {}
@@ -206,7 +213,7 @@ def run(output_dir: Path, seed: int = 0, weights: str = "demo", steps: int = 200
         after = accuracy(trainer.model, tokenizer, test)
         progress.advance(scoring)
     trainer.save_model(str(output_dir / "student"))
-    options = {term: getattr(settings, term) for term in trainer.method.__dataclass_fields__}
+    options = {option.name: getattr(settings, option.name) for option in fields(TSDKD)}
     summary = {
         "teacher": before["teacher"],
         "student_before": before["student"],
@@ -217,12 +224,14 @@ def run(output_dir: Path, seed: int = 0, weights: str = "demo", steps: int = 200
     }
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     missing = _plot(follow.rows, summary, output_dir / "curve.png")
-    command = (
-        "tsdkd train --student YOUR/STUDENT --teacher YOUR/TEACHER --dataset_name prompts.jsonl --output_dir my-student"
-    )
-    console.print(f"\n{_table(summary)}\n", markup=False, highlight=False)
-    console.print(f"{summary['seconds']:.0f} s. The student, metrics.jsonl, summary.json{'' if missing else ' and curve.png'} are in {output_dir}/", markup=False, highlight=False, soft_wrap=True)
-    if missing:
-        console.print(missing, markup=False)
-    console.print(f"The same with your own models:\n  {command}", markup=False, highlight=False, soft_wrap=True)
+    command = "tsdkd train --student YOUR/STUDENT --teacher YOUR/TEACHER --dataset_name prompts.jsonl --output_dir my-student"
+    written = ["the student", "metrics.jsonl", "summary.json", *([] if missing else ["curve.png"])]
+    for text in (
+        f"\n{_table(summary)}\n",
+        f"{summary['seconds']:.0f} s; in {output_dir}/: {', '.join(written)}.",
+        missing,
+        f"The same with your own models:\n  {command}",
+    ):
+        if text:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
     return summary

@@ -37,9 +37,7 @@ def answers(model, tokenizer, problems: list[Problem], batch_size: int = 250) ->
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
         ).to(model.device)
-        output = model.generate(
-            **inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id
-        )
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id)
         texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 
@@ -52,9 +50,7 @@ def accuracy(model, tokenizer, problems: list[Problem]) -> dict[str, float]:
     """
     was_training = model.training
     model.eval()
-    right = sum(
-        is_correct(text, p.answer) for text, p in zip(answers(model, tokenizer, problems), problems, strict=True)
-    )
+    right = sum(is_correct(text, p.answer) for text, p in zip(answers(model, tokenizer, problems), problems, strict=True))
     model.train(was_training)
     low, high = wilson_interval(right, len(problems))
     return {"accuracy": right / len(problems), "low": low, "high": high, "n": len(problems)}

@@ -47,9 +47,10 @@ def coefficients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per token, what its Plackett-Luce loss, divergence and entropy contribute to the sums of the three terms."""
     dtype = weights.gate.dtype
+    direct = token_coefficients(mask, dtype) * weights.gate
     return (
         response_coefficients(weights.opener, dtype),
-        token_coefficients(mask, dtype) * weights.gate,
+        direct if objective.direct_weight else torch.zeros_like(direct),
         token_coefficients(weights.top_entropy, dtype),
     )
 
@@ -126,8 +127,11 @@ def evaluate_logits(
         candidate_tau[rows] = kendall_tau(order).to(nll.dtype)
 
     per_token = tuple(layout.pad(values) for values in (nll, distance, entropy))
-    sums = tuple(
-        weighted_sum(values, c) for values, c in zip(per_token, coefficients(objective, weights, layout.mask), strict=True)
+    c_nll, c_distance, c_entropy = coefficients(objective, weights, layout.mask)
+    sums = (
+        weighted_sum(per_token[0], c_nll),
+        weighted_sum(per_token[1], c_distance),
+        weighted_sum(per_token[2], c_entropy),
     )
     own = local_counts(objective, weights, layout.mask)
     divisor = own if counts is None else counts

@@ -1,5 +1,9 @@
 """The formulas of the paper as small pure functions on logits: per token, unreduced, torch only."""
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from tsdkd.losses.divergence import (
     forward_kl,
     generalized_jsd,
@@ -12,7 +16,7 @@ from tsdkd.losses.entropy import entropy_gap, token_entropy
 from tsdkd.losses.ranking import kendall_tau, plackett_luce_nll, student_candidates, teacher_order
 from tsdkd.losses.reduction import divide, response_coefficients, token_coefficients, weighted_sum
 
-DIVERGENCES = {
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "forward_kl": forward_kl,
     "generalized_jsd": generalized_jsd,
     "reverse_kl": reverse_kl,
@@ -22,12 +26,12 @@ DIVERGENCES = {
 
 __all__ = [
     "DIVERGENCES",
+    "divide",
     "entropy_gap",
     "forward_kl",
     "generalized_jsd",
     "kendall_tau",
     "plackett_luce_nll",
-    "divide",
     "response_coefficients",
     "reverse_kl",
     "shared_vocabulary",
@@ -35,7 +39,7 @@ __all__ = [
     "skew_reverse_kl",
     "student_candidates",
     "teacher_order",
-    "token_entropy",
     "token_coefficients",
+    "token_entropy",
     "weighted_sum",
 ]

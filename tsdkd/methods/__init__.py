@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from tsdkd.checks import check_choice
@@ -19,7 +20,7 @@ def resolve_method(method: str | Method, options: dict[str, Any] | None = None) 
     """
     if isinstance(method, str):
         check_choice("method", method, METHODS)
-        known = METHODS[method].__dataclass_fields__
+        known = [field.name for field in dataclasses.fields(METHODS[method])]
         for option in options or {}:
             if option not in known:
                 raise ValueError(f"method {method!r} has no option {option!r}; it has: {', '.join(known)}.")

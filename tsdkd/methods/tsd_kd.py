@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from tsdkd.checks import check_candidates, check_count, check_mask, check_positi
 from tsdkd.fused.reference import evaluate_logits
 from tsdkd.losses import shared_vocabulary
 from tsdkd.selection import Gate, Opener, TopEntropy, resolve_gate, top_count
-from tsdkd.types import Counts, Head, LossTerms, Objective, TokenBatch, TokenStatistics, TokenWeights
+from tsdkd.types import Counts, Head, LossTerms, Objective, TokenBatch
 
 TERMS = ("indirect", "direct", "entropy")
 
@@ -104,7 +105,8 @@ class TSDKD:
         return {term: getattr(self, f"{term}_weight") for term in TERMS}
 
     def only(self, term: str) -> TSDKD:
-        return dataclasses.replace(self, **{f"{other}_weight": 0.0 for other in TERMS if other != term})
+        off: dict[str, Any] = {f"{other}_weight": 0.0 for other in TERMS if other != term}
+        return dataclasses.replace(self, **off)
 
     def loss(
         self, batch: TokenBatch, student_head: Head, teacher_head: Head, *, counts: Counts | None = None, impl: str = "auto"
@@ -116,17 +118,18 @@ class TSDKD:
 def _spread(terms: LossTerms, mask: torch.Tensor) -> LossTerms:
     """The per-token members laid out as the caller's `[batch, completion]` mask."""
 
-    def lay(values: torch.Tensor | None) -> torch.Tensor | None:
-        if values is None:
-            return None
+    def lay(values: Any) -> Any:
+        if not isinstance(values, torch.Tensor):
+            return values
         return values.new_zeros(mask.shape).masked_scatter_(mask, values[terms.mask])
 
-    statistics = {field.name: lay(getattr(terms.statistics, field.name)) for field in dataclasses.fields(TokenStatistics)}
-    weights = {field.name: lay(getattr(terms.weights, field.name)) for field in dataclasses.fields(TokenWeights)}
+    def lay_all(members: Any) -> Any:
+        return dataclasses.replace(members, **{f.name: lay(getattr(members, f.name)) for f in dataclasses.fields(members)})
+
     return dataclasses.replace(
         terms,
-        statistics=TokenStatistics(**statistics),
-        weights=TokenWeights(**weights),
+        statistics=lay_all(terms.statistics),
+        weights=lay_all(terms.weights),
         ranking_nll=lay(terms.ranking_nll),
         candidate_tau=lay(terms.candidate_tau),
     )

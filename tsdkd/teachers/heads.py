@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from tsdkd.types import Head
 
@@ -13,12 +14,12 @@ _DIVISOR = "logits_scaling"
 _DIVISOR_IS_MULTIPLIER = {"hyperclovax"}
 
 
-def text_config(model: nn.Module):
+def text_config(model: Any):
     """The configuration of the language model inside `model`."""
     return model.config.get_text_config()
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: Any) -> Head:
     """The model's head with every factor that its family applies to the logits.
 
     Raises:
@@ -43,19 +44,19 @@ def head_of(model: nn.Module) -> Head:
     )
 
 
-def without_adapter_wrapper(model: nn.Module) -> nn.Module:
+def without_adapter_wrapper(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper (its adapters stay active), or the model itself."""
     return model.base_model.model if hasattr(model, "peft_config") and hasattr(model, "base_model") else model
 
 
-def last_hidden_state(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def last_hidden_state(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """`[rows, longest, hidden]`, what the head reads; the vocabulary is not projected."""
     backbone = without_adapter_wrapper(model).base_model
     return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, role: str, vocab_size: int) -> None:
+def check_head(model: Any, role: str, vocab_size: int) -> None:
     """Refuse a model whose logits are not head(last hidden state), or are not finite, on a short text.
 
     This closes the class of silently wrong losses: a scale, cap or bias of a family that `head_of` does not know.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
 
 from tsdkd.teachers.heads import head_of, last_hidden_state
 from tsdkd.types import Head, Rollouts
@@ -25,7 +25,7 @@ class LocalTeacher:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         pad_id: int,
         batch_size: int,

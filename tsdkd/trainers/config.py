@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from trl import DistillationConfig
 
-from tsdkd.checks import check_count, check_positive
+from tsdkd.checks import check_choice, check_count, check_positive
 from tsdkd.fused import ENGINES
 from tsdkd.methods import Method, resolve_method
 from tsdkd.methods.tsd_kd import TSDKD
@@ -37,7 +37,7 @@ class TokenDistillConfig(DistillationConfig):
             last hidden states, on one micro-batch; 0 is never.
     """
 
-    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "method_options"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DistillationConfig._VALID_DICT_FIELDS, "method_options"]
 
     method: str = field(default="tsd_kd", metadata={"help": "The distillation method's name."})
     method_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "The method's options, by name."})
@@ -55,7 +55,7 @@ class TokenDistillConfig(DistillationConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and not self.fp16:
+        if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
             self.bf16 = bf16_works_here()
         super().__post_init__()
         if self.max_length is not None:
@@ -64,12 +64,15 @@ class TokenDistillConfig(DistillationConfig):
             check_count("max_completion_length", self.max_completion_length)
         if self.teacher_batch_size is not None:
             check_count("teacher_batch_size", self.teacher_batch_size)
+        check_choice("fused_impl", self.fused_impl, ENGINES)
         check_count("term_grad_norm_steps", self.term_grad_norm_steps, smallest=0)
         self.build_method()  # refuses unknown options before any model is loaded
 
     def build_method(self) -> Method:
         """The method that these options name."""
-        return resolve_method(self.method, self.method_options)
+        options = self.method_options
+        assert not isinstance(options, str), "TRL's config parses JSON options before this"
+        return resolve_method(self.method, options)
 
 
 @dataclass
@@ -83,7 +86,9 @@ class TSDKDConfig(TokenDistillConfig):
         default=5e-6, metadata={"help": "AdamW (paper, A.9: 'Learning rate 5e-6 (Qwen2.5), 1e-7 (Gemma2)')."}
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Paper, A.9: 'Learning rate scheduler Cosine'."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Below 1 a share of the steps (paper, A.9: 'Warmup ratio 0.1')."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Below 1 a share of the steps (paper, A.9: 'Warmup ratio 0.1')."}
+    )
     num_train_epochs: float = field(default=3.0, metadata={"help": "Paper, A.9: 'Epochs 3'."})
 
     indirect_weight: float = field(default=0.1, metadata={"help": "alpha of Eq. 13 (paper, A.9: 0.1); 0 is off."})

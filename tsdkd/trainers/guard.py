@@ -45,8 +45,8 @@ class Guard:
         if culprits:
             raise NonFiniteError(
                 f"step {step}: NaN or Inf in {', '.join(culprits)} (student: {models['student']}, teacher: "
-                f"{models['teacher']}). The step was not made: the student's weights are those of step {step - 1}, and nothing was "
-                "saved. Look at the first name: a model's hidden states point to its checkpoint or dtype (try bfloat16 or "
-                "float32 instead of float16), a term to its options, the gradient norm alone to the learning rate or to "
+                f"{models['teacher']}). The step was not made: the student's weights are those of step {step - 1}, and nothing "
+                "was saved. Look at the first name: a model's hidden states point to its checkpoint or dtype (try bfloat16 "
+                "or float32 instead of float16), a term to its options, the gradient norm alone to the learning rate or to "
                 "mixed precision."
             )

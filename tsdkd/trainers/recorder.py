@@ -65,7 +65,8 @@ class Stopwatch:
         if self._cuda and self._spans:
             torch.cuda.synchronize()
         seconds = {
-            name: sum(b.elapsed_time(e) / 1000 if self._cuda else e - b for b, e in spans) for name, spans in self._spans.items()
+            name: sum(b.elapsed_time(e) / 1000 if self._cuda else e - b for b, e in spans)
+            for name, spans in self._spans.items()
         }
         self._spans.clear()
         return seconds

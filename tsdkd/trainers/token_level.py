@@ -23,7 +23,7 @@ from tsdkd.types import Counts, Head, Rollouts, TokenBatch
 logger = logging.getLogger(__name__)
 
 
-def load_teacher(name: str, args: TokenDistillConfig) -> nn.Module:
+def load_teacher(name: str, args: TokenDistillConfig) -> Any:
     """A teacher in the dtype of its checkpoint, unless `teacher_model_init_kwargs` says otherwise."""
     kwargs = dict(args.teacher_model_init_kwargs or {})
     kwargs.setdefault("dtype", "auto")
@@ -33,7 +33,7 @@ def load_teacher(name: str, args: TokenDistillConfig) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(name, **kwargs)
 
 
-def name_of(model: nn.Module) -> str:
+def name_of(model: Any) -> str:
     """A model's name for messages."""
     return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
@@ -49,9 +49,9 @@ def check_same_tokens(student: Any, teacher: Any, vocab_size: int) -> None:
     for token, i in sorted(theirs.items(), key=lambda item: item[1]):
         if i < vocab_size and our_ids.get(i, token) != token:
             raise ValueError(
-                f"the tokenizers disagree: id {i} is {our_ids[i]!r} for the student but {token!r} for the teacher. Distillation "
-                "compares next-token distributions id by id, so both models must share one tokenizer: pick a teacher of the "
-                "student's family."
+                f"the tokenizers disagree: id {i} is {our_ids[i]!r} for the student but {token!r} for the teacher. "
+                "Distillation compares next-token distributions id by id, so both models must share one tokenizer: pick a "
+                "teacher of the student's family."
             )
         if token in ours and ours[token] != i and min(i, ours[token]) < vocab_size:
             raise ValueError(
@@ -81,8 +81,8 @@ class TokenDistillTrainer(SeamTrainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
-        teacher_model: str | nn.Module | None = None,
+        model: Any,
+        teacher_model: Any = None,
         args: TokenDistillConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -122,7 +122,8 @@ class TokenDistillTrainer(SeamTrainer):
         if chats and self._tokenizer.chat_template is None:
             raise ValueError(
                 f"the prompts are chats but the tokenizer of {name_of(self.model)} has no chat template: set "
-                "tokenizer.chat_template, use an instruct model's tokenizer (processing_class=...), or pass the prompts as text."
+                "tokenizer.chat_template, use an instruct model's tokenizer (processing_class=...), or pass the "
+                "prompts as text."
             )
         if isinstance(teacher_model, str):
             teacher_model = load_teacher(teacher_model, args)
@@ -168,7 +169,7 @@ class TokenDistillTrainer(SeamTrainer):
                 chats |= check_prompts(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
         return chats
 
-    def _shared_vocabulary(self, teacher_model: nn.Module) -> int:
+    def _shared_vocabulary(self, teacher_model: Any) -> int:
         """How many ids both models have; refuse tokenizers that disagree on them."""
         size = min(self.model.get_output_embeddings().weight.shape[0], teacher_model.get_output_embeddings().weight.shape[0])
         candidates = getattr(self.method, "num_candidates", None)
@@ -219,7 +220,13 @@ class TokenDistillTrainer(SeamTrainer):
         dropped = len(lengths) - len(rows)
         if dropped:
             self._dropped += dropped
-            logger.warning("%d of %d prompts of %s are longer than %d tokens and were dropped.", dropped, len(lengths), role, self._prompt_limit)
+            logger.warning(
+                "%d of %d prompts of %s are longer than %d tokens and were dropped.",
+                dropped,
+                len(lengths),
+                role,
+                self._prompt_limit,
+            )
             dataset = dataset.select(rows)
             if role == "train_dataset":
                 self._check_datasets(self.args, dataset, None)
@@ -233,7 +240,8 @@ class TokenDistillTrainer(SeamTrainer):
         too_long = max(map(len, result[0]))
         if too_long > self._prompt_limit:  # only a stream gets here, other data sets were measured at construction
             raise ValueError(
-                f"a prompt of {too_long} tokens arrived but at most {self._prompt_limit} fit: {self._limit_reason}. Filter the stream."
+                f"a prompt of {too_long} tokens arrived but at most {self._prompt_limit} fit: {self._limit_reason}. "
+                "Filter the stream."
             )
         return result
 
@@ -242,7 +250,9 @@ class TokenDistillTrainer(SeamTrainer):
         mode = self.mode
         recorder = self._recorders[mode]
         lengths = rollouts.lengths
-        recorder.add_host("completions/empty", float(sum(length == 0 for length in lengths)), 1 / self.accelerator.num_processes)
+        recorder.add_host(
+            "completions/empty", float(sum(length == 0 for length in lengths)), 1 / self.accelerator.num_processes
+        )
         own = self.method.counts(lengths)
         local = torch.tensor([own.tokens, own.selected, own.responses], dtype=torch.float32, device=self.accelerator.device)
         total = self.accelerator.reduce(local, reduction="sum") if mode == "train" else local

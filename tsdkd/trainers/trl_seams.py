@@ -19,6 +19,7 @@ class SeamTrainer(DistillationTrainer):
     """TRL's generation, tools, PEFT, accumulation and logging, with the loss and its counts handed to hooks.
 
     Hooks:
+        write(prompt_ids, …): the completions' ids, one list a prompt.
         prepare_step(rollouts): what joins the generation batch beside TRL's tensors, from this process's rollouts.
         token_loss(student, inputs): the micro-batch's loss, run inside the student's wrapper.
         before_optimizer_step(grad_norm): called once per optimizer step, before the weights change.
@@ -67,8 +68,17 @@ class SeamTrainer(DistillationTrainer):
         if self.use_vllm:
             self.vllm_generation.max_completion_length = tokens
 
+    # None while the first turn of a generation is still to come.
+    _empty_rows: set[int] | None
+    train_dataset: Any
+    eval_dataset: Any
+
+    def write(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        """Who writes the answers: the student, by transformers or vLLM."""
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        completion_ids = self.write(prompt_ids, *args, **kwargs)
         if self._empty_rows is None:  # the first turn; later ones write for a part of the rows
             self._empty_rows = {row for row, ids in enumerate(completion_ids) if not ids}
             # TRL reads ids[-1] of every completion; a padding token stands in and is not trained on.

@@ -1,0 +1,40 @@
+# make demo | test | test-engines | lint | all on a bare machine: each sets up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# No network in tests, and none of TRL's telemetry.
+OFFLINE := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
+
+.PHONY: demo test test-engines lint format clean
+
+# torch by itself and first on a machine without a GPU: anything looser brings gigabytes of CUDA.
+$(VENV)/.ready: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install --quiet -c constraints.txt torch; \
+	else $(BIN)/pip install --quiet torch==2.13.0; fi
+	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(OFFLINE) $(BIN)/tsdkd demo --output_dir demo-run
+
+test: $(VENV)/.ready lint
+	$(OFFLINE) $(BIN)/python -m pytest -q -m 'not engines and not gpu' tests tsdkd
+
+test-engines: $(VENV)/.ready
+	@echo "No engine tests yet: vLLM, DeepSpeed and browser tests run here."
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-run

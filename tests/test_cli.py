@@ -1,0 +1,112 @@
+"""The command line as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import QUESTIONS, save_tiny
+
+from tsdkd.cli import main
+from tsdkd.cli.train import parse
+
+ROOT = Path(__file__).parent.parent
+
+
+def fresh(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_help_loads_nothing_heavy():
+    out = fresh("import sys, tsdkd, tsdkd.cli; tsdkd.cli.main(['--help']); print({'torch', 'numpy'} & set(sys.modules))")
+    assert "train" in out and "demo" in out and out.strip().endswith("set()")
+
+
+@pytest.mark.parametrize("module", ["tsdkd.losses", "tsdkd.selection", "tsdkd.fused", "tsdkd.methods"])
+def test_the_losses_load_torch_and_nothing_heavier(module):
+    heavy = {"transformers", "trl", "accelerate", "datasets", "vllm", "deepspeed", "peft"}
+    assert fresh(f"import sys, {module}; print({heavy} & set(sys.modules), 'torch' in sys.modules)").strip() == "set() True"
+
+
+def test_public_names_resolve_and_unknown_ones_are_listed():
+    import tsdkd
+
+    for name in tsdkd.__all__:
+        assert getattr(tsdkd, name) is not None
+    with pytest.raises(AttributeError, match=r"has no attribute 'TSDKDTrain'; it has: .*TSDKDTrainer"):
+        _ = tsdkd.TSDKDTrain
+    assert "TSDKDTrainer" in dir(tsdkd)
+
+
+def test_unknown_commands_and_bad_values_say_what_to_do(capsys):
+    assert main(["trian"]) == 2
+    assert "unknown command 'trian'; the commands are: train, demo" in capsys.readouterr().err
+    assert main(["demo", "--steps", "0"]) == 2
+    assert "--steps 0: it must be 1 or more" in capsys.readouterr().err
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("tsdkd 0.")
+    assert main(["train", "--teacher", "t", "--use_cpu", "--output_dir", "o"]) == 2
+    assert "no student was given: pass --student" in capsys.readouterr().err
+    assert main(["train", "--student", "s", "--use_cpu", "--output_dir", "o"]) == 2
+    assert "no teacher was given: pass --teacher" in capsys.readouterr().err
+    assert main(["train", "--student", "s", "--teacher", "t", "--use_cpu", "--output_dir", "o"]) == 2
+    assert "no prompts were given: pass --dataset_name" in capsys.readouterr().err
+
+
+def test_train_from_yaml_flags_and_a_jsonl_file(tmp_path):
+    student, teacher = save_tiny(tmp_path / "s", seed=1), save_tiny(tmp_path / "t", seed=2, hidden=48)
+    rows = [{"instruction": text} for text in [*QUESTIONS[:8], QUESTIONS[0]]]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {student}\ndataset_name: {tmp_path / 'p.jsonl'}\nprompt_column: instruction\n"
+        "drop_duplicate_prompts: true\nprompt_as_chat: true\nuse_cpu: true\nmax_length: 64\nmax_completion_length: 8\n"
+        "max_steps: 3\nper_device_train_batch_size: 4\nreport_to: none\nbeta: 0.5\n"
+    )
+    command = ["train", "--config", str(recipe), "--teacher", teacher, "--output_dir", str(tmp_path / "out"), "--max_steps=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "tsdkd.cli"]
+    run = subprocess.run(launch + command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert f"8 prompts from {tmp_path / 'p.jsonl'}" in run.stdout  # one of nine is a repetition
+    assert (tmp_path / "out" / "model.safetensors").exists() and "TSD-KD" in (tmp_path / "out" / "README.md").read_text()
+    data, config, model = parse(command[1:])
+    assert (config.beta, config.max_steps, data.prompt_column, model.model_name_or_path) == (0.5, 1, "instruction", student)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_parse_into_the_config_and_map_their_columns(recipe):
+    from datasets import Dataset
+
+    from tsdkd.data.prompts import check_prompts, map_prompts
+
+    data, config, model = parse(["--config", str(recipe), "--use_cpu"])
+    gpus = 8
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps * gpus == 128
+    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_steps) == (5e-6, "cosine", 0.1)
+    assert (config.num_train_epochs, config.max_length, config.beta, config.num_candidates) == (3, 1024, 0.9, 10)
+    assert model.model_name_or_path and config.teacher_model_name_or_path
+    made = Dataset.from_dict({"task": ["a"] * 5, "instruction": ["q1", "q2", "q1", "q3", "q2"], "response": ["r"] * 5})
+    rows = map_prompts(
+        made, prompt_column=data.prompt_column, drop_duplicates=data.drop_duplicate_prompts, as_chat=data.prompt_as_chat
+    )
+    assert [row["prompt"][0]["content"] for row in rows] == ["q1", "q2", "q3"] and rows.column_names == ["prompt"]
+    assert check_prompts(rows, "train_dataset") is True
+
+
+def test_mapping_refuses_what_is_not_there():
+    from datasets import Dataset
+
+    from tsdkd.data.prompts import load_prompts, map_prompts
+
+    rows = Dataset.from_dict({"instruction": ["a"]})
+    with pytest.raises(ValueError, match=r"no column 'prompt' in the data set; it has: instruction. Pass --prompt_column"):
+        map_prompts(rows)
+    with pytest.raises(ValueError, match=r"there is no file nowhere\.jsonl"):
+        load_prompts("nowhere.jsonl")
+    chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": "a"}]]})
+    with pytest.raises(ValueError, match="chats already"):
+        map_prompts(chats, as_chat=True)

@@ -1,0 +1,51 @@
+"""Two processes (gloo) on the same rollouts give what one gives; a NaN on one stops both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def launch(folder: Path, world: int, scenario: str) -> list[dict]:
+    folder.mkdir()
+    command = [sys.executable, str(HERE / "processes.py"), str(folder), scenario]
+    if world > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    results = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+    assert all(result["world"] == world for result in results)  # accelerate may silently start one process on a CPU
+    return results
+
+
+def test_two_processes_give_the_loss_gradient_and_evaluation_of_one(tmp_path):
+    (one,) = launch(tmp_path / "one", 1, "plain")
+    two = launch(tmp_path / "two", 2, "plain")
+    for result in two:
+        for name in ("loss", "loss/indirect", "loss/direct", "loss/entropy", "grad_norm", "gate/mean", "opener/tokens"):
+            assert result["train"][name] == pytest.approx(one["train"][name], rel=5e-6), name
+        largest = max(map(abs, one["gradient"]))
+        assert result["gradient"] == pytest.approx(one["gradient"], rel=1e-4, abs=1e-5 * largest)
+        # 7 rows in batches of 2 on 2 processes: accelerate repeats a row to fill the last batch, which must not count
+        for name in ("eval_loss", "eval_loss/direct", "eval_loss/indirect", "eval_student/entropy"):
+            assert result["evaluation"][name] == pytest.approx(one["evaluation"][name], rel=5e-6), name
+
+
+def test_a_process_whose_answers_are_all_empty_holds_nobody_up(tmp_path):
+    first, second = launch(tmp_path / "run", 2, "one rank is empty")
+    assert first["train"]["completions/empty"] == second["train"]["completions/empty"] == 4
+    assert first["train"]["loss"] > 0 and first["gradient"] == pytest.approx(second["gradient"])
+
+
+def test_a_nan_on_one_process_stops_both_alike(tmp_path):
+    first, second = launch(tmp_path / "run", 2, "one rank is poisoned")
+    assert first["stopped"] == second["stopped"]
+    assert "step 1: NaN or Inf in the teacher's hidden states" in first["stopped"]

@@ -1,0 +1,85 @@
+"""Documents that run: README's commands and code, and the examples."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import QUESTIONS, save_tiny
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_readme_trains_with_the_names_redirected(tmp_path, monkeypatch):
+    import datasets
+
+    (code,) = [block for block in BLOCKS if "TSDKDTrainer(" in block]
+    names = {
+        "Qwen/Qwen2.5-1.5B-Instruct": save_tiny(tmp_path / "s", seed=1, positions=1024, closes_soon=True),
+        "Qwen/Qwen2.5-14B-Instruct": save_tiny(tmp_path / "t", seed=2, hidden=48, positions=1024),
+    }
+    for name, local in names.items():
+        assert name in code
+        code = code.replace(name, local)
+    rows = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": q}] for q in QUESTIONS[:8]]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["trainer"].state.global_step == 3  # one batch of eight, three epochs
+
+
+def test_readme_loss_block_runs():
+    (code,) = [block for block in BLOCKS if "tsd_kd_loss(" in block]
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["student_logits"].grad is not None
+
+
+def test_readme_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for command in set(re.findall(r"^tsdkd ([a-z]+)", README, re.MULTILINE)):
+        subprocess.run([sys.executable, "-m", "tsdkd.cli", command, "--help"], check=True, capture_output=True, timeout=120)
+
+
+def test_readme_maps_every_folder():
+    folders = {p.name for p in (ROOT / "tsdkd").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    tree = README[README.index("## The tree") :]
+    assert not [folder for folder in folders if f"{folder}/" not in tree]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "tsdkd/methods/README.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(name):
+    path = ROOT / name
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), f"{name} links to {target}"
+
+
+def test_example_01(capsys):
+    runpy.run_path(str(ROOT / "examples" / "01_losses_on_logits.py"), run_name="__main__")
+    losses = [float(value) for value in re.findall(r"loss (\d+\.\d+) =", capsys.readouterr().out)]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+
+
+def test_example_02(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "examples" / "02_tiny_distillation.py")
+    run = subprocess.run(
+        [sys.executable, script, str(tmp_path / "out")],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path / "out" / "model.safetensors").exists()
