@@ -22,6 +22,7 @@ _WHERE = {
     "TokenDistillConfig": "tsdkd.trainers",
     "TokenDistillTrainer": "tsdkd.trainers",
     "TokenStatistics": "tsdkd.types",
+    "fused_tsd_kd_loss": "tsdkd.methods",
     "tsd_kd_loss": "tsdkd.methods",
 }
 
@@ -29,6 +30,7 @@ __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
     from tsdkd.methods import TSDKD as TSDKD
+    from tsdkd.methods import fused_tsd_kd_loss as fused_tsd_kd_loss
     from tsdkd.methods import tsd_kd_loss as tsd_kd_loss
     from tsdkd.selection import AdaptiveOpener as AdaptiveOpener
     from tsdkd.trainers import TokenDistillConfig as TokenDistillConfig

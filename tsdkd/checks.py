@@ -100,3 +100,17 @@ def check_candidates(num_candidates: int, vocab_size: int) -> None:
             f"num_candidates={num_candidates} but the shared vocabulary has {vocab_size} tokens: the student cannot propose "
             f"more candidates than there are; pass {vocab_size} or fewer (the paper: 10)."
         )
+
+
+def check_finite(name: str, hidden: torch.Tensor, mask: torch.Tensor) -> None:
+    """Refuse a NaN or Inf at a trained token of `[batch, completion, hidden]`, and name the first such token."""
+    import torch
+
+    broken = ~torch.isfinite(hidden.detach()).all(-1) & mask
+    if bool(broken.any()):
+        row, position = (int(i) for i in broken.nonzero()[0])
+        raise ValueError(
+            f"{name} holds a NaN or Inf at a trained token (response {row}, token {position}; {int(broken.sum())} tokens "
+            "in all): the model's weights are damaged or its dtype overflows. Check the checkpoint, or run it in bfloat16 or "
+            "float32."
+        )

@@ -32,8 +32,11 @@ class Head:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.weight.ndim != 2:
-            raise ValueError(f"a head's weight is [vocab, hidden]; got the shape {tuple(self.weight.shape)}.")
+        if self.weight.ndim != 2 or 0 in self.weight.shape:
+            raise ValueError(
+                f"a head's weight is [vocab, hidden]; got the shape {tuple(self.weight.shape)}: with no ids in it two heads "
+                "share none."
+            )
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(f"a head's bias is [vocab]={self.weight.shape[0]}; got {tuple(self.bias.shape)}.")
         if self.vocab_size is not None and not 0 < self.vocab_size <= self.weight.shape[0]:

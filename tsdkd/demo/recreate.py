@@ -73,22 +73,8 @@ def make_model(layers: int, hidden: int, intermediate: int) -> Qwen2ForCausalLM:
 
 def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
     """The same function as a Llama with biases: AutoTokenizer replaces the tokenizer of any model of type qwen2 by its own."""
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    names += (
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_parameters",
-        "tie_word_embeddings",
-        "eos_token_id",
-        "pad_token_id",
-    )
+    names = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+        max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings eos_token_id pad_token_id""".split()
     options = {name: getattr(model.config, name) for name in names}
     llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, bos_token_id=None, **options))
     missing, unexpected = llama.load_state_dict(model.state_dict(), strict=False)

@@ -118,7 +118,9 @@ def _plot(rows: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> st
             capsize=4,
         )
     right.axhline(summary["teacher"]["accuracy"], color="C1", linestyle="--", label="teacher")
-    right.set(xlabel="optimizer step", ylabel="accuracy, held-out problems", title="Greedy accuracy (bars: 95 %)", ylim=(0, 1))
+    right.set(
+        xlabel="optimizer step", ylabel="accuracy, held-out problems", title="Greedy accuracy (bars: 95 %)", ylim=(0, 1.04)
+    )
     right.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)

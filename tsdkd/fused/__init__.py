@@ -1,16 +1,21 @@
 """One door to every engine: objectives on hidden states and heads.
 
-`impl` names the engine: `"reference"` materialises the logits and calls `losses/`; `"auto"` picks the fastest one that
-this machine has.
+`impl` names the engine: `"reference"` materialises the logits and calls `losses/`; `"torch"` projects each head once, chunk by
+chunk, in torch; `"auto"` picks the fastest one that this machine has. The fused engines compute the gradient in the forward
+pass: only `.loss` carries one, and it can be backpropagated once.
 """
 
 from __future__ import annotations
 
-from tsdkd.checks import check_choice
-from tsdkd.fused import reference
-from tsdkd.types import Counts, Head, LossTerms, Objective, TokenBatch
+from typing import Any
 
-ENGINES = ("auto", "reference")
+import torch
+
+from tsdkd.checks import check_choice, check_positive, check_share
+from tsdkd.fused import function, reference, tiles_torch
+from tsdkd.types import Counts, Head, LossTerms, Objective, TokenBatch, TokenStatistics
+
+ENGINES = ("auto", "reference", "torch")
 
 
 def shared_heads(student_head: Head, teacher_head: Head) -> tuple[Head, Head]:
@@ -44,6 +49,7 @@ def evaluate(
     *,
     counts: Counts | None = None,
     impl: str = "auto",
+    chunk_tokens: int | str = "auto",
 ) -> LossTerms:
     """An objective on packed tokens.
 
@@ -53,16 +59,20 @@ def evaluate(
         student_head, teacher_head: cut to the shared vocabulary here.
         counts: what the terms are divided by; None counts this batch alone.
         impl: the engine, one of `ENGINES`.
+        chunk_tokens: tokens whose logits stand in memory at a time; `"auto"` chooses from the free memory and logs it.
 
     Returns:
         `LossTerms`, per-token members `[responses, longest]`.
 
     Raises:
-        ValueError: an unknown engine, hidden states that do not fit their heads.
+        ValueError: an unknown engine, a chunk below one token, hidden states that do not fit their heads.
     """
     check_choice("impl", impl, ENGINES)
+    check_positive("temperature", objective.temperature)
     check_batch(batch, student_head, teacher_head)
     student_head, teacher_head = shared_heads(student_head, teacher_head)
+    if impl != "reference":
+        return function.evaluate(objective, batch, student_head, teacher_head, counts, tiles_torch, chunk_tokens)
     return reference.evaluate_logits(
         objective,
         student_head.logits(batch.student_hidden),
@@ -70,3 +80,54 @@ def evaluate(
         batch.lengths,
         counts,
     )
+
+
+def generalized_jsd(
+    batch: TokenBatch, student_head: Head, teacher_head: Head, *, beta: float = 0.9, temperature: float = 1.0, **options: Any
+) -> LossTerms:
+    """The token mean of `losses.generalized_jsd` from hidden states and heads; `options` as in `evaluate`."""
+    check_share("beta", beta)
+    objective = Objective("generalized_jsd", beta, temperature=temperature)
+    return evaluate(objective, batch, student_head, teacher_head, **options)
+
+
+def forward_kl(
+    batch: TokenBatch, student_head: Head, teacher_head: Head, *, temperature: float = 1.0, **options: Any
+) -> LossTerms:
+    """The token mean of `losses.forward_kl` from hidden states and heads; `options` as in `evaluate`."""
+    objective = Objective("forward_kl", 0.0, temperature=temperature)
+    return evaluate(objective, batch, student_head, teacher_head, **options)
+
+
+def reverse_kl(
+    batch: TokenBatch, student_head: Head, teacher_head: Head, *, temperature: float = 1.0, **options: Any
+) -> LossTerms:
+    """The token mean of `losses.reverse_kl` from hidden states and heads; `options` as in `evaluate`."""
+    objective = Objective("reverse_kl", 0.0, temperature=temperature)
+    return evaluate(objective, batch, student_head, teacher_head, **options)
+
+
+def skew_forward_kl(
+    batch: TokenBatch, student_head: Head, teacher_head: Head, *, alpha: float = 0.1, temperature: float = 1.0, **options: Any
+) -> LossTerms:
+    """The token mean of `losses.skew_forward_kl` from hidden states and heads; `options` as in `evaluate`."""
+    check_share("alpha", alpha)
+    objective = Objective("skew_forward_kl", alpha, temperature=temperature)
+    return evaluate(objective, batch, student_head, teacher_head, **options)
+
+
+def skew_reverse_kl(
+    batch: TokenBatch, student_head: Head, teacher_head: Head, *, alpha: float = 0.1, temperature: float = 1.0, **options: Any
+) -> LossTerms:
+    """The token mean of `losses.skew_reverse_kl` from hidden states and heads; `options` as in `evaluate`."""
+    check_share("alpha", alpha)
+    objective = Objective("skew_reverse_kl", alpha, temperature=temperature)
+    return evaluate(objective, batch, student_head, teacher_head, **options)
+
+
+@torch.no_grad()
+def token_statistics(
+    batch: TokenBatch, student_head: Head, teacher_head: Head, *, objective: Objective | None = None, **options: Any
+) -> TokenStatistics:
+    """Entropies, divergence and agreement of every token, `[responses, longest]`, without any gradient's arithmetic."""
+    return evaluate(objective or Objective(), batch, student_head, teacher_head, **options).statistics

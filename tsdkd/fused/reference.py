@@ -87,6 +87,49 @@ def metric_sums(
     }
 
 
+def assemble(
+    objective: Objective,
+    per_token: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    statistics: TokenStatistics,
+    weights: TokenWeights,
+    candidate_tau: torch.Tensor,
+    own: Counts,
+    divisors: Counts,
+) -> LossTerms:
+    """The result from per-token values.
+
+    Args:
+        per_token: Plackett-Luce loss, divergence and entropy of each token, `[responses, longest]`.
+        own: the counts of these tokens, for what is logged.
+        divisors: what the terms are divided by.
+    """
+    nll, distance, token_entropies = per_token
+    scales = coefficients(objective, weights, statistics.mask)
+    sums = weighted_sum(nll, scales[0]), weighted_sum(distance, scales[1]), weighted_sum(token_entropies, scales[2])
+    indirect = divide(sums[0], divisors.responses)
+    direct = divide(sums[1], divisors.tokens)
+    entropy = divide(sums[2], divisors.selected)
+    loss = 0.0 * sums[1]  # keeps a graph where every term is off or nothing is left
+    for weight, term in (
+        (objective.indirect_weight, indirect),
+        (objective.direct_weight, direct),
+        (objective.entropy_weight, entropy),
+    ):
+        if weight != 0:
+            loss = loss + weight * term
+    return LossTerms(
+        loss=loss,
+        indirect=indirect,
+        direct=direct,
+        entropy=entropy,
+        statistics=statistics,
+        weights=weights,
+        ranking_nll=torch.where(weights.opener, nll.detach(), 0.0),
+        candidate_tau=candidate_tau,
+        sums=metric_sums(sums, statistics, weights, candidate_tau, own),
+    )
+
+
 def evaluate_logits(
     objective: Objective,
     student_logits: torch.Tensor,
@@ -106,7 +149,8 @@ def evaluate_logits(
     else:
         distance = divergence(student, teacher, objective.divergence_parameter, temperature=tau)
     entropy = token_entropy(student, tau)
-    agreement = (student.argmax(-1) == teacher.argmax(-1)).to(student.dtype)
+    favourite = student.argmax(-1, keepdim=True)
+    agreement = (teacher.gather(-1, favourite) == teacher.amax(-1, keepdim=True))[:, 0].to(student.dtype)
     statistics = TokenStatistics(
         mask=layout.mask,
         student_entropy=layout.pad(entropy.detach()),
@@ -126,35 +170,8 @@ def evaluate_logits(
         nll = nll.index_copy(0, rows, plackett_luce_nll(scores))
         candidate_tau[rows] = kendall_tau(order).to(nll.dtype)
 
-    per_token = tuple(layout.pad(values) for values in (nll, distance, entropy))
-    c_nll, c_distance, c_entropy = coefficients(objective, weights, layout.mask)
-    sums = (
-        weighted_sum(per_token[0], c_nll),
-        weighted_sum(per_token[1], c_distance),
-        weighted_sum(per_token[2], c_entropy),
-    )
     own = local_counts(objective, weights, layout.mask)
-    divisor = own if counts is None else counts
-    indirect = divide(sums[0], divisor.responses)
-    direct = divide(sums[1], divisor.tokens)
-    entropy_term = divide(sums[2], divisor.selected)
-    loss = 0.0 * sums[1]  # keeps a graph where every term is off or nothing is left
-    for weight, term in (
-        (objective.indirect_weight, indirect),
-        (objective.direct_weight, direct),
-        (objective.entropy_weight, entropy_term),
-    ):
-        if weight != 0:
-            loss = loss + weight * term
-    padded_tau = layout.pad(candidate_tau)
-    return LossTerms(
-        loss=loss,
-        indirect=indirect,
-        direct=direct,
-        entropy=entropy_term,
-        statistics=statistics,
-        weights=weights,
-        ranking_nll=per_token[0].detach(),
-        candidate_tau=padded_tau,
-        sums=metric_sums(sums, statistics, weights, padded_tau, own),
+    per_token = layout.pad(nll), layout.pad(distance), layout.pad(entropy)
+    return assemble(
+        objective, per_token, statistics, weights, layout.pad(candidate_tau), own, own if counts is None else counts
     )

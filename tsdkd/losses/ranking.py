@@ -92,4 +92,4 @@ def kendall_tau(teacher_ranks: torch.Tensor) -> torch.Tensor:
     k = teacher_ranks.shape[-1]
     later = torch.ones(k, k, dtype=torch.bool, device=teacher_ranks.device).triu(1)
     agree = (teacher_ranks.unsqueeze(-2) > teacher_ranks.unsqueeze(-1)) & later
-    return 4.0 * agree.sum((-1, -2)) / (k * (k - 1)) - 1.0
+    return 4.0 * agree.sum((-1, -2)) / max(1, k * (k - 1)) - 1.0

@@ -7,7 +7,7 @@ from typing import Any
 
 from tsdkd.checks import check_choice
 from tsdkd.methods.base import Method
-from tsdkd.methods.tsd_kd import TSDKD, tsd_kd_loss
+from tsdkd.methods.tsd_kd import TSDKD, fused_tsd_kd_loss, tsd_kd_loss
 
 METHODS: dict[str, type] = {"tsd_kd": TSDKD}
 
@@ -35,4 +35,4 @@ def resolve_method(method: str | Method, options: dict[str, Any] | None = None) 
     return method
 
 
-__all__ = ["METHODS", "TSDKD", "Method", "resolve_method", "tsd_kd_loss"]
+__all__ = ["METHODS", "TSDKD", "Method", "fused_tsd_kd_loss", "resolve_method", "tsd_kd_loss"]

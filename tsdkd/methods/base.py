@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tsdkd.types import Counts, Head, LossTerms, TokenBatch
 
@@ -33,7 +33,7 @@ class Method(Protocol):
         ...
 
     def loss(
-        self, batch: TokenBatch, student_head: Head, teacher_head: Head, *, counts: Counts | None = None, impl: str = "auto"
+        self, batch: TokenBatch, student_head: Head, teacher_head: Head, *, counts: Counts | None = None, **engine: Any
     ) -> LossTerms:
-        """The loss of packed tokens."""
+        """The loss of packed tokens; `engine` is handed to `fused.evaluate` (`impl`, `chunk_tokens`)."""
         ...

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 
 from tsdkd import fused
-from tsdkd.checks import check_candidates, check_count, check_mask, check_positions, check_positive, check_share, check_weight
+from tsdkd.checks import (
+    check_candidates,
+    check_count,
+    check_finite,
+    check_mask,
+    check_positions,
+    check_positive,
+    check_share,
+    check_weight,
+)
 from tsdkd.fused.reference import evaluate_logits
 from tsdkd.losses import shared_vocabulary
 from tsdkd.selection import Gate, Opener, TopEntropy, resolve_gate, top_count
@@ -109,10 +118,10 @@ class TSDKD:
         return dataclasses.replace(self, **off)
 
     def loss(
-        self, batch: TokenBatch, student_head: Head, teacher_head: Head, *, counts: Counts | None = None, impl: str = "auto"
+        self, batch: TokenBatch, student_head: Head, teacher_head: Head, *, counts: Counts | None = None, **engine: Any
     ) -> LossTerms:
         check_candidates(self.num_candidates, min(student_head.size, teacher_head.size))
-        return fused.evaluate(self.objective(), batch, student_head, teacher_head, counts=counts, impl=impl)
+        return fused.evaluate(self.objective(), batch, student_head, teacher_head, counts=counts, **engine)
 
 
 def _spread(terms: LossTerms, mask: torch.Tensor) -> LossTerms:
@@ -210,3 +219,64 @@ def tsd_kd_loss(
     check_candidates(num_candidates, student.shape[-1])
     lengths = mask.sum(-1).tolist()
     return _spread(evaluate_logits(method.objective(), student[mask], teacher[mask], lengths, counts), mask)
+
+
+def fused_tsd_kd_loss(
+    student_hidden: torch.Tensor,
+    student_head: Head | torch.nn.Linear | torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: Head | torch.nn.Linear | torch.Tensor,
+    completion_mask: torch.Tensor,
+    *,
+    counts: Counts | None = None,
+    impl: str = "auto",
+    chunk_tokens: int | str = "auto",
+    **options: Any,
+) -> LossTerms:
+    """`tsd_kd_loss` from hidden states and heads: each head is projected once, and no `[tokens, vocab]` tensor is kept.
+
+    Args:
+        student_hidden: `[batch, completion, hidden_s]`, the last hidden state that predicts each completion token.
+        student_head: its weight `[vocab, hidden_s]`, an `nn.Linear` or a `Head` (bias, logit scale, soft cap).
+        teacher_hidden, teacher_head: likewise; the first min(vocab_s, vocab_t) ids are the shared vocabulary.
+        completion_mask: `[batch, completion]`, bool or 0/1, True on trained tokens; what stands elsewhere changes nothing
+            and gets a zero gradient.
+        counts: as in `tsd_kd_loss`.
+        impl: `"auto"`, `"torch"`, or `"reference"` (full logits, autograd).
+        chunk_tokens: tokens whose logits stand in memory at a time; `"auto"` chooses from the free memory and logs it.
+        options: every other keyword of `tsd_kd_loss`, with its default.
+
+    Returns:
+        what `tsd_kd_loss` returns; only `.loss` carries gradient (to hidden states, head weight and bias where they
+        require one), and it can be backpropagated once.
+
+    Raises:
+        ValueError: what does not fit, or a NaN or Inf in the hidden states of a trained token (which model, which token).
+        RuntimeError: a second backward.
+
+    Example:
+        >>> import torch
+        >>> head = torch.nn.Linear(8, 32)
+        >>> hidden = torch.randn(2, 5, 8, requires_grad=True)
+        >>> terms = fused_tsd_kd_loss(hidden, head, torch.randn(2, 5, 16), torch.randn(32, 16), torch.ones(2, 5))
+        >>> terms.loss.backward()
+        >>> hidden.grad.shape, head.weight.grad.shape
+        (torch.Size([2, 5, 8]), torch.Size([32, 8]))
+
+    References:
+        TSD-KD Eq. 3-5, 11-13; arXiv 2603.13260.
+    """
+    if "temperature" in options:
+        options["kd_temperature"] = options.pop("temperature")
+    known = [option.name for option in dataclasses.fields(TSDKD)]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"fused_tsd_kd_loss has no option {option!r}; it has: temperature, {', '.join(known[:-1])}.")
+    method = TSDKD(**options)
+    check_positions(student_hidden, teacher_hidden, "hidden")
+    mask = check_mask(completion_mask, student_hidden.shape[:2], student_hidden.device)
+    check_finite("student_hidden", student_hidden, mask)
+    check_finite("teacher_hidden", teacher_hidden, mask)
+    batch = TokenBatch(student_hidden[mask], teacher_hidden.detach()[mask], tuple(mask.sum(-1).tolist()))
+    heads = Head.of(student_head), Head.of(teacher_head)
+    return _spread(method.loss(batch, *heads, counts=counts, impl=impl, chunk_tokens=chunk_tokens), mask)

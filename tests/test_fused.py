@@ -1,0 +1,502 @@
+"""Every engine computes the reference's loss and gradients, at the price that is promised and without keeping logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tsdkd import TSDKD, Head, TokenBatch, fused, fused_tsd_kd_loss, tsd_kd_loss
+from tsdkd.fused import function, tiles_torch
+from tsdkd.selection import EntropyGapGate, TopEntropy
+from tsdkd.types import Objective
+
+ENGINES = ["torch"]
+EXACT = dict(rtol=1e-9, atol=1e-9)
+LENGTHS = (6, 1, 0, 3)
+TOKENS = sum(LENGTHS)
+
+
+def case(vocab=12, teacher_vocab=14, hidden=5, teacher_hidden=7, dtype=torch.float64, tokens=TOKENS, scale=1.0, **shape):
+    """Hidden states, heads with every factor, and the responses' lengths."""
+    student = Head(
+        (scale * torch.randn(vocab, hidden, dtype=dtype)).requires_grad_(),
+        torch.randn(vocab, dtype=dtype).requires_grad_(),
+        **{"logit_scale": 0.7, "softcap": 4.0, **shape},
+    )
+    teacher = Head(scale * torch.randn(teacher_vocab, teacher_hidden, dtype=dtype), logit_scale=1.3)
+    batch = TokenBatch(
+        torch.randn(tokens, hidden, dtype=dtype).requires_grad_(),
+        torch.randn(tokens, teacher_hidden, dtype=dtype),
+        LENGTHS if tokens == TOKENS else (tokens,),
+    )
+    return batch, student, teacher
+
+
+def gradients(loss, batch, head):
+    wanted = [t for t in (batch.student_hidden, head.weight, head.bias) if t is not None and t.requires_grad]
+    return torch.autograd.grad(loss, wanted)
+
+
+OBJECTIVES = {
+    "tsd_kd": TSDKD().objective(),
+    "gkd": TSDKD(gate="none", indirect_weight=0.0, entropy_weight=0.0).objective(),
+    "ranking alone": TSDKD(direct_weight=0.0, entropy_weight=0.0, opener_entropy_share=1.0).objective(),
+    "entropy alone": TSDKD(direct_weight=0.0, indirect_weight=0.0, top_entropy_fraction=0.5).objective(),
+    "tempered": TSDKD(kd_temperature=1.7, opener_entropy_share=0.5, top_entropy_fraction=0.4, num_candidates=4).objective(),
+    **{f"beta {b}": TSDKD(beta=b).objective() for b in (0.0, 0.3, 1.0)},
+    **{
+        f"{name}({parameter})": Objective(name, parameter, gate=EntropyGapGate(), temperature=1.3)
+        for name in ("forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl")
+        for parameter in ((0.0,) if name in ("forward_kl", "reverse_kl") else (0.0, 0.1, 0.7))
+    },
+}
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("vocab,teacher_vocab,chunk", [(12, 14, 3), (128, 120, 1), (300, 320, "auto")])
+def test_values_and_gradients_equal_the_reference(impl, name, vocab, teacher_vocab, chunk):
+    batch, student, teacher = case(vocab, teacher_vocab)
+    objective = OBJECTIVES[name]
+    expected = fused.evaluate(objective, batch, student, teacher, impl="reference")
+    ours = fused.evaluate(objective, batch, student, teacher, impl=impl, chunk_tokens=chunk)
+    for field in ("loss", "indirect", "direct", "entropy", "ranking_nll", "candidate_tau"):
+        torch.testing.assert_close(getattr(ours, field).detach(), getattr(expected, field).detach(), **EXACT)
+    for part in ("statistics", "weights"):
+        for field in dataclasses.fields(getattr(ours, part)):
+            a, b = (getattr(getattr(terms, part), field.name) for terms in (ours, expected))
+            torch.testing.assert_close(a.double(), b.double(), **EXACT)
+    for key, (total, count) in expected.sums.items():
+        torch.testing.assert_close(float(ours.sums[key][0]), float(total), **EXACT)
+        assert float(ours.sums[key][1]) == float(count)
+    for a, b in zip(gradients(ours.loss, batch, student), gradients(expected.loss, batch, student), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    assert not (ours.indirect.requires_grad or ours.direct.requires_grad or ours.entropy.requires_grad)
+
+
+@pytest.mark.parametrize("impl", ["reference", *ENGINES])
+def test_the_public_function_equals_the_oracle(impl):
+    """Plain Python from hidden states to the gradient of every input."""
+    hidden_s, hidden_t = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 4, 2, dtype=torch.float64)
+    weight_s, weight_t = torch.randn(9, 3, dtype=torch.float64), torch.randn(11, 2, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0]])
+    options = dict(num_candidates=4, opener_entropy_share=0.4, top_entropy_fraction=0.3)
+    flat = torch.cat([hidden_s.flatten(), weight_s.flatten()]).tolist()
+
+    def oracle(x):
+        h, w = x[: hidden_s.numel()], x[hidden_s.numel() :]
+        responses = []
+        for i in range(2):
+            tokens = []
+            for j in range(4):
+                if mask[i, j]:
+                    state = h[(i * 4 + j) * 3 : (i * 4 + j + 1) * 3]
+                    ours = [sum(a * b for a, b in zip(state, w[3 * v : 3 * v + 3], strict=True)) for v in range(9)]
+                    tokens.append((ours, (weight_t @ hidden_t[i, j]).tolist()))
+            responses.append(tokens)
+        return oracles.tsd_kd(responses, **options)["loss"]
+
+    hidden_s.requires_grad_(), weight_s.requires_grad_()
+    terms = fused_tsd_kd_loss(hidden_s, weight_s, hidden_t, weight_t, mask, impl=impl, **options)
+    torch.testing.assert_close(terms.loss.item(), oracle(flat), **EXACT)
+    terms.loss.backward()
+    ours = torch.cat([hidden_s.grad.flatten(), weight_s.grad.flatten()])
+    torch.testing.assert_close(ours, torch.tensor(oracles.gradient(oracle, flat), dtype=torch.float64), **EXACT)
+
+
+@pytest.mark.parametrize("impl", ["reference", *ENGINES])
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_what_stands_at_masked_positions_changes_nothing_and_gets_a_zero_gradient(impl, junk):
+    head, teacher_head = torch.randn(20, 4), torch.nn.Linear(6, 22)
+    hidden, teacher = torch.randn(3, 5, 4), torch.randn(3, 5, 6)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]])
+    results = []
+    for value in (0.0, junk):
+        x = hidden.masked_fill(mask.unsqueeze(-1) == 0, value).requires_grad_()
+        terms = fused_tsd_kd_loss(x, head, teacher.masked_fill(mask.unsqueeze(-1) == 0, value), teacher_head, mask, impl=impl)
+        terms.loss.backward()
+        results.append((terms.loss.item(), x.grad, terms.student_entropy))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1]) and torch.equal(results[0][2], results[1][2])
+    assert (results[1][1][mask == 0] == 0).all() and results[1][1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_heads_come_as_tensors_linears_or_heads(impl):
+    hidden, teacher, mask = torch.randn(2, 4, 5), torch.randn(2, 4, 6), torch.ones(2, 4)
+    linear, other = torch.nn.Linear(5, 30), torch.nn.Linear(6, 30, bias=False)
+    expected = tsd_kd_loss(linear(hidden), other(teacher), mask)
+    for head in (linear, Head(linear.weight, linear.bias)):
+        ours = fused_tsd_kd_loss(hidden, head, teacher, other.weight, mask, impl=impl)
+        torch.testing.assert_close(ours.loss, expected.loss.detach(), rtol=1e-5, atol=0)
+        assert torch.equal(ours.opener_mask, expected.opener_mask)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_nothing_left_gives_a_zero_that_can_be_backpropagated(impl):
+    head = torch.randn(20, 4, requires_grad=True)
+    for mask in (torch.zeros(2, 3), torch.zeros(0, 3), torch.zeros(2, 0)):
+        hidden = torch.randn(*mask.shape, 4, requires_grad=True)
+        terms = fused_tsd_kd_loss(hidden, head, torch.randn(*mask.shape, 6), torch.randn(20, 6), mask, impl=impl)
+        (terms.loss * 2).backward()
+        assert terms.loss.item() == 0 and (hidden.grad == 0).all() and (head.grad == 0).all()
+
+
+@given(st.lists(st.integers(-3, 3), min_size=5, max_size=400), st.integers(2, 5))
+def test_candidates_are_exact_with_ties(values, k):
+    logits = torch.tensor([values, values[::-1]], dtype=torch.float64)
+    ids, highest = tiles_torch.top_candidates(logits, k)
+    assert ids.tolist() == [oracles.candidates(row, k) for row in logits.tolist()]
+    assert highest[:, 0].tolist() == [max(values)] * 2
+
+
+# ---------------------------------------------------------------------- the price
+
+
+class Products(TorchDispatchMode):
+    """Counts multiply-adds of products, the largest tensor made, and reads from the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.work, self.largest, self.reads = 0, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_", "bmm"):
+            a, b = args[-2:] if name != "addmm_" else args[1:3]
+            self.work += a.numel() * b.shape[-1]
+        if name in ("_local_scalar_dense", "nonzero", "item", "masked_select", "unique"):
+            self.reads.append(name)
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)]
+        self.largest = max([self.largest, *(t.numel() for t in made)])
+        return out
+
+
+def priced(impl, tokens=64, vocab=1000, frozen=False, grad=True, objective=None, chunk=16):
+    batch, student, teacher = case(vocab, vocab, hidden=8, teacher_hidden=12, dtype=torch.float32, tokens=tokens)
+    if frozen:
+        student = Head(student.weight.detach(), student.bias.detach(), student.logit_scale, student.softcap)
+    with torch.set_grad_enabled(grad), Products() as counted:
+        terms = fused.evaluate(objective or TSDKD().objective(), batch, student, teacher, impl=impl, chunk_tokens=chunk)
+        if grad:
+            terms.loss.backward()
+    return counted, batch, student
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_each_head_is_projected_once(impl):
+    n, v, s, t = 64, 1000, 8, 12
+    selected = 7  # ceil(0.1 · 64)
+    projections, products = n * v * (s + t), 2 * n * v * s
+    counted, _, _ = priced(impl)
+    entropy = 3 * selected * v * s
+    small = n * 10 * s * 4 + n * v  # candidates' columns; the bias's gradient
+    assert projections + products + entropy <= counted.work <= projections + products + entropy + small + selected * v
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_a_frozen_head_pays_no_weight_gradient_and_evaluation_pays_none(impl):
+    n, v, s, t, selected = 64, 1000, 8, 12, 7
+    counted, _, student = priced(impl, frozen=True)
+    assert counted.work <= n * v * (s + t) + n * v * s + 2 * selected * v * s + n * 10 * s * 4
+    assert student.weight.grad is None
+    counted, batch, _ = priced(impl, grad=False)
+    assert counted.work == n * v * (s + t) and batch.student_hidden.grad is None
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_no_tensor_of_tokens_times_vocabulary_is_made(impl):
+    n, v, chunk = 256, 1000, 16
+    counted, _, _ = priced(impl, tokens=n, chunk=chunk)
+    assert counted.largest <= max(chunk * v, v * 8 * 2, n * v // 8)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_nothing_is_read_back_from_the_device(impl, monkeypatch):
+    """As on a GPU, where reading waits for the whole queue; on a CPU it is free and saves rows."""
+    monkeypatch.setattr(function, "reads_are_free", lambda device: False)
+    batch, student, teacher = case(300, 300, tokens=TOKENS)
+    expected = TSDKD().loss(batch, student, teacher, impl="reference")
+    wanted = gradients(expected.loss, batch, student)
+    with Products() as counted:
+        terms = TSDKD().loss(batch, student, teacher, impl=impl, counts=TSDKD().counts(LENGTHS))
+        got = gradients(terms.loss, batch, student)
+    assert counted.reads == []
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+# ---------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("objective", ["tsd_kd", "gkd", "beta 0.0", "beta 1.0", "skew_forward_kl(0.1)", "skew_reverse_kl(0.1)"])
+def test_float32_error_against_float64_is_below_1e_5(impl, objective):
+    batch, student, teacher = case(
+        5000, 5100, hidden=64, teacher_hidden=96, tokens=64, scale=0.4, softcap=None, logit_scale=1.0
+    )
+    single = TokenBatch(batch.student_hidden.detach().float().requires_grad_(), batch.teacher_hidden.float(), batch.lengths)
+    head = Head(student.weight.detach().float().requires_grad_(), student.bias.detach().float().requires_grad_())
+    exact_head = Head(head.weight.detach().double().requires_grad_(), head.bias.detach().double().requires_grad_())
+    exact_batch = TokenBatch(
+        single.student_hidden.detach().double().requires_grad_(), single.teacher_hidden.double(), batch.lengths
+    )
+    low_teacher = Head(teacher.weight.float(), logit_scale=1.3)
+    exact_teacher = Head(low_teacher.weight.double(), logit_scale=1.3)
+    ours = fused.evaluate(OBJECTIVES[objective], single, head, low_teacher, impl=impl)
+    exact = fused.evaluate(OBJECTIVES[objective], exact_batch, exact_head, exact_teacher, impl="reference")
+    for name in ("opener", "top_entropy"):  # the same selection, else the comparison means nothing
+        assert torch.equal(getattr(ours.weights, name), getattr(exact.weights, name))
+    assert abs(ours.loss.item() - exact.loss.item()) <= 1e-5 * abs(exact.loss.item())
+    for a, b in zip(gradients(ours.loss, single, head), gradients(exact.loss, exact_batch, exact_head), strict=True):
+        assert (a.double() - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_bfloat16_is_no_worse_than_naive_torch_and_an_allowance(impl):
+    """Both against float64, from the same bf16 inputs; the allowance is one more rounding of the logits' gradient."""
+    batch, student, teacher = case(
+        3000, 3000, hidden=64, teacher_hidden=96, tokens=96, scale=0.4, softcap=None, logit_scale=1.0
+    )
+    low = [t.detach().to(torch.bfloat16) for t in (batch.student_hidden, student.weight, batch.teacher_hidden, teacher.weight)]
+    objective = OBJECTIVES["gkd"]
+
+    def run(dtype, engine):
+        h, w, ht, wt = (t.to(dtype) for t in low)
+        h, w = h.requires_grad_(), w.requires_grad_()
+        terms = fused.evaluate(objective, TokenBatch(h, ht, batch.lengths), Head(w), Head(wt), impl=engine)
+        return terms.loss.detach().double(), [g.double() for g in torch.autograd.grad(terms.loss, (h, w))]
+
+    exact_loss, exact = run(torch.float64, "reference")
+    naive_loss, naive = run(torch.bfloat16, "reference")
+    our_loss, ours = run(torch.bfloat16, impl)
+    assert (our_loss - exact_loss).abs() <= (naive_loss - exact_loss).abs() + 2**-8 * exact_loss
+    for a, b, e in zip(ours, naive, exact, strict=True):
+        assert (a - e).norm() <= (b - e).norm() + 2**-8 * e.norm()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_the_weight_gradient_does_not_drift_over_fifty_steps(impl):
+    """A head trained by the fused loss in many chunks stays with one trained on full logits; bf16 parts add up in float32."""
+    torch.manual_seed(3)
+    hidden, teacher = torch.randn(200, 16), torch.randn(200, 24)
+    start, other = torch.randn(400, 16) * 0.3, Head(torch.randn(400, 24) * 0.3)
+    objective, ends = OBJECTIVES["gkd"], []
+    for engine, options in (("reference", {}), (impl, {"chunk_tokens": 7})):
+        weight = start.clone().requires_grad_()
+        for _ in range(50):
+            loss = fused.evaluate(
+                objective, TokenBatch(hidden, teacher, (200,)), Head(weight), other, impl=engine, **options
+            ).loss
+            (gradient,) = torch.autograd.grad(loss, weight)
+            weight = (weight - 20.0 * gradient).detach().requires_grad_()
+        ends.append(weight.detach())
+    moved = (ends[0] - start).norm()
+    assert moved > 0.1 and (ends[0] - ends[1]).norm() <= 1e-5 * moved
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_autocast_runs_the_products_in_bfloat16(impl):
+    batch, student, teacher = case(500, 500, hidden=32, teacher_hidden=48, dtype=torch.float32, scale=0.4, softcap=None)
+    exact = fused.evaluate(OBJECTIVES["gkd"], batch, student, teacher, impl="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        low = fused.evaluate(OBJECTIVES["gkd"], batch, student, teacher, impl="reference")
+        ours = fused.evaluate(OBJECTIVES["gkd"], batch, student, teacher, impl=impl)
+    assert ours.loss.dtype == torch.float32 and ours.loss.item() != exact.loss.item()
+    assert abs(ours.loss - exact.loss) <= abs(low.loss - exact.loss) + 2**-8 * exact.loss
+    grads = gradients(ours.loss, batch, student)
+    assert {g.dtype for g in grads} == {torch.float32}
+    for g, e in zip(grads, gradients(exact.loss, batch, student), strict=True):
+        assert (g - e).norm() <= 0.02 * e.norm()  # a few bf16 roundings (2^-9 each) of every factor
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_huge_and_peaked_logits_stay_finite(impl):
+    weight = torch.eye(40, 8) * 1e4
+    for temperature in (1.0, 0.5):
+        hidden = torch.eye(8)[None, :6].clone().requires_grad_()
+        terms = fused_tsd_kd_loss(
+            hidden, weight, torch.eye(8)[None, 1:7], weight.flip(0), torch.ones(1, 6), impl=impl, temperature=temperature
+        )
+        terms.loss.backward()
+        assert torch.isfinite(terms.loss) and torch.isfinite(hidden.grad).all()
+
+
+# ---------------------------------------------------------------------- inside a model
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tied_embeddings_checkpointing_and_compile(impl, compiled, checkpointing):
+    ids, mask = torch.randint(64, (2, 9)), torch.ones(2, 9)
+    teacher = tiny_model(seed=2, hidden=48)
+    found = []
+    for engine in ("reference", impl):
+        torch.manual_seed(0)
+        model = tiny_model(seed=1)
+        model.lm_head.weight = model.model.embed_tokens.weight
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        backbone = torch.compile(model.model, backend="aot_eager") if compiled else model.model
+        hidden = backbone(ids, use_cache=False).last_hidden_state
+        with torch.no_grad():
+            other = teacher.model(ids).last_hidden_state
+        fused_tsd_kd_loss(hidden, model.lm_head, other, teacher.lm_head, mask, impl=engine).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item() + 1e-9)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_a_sharded_head_is_gathered_once_per_call(impl, tmp_path, monkeypatch):
+    """FSDP2's `fully_shard` on a CPU mesh: the parameter is a DTensor, and so is its gradient."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        plain, teacher = torch.nn.Linear(5, 40), torch.randn(44, 6)
+        sharded = torch.nn.Linear(5, 40)
+        sharded.load_state_dict(plain.state_dict())
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        assert isinstance(sharded.weight, DTensor)
+        gathered = []
+        original = DTensor.full_tensor
+        monkeypatch.setattr(DTensor, "full_tensor", lambda self, **kw: (gathered.append(self.shape), original(self, **kw))[1])
+        hidden, other, mask = torch.randn(2, 6, 5), torch.randn(2, 6, 6), torch.ones(2, 6)
+        expected = fused_tsd_kd_loss(hidden, plain, other, teacher, mask, impl=impl)
+        expected.loss.backward()
+        ours = fused_tsd_kd_loss(hidden, Head(sharded.weight, sharded.bias), other, teacher, mask, impl=impl, chunk_tokens=2)
+        assert len(gathered) == 2  # weight and bias, whatever the chunks
+        ours.loss.backward()
+        torch.testing.assert_close(ours.loss, expected.loss)
+        assert isinstance(sharded.weight.grad, DTensor)
+        torch.testing.assert_close(original(sharded.weight.grad), plain.weight.grad)
+        torch.testing.assert_close(original(sharded.bias.grad), plain.bias.grad)
+    finally:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------- rules of a user's own, and refusals
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_rules_of_a_users_own_are_fused_too(impl):
+    batch, student, teacher = case(60, 60)
+
+    def disagreeing(statistics):  # needs both models; not known from lengths
+        return (statistics.top1_agreement == 0) & (statistics.divergence > statistics.divergence.median())
+
+    objective = Objective(
+        gate=lambda s: 1.0 / (1.0 + s.teacher_entropy),
+        indirect_weight=0.3,
+        num_candidates=5,
+        opener=disagreeing,
+        entropy_weight=0.2,
+        top_entropy=disagreeing,
+    )
+    expected = fused.evaluate(objective, batch, student, teacher, impl="reference")
+    ours = fused.evaluate(objective, batch, student, teacher, impl=impl, chunk_tokens=4)
+    assert expected.weights.opener.sum() > 1
+    torch.testing.assert_close(ours.loss.detach(), expected.loss.detach(), **EXACT)
+    for a, b in zip(gradients(ours.loss, batch, student), gradients(expected.loss, batch, student), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("impl", ["reference", *ENGINES])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("generalized_jsd", {"beta": 0.3}),
+        ("forward_kl", {}),
+        ("reverse_kl", {}),
+        ("skew_forward_kl", {"alpha": 0.2}),
+        ("skew_reverse_kl", {"alpha": 0.2}),
+    ],
+)
+def test_the_doors_divergences_are_token_means_of_the_losses(impl, name, options):
+    from tsdkd import losses
+
+    batch, student, teacher = case(30, 30)
+    ours = getattr(fused, name)(batch, student, teacher, temperature=1.5, impl=impl, **options)
+    expected = getattr(losses, name)(
+        student.logits(batch.student_hidden), teacher.logits(batch.teacher_hidden), *options.values(), temperature=1.5
+    )
+    torch.testing.assert_close(ours.loss.detach(), expected.mean().detach(), **EXACT)
+    statistics = fused.token_statistics(batch, student, teacher, impl=impl)
+    torch.testing.assert_close(
+        statistics.student_entropy[statistics.mask],
+        losses.token_entropy(student.logits(batch.student_hidden)).detach(),
+        **EXACT,
+    )
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_a_second_backward_is_refused(impl):
+    batch, student, teacher = case()
+    loss = TSDKD().loss(batch, student, teacher, impl=impl).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"backpropagated a second time.*impl='reference'"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_bad_input_is_refused(impl):
+    hidden, teacher, mask = torch.randn(2, 3, 4), torch.randn(2, 3, 6), torch.ones(2, 3)
+    arguments = dict(
+        student_hidden=hidden,
+        student_head=torch.randn(20, 4),
+        teacher_hidden=teacher,
+        teacher_head=torch.randn(20, 6),
+        completion_mask=mask,
+        impl=impl,
+    )
+    broken, worse = hidden.clone(), teacher.clone()
+    broken[1, 2, 0] = float("nan")
+    worse[0, 1] = float("inf")
+    for wrong, message in [
+        ({"chunk_tokens": 0}, "chunk_tokens=0: a chunk holds one token or more"),
+        ({"chunk_tokens": "many"}, "chunk_tokens='many'"),
+        ({"student_head": torch.randn(20, 5)}, "student_hidden has 4 features but the student's head takes 5"),
+        ({"teacher_head": torch.randn(20)}, r"a head's weight is \[vocab, hidden\]"),
+        ({"teacher_head": torch.randn(0, 6)}, r"got the shape \(0, 6\): with no ids in it two heads share none"),
+        ({"student_hidden": broken}, r"student_hidden holds a NaN or Inf at a trained token \(response 1, token 2; 1 tokens"),
+        ({"teacher_hidden": worse}, r"teacher_hidden holds a NaN or Inf at a trained token \(response 0, token 1"),
+        ({"student_hidden": hidden.to("meta")}, "student_hidden is on meta but teacher_hidden is on cpu"),
+        ({"student_head": torch.randn(20, 4, device="meta")}, "the student's head is on meta"),
+        ({"num_candidates": 21}, "num_candidates=21 but the shared vocabulary has 20"),
+        ({"lmbda": 0.5}, "has no option 'lmbda'; it has: temperature, indirect_weight"),
+        ({"temperature": -1.0}, "kd_temperature=-1.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fused_tsd_kd_loss(**{**arguments, **wrong})
+
+
+def test_the_automatic_chunk_is_announced_once(caplog, monkeypatch):
+    monkeypatch.setattr(function, "_announced", set())
+    with caplog.at_level(logging.INFO, logger="tsdkd.fused.function"):
+        for _ in range(2):
+            assert function.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 128
+    assert len(caplog.records) == 1 and "128 tokens a chunk, 49 MiB" in caplog.text
+    monkeypatch.setattr(function, "free_bytes", lambda device: 100 * 2**20)
+    assert function.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 26  # a tenth of 100 MiB
+    assert function.choose_chunk(5, 1000, 50_000, 4, torch.device("cpu")) == 5
+
+
+def test_top_entropys_count_is_known_from_lengths():
+    assert function._static_count(Objective(top_entropy=TopEntropy(0.1)), (100, 5, 0)) == 11
+    assert function._static_count(Objective(top_entropy=lambda s: s.mask), (100,)) is None
