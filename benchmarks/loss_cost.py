@@ -58,9 +58,9 @@ class Inputs:
         self.h_s.grad = self.w_s.grad = None
 
 
-def tsdkd(x: Inputs, method: TSDKD = TSDKD(), frozen: bool = False) -> None:
+def tsdkd(x: Inputs, method: TSDKD | None = None, frozen: bool = False) -> None:
     weight = x.w_s.detach() if frozen else x.w_s
-    method.loss(TokenBatch(x.h_s, x.h_t, x.lengths), Head(weight), Head(x.w_t), impl="auto").loss.backward()
+    (method or TSDKD()).loss(TokenBatch(x.h_s, x.h_t, x.lengths), Head(weight), Head(x.w_t), impl="auto").loss.backward()
 
 
 def tsdkd_jsd(x: Inputs) -> None:

@@ -490,8 +490,8 @@ def test_the_automatic_chunk_is_announced_once(caplog, monkeypatch):
     monkeypatch.setattr(function, "_announced", set())
     with caplog.at_level(logging.INFO, logger="tsdkd.fused.function"):
         for _ in range(2):
-            assert function.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 128
-    assert len(caplog.records) == 1 and "128 tokens a chunk, 49 MiB" in caplog.text
+            assert function.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 256
+    assert len(caplog.records) == 1 and "256 tokens a chunk, 98 MiB" in caplog.text
     monkeypatch.setattr(function, "free_bytes", lambda device: 100 * 2**20)
     assert function.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 26  # a tenth of 100 MiB
     assert function.choose_chunk(5, 1000, 50_000, 4, torch.device("cpu")) == 5
