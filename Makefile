@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 # No network in tests, and none of TRL's telemetry.
 OFFLINE := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test test-engines lint format clean
+.PHONY: demo test test-engines lint format bench-loss bench-step clean
 
 # torch by itself and first on a machine without a GPU: anything looser brings gigabytes of CUDA.
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install --quiet -c constraints.txt torch; \
-	else $(BIN)/pip install --quiet torch==2.13.0; fi
+	else $(BIN)/pip install --quiet torch==2.13.0 triton==3.6.0; fi  # a CUDA torch brings its own triton
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
@@ -22,6 +22,7 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready lint
 	$(OFFLINE) $(BIN)/python -m pytest -q -m 'not engines and not gpu' tests tsdkd
+	TRITON_INTERPRET=1 $(OFFLINE) $(BIN)/python -m pytest -q tests/test_fused.py
 
 test-engines: $(VENV)/.ready
 	@echo "No engine tests yet: vLLM, DeepSpeed and browser tests run here."
@@ -35,6 +36,16 @@ lint: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Side by side with the peers, interleaved: minutes. TRL's and Liger's kernels are installed for it.
+bench-loss: $(VENV)/.ready
+	$(BIN)/pip install --quiet --no-deps liger-kernel==0.8.5
+	$(OFFLINE) $(BIN)/python benchmarks/loss_cost.py
+	$(BIN)/python benchmarks/tables.py
+
+bench-step: $(VENV)/.ready
+	$(OFFLINE) $(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-run

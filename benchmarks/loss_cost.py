@@ -2,7 +2,7 @@
 
 `python benchmarks/loss_cost.py [--tokens 1024 --dtype float32 …]` times the variants interleaved in one process (median,
 min and max of the rounds, ratios round by round) and measures each one's peak extra memory in a fresh process. Rows with
-provenance go to `benchmarks/results/loss_cost.jsonl`; `--table` rewrites the marked section of `benchmarks/README.md`.
+provenance go to `benchmarks/results/loss_cost.jsonl`, and by `benchmarks/tables.py` into `benchmarks/README.md`.
 """
 
 from __future__ import annotations
@@ -198,7 +198,13 @@ def main() -> None:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with o.results.open("a") as file:
         for name in names:
-            row = {"benchmark": "loss_cost", "run": stamp, "variant": name, **sizes, "seconds": seconds[name]}
+            row = {
+                "benchmark": "loss_cost",
+                "run": stamp,
+                "variant": name,
+                **sizes,
+                "seconds": seconds[name],
+            }
             row["median_s"] = statistics.median(seconds[name])
             if not o.no_memory:
                 command = [sys.executable, __file__, "--variant", name]

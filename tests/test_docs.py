@@ -37,10 +37,11 @@ def test_readme_trains_with_the_names_redirected(tmp_path, monkeypatch):
 
 
 def test_readme_loss_block_runs():
-    (code,) = [block for block in BLOCKS if "tsd_kd_loss(" in block]
-    scope: dict = {}
-    exec(compile(code, "README.md", "exec"), scope)
-    assert scope["student_logits"].grad is not None
+    blocks = [block for block in BLOCKS if "tsd_kd_loss(" in block]
+    for code, differentiated in zip(blocks, ("student_logits", "hidden"), strict=True):
+        scope: dict = {}
+        exec(compile(code, "README.md", "exec"), scope)
+        assert scope[differentiated].grad is not None
 
 
 def test_readme_commands_exist():

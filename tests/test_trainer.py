@@ -257,6 +257,27 @@ def test_the_teacher_scores_a_steps_rollouts_once(tmp_path):
     assert len(calls) == 2  # two optimizer steps of four micro-batches
 
 
+def test_a_steps_rollouts_are_sorted_by_length_and_trimmed(tmp_path):
+    """Micro-batches of like rows: what each computes is its own longest row, not the step's."""
+    trainer = make(tmp_path, rollouts=by_prompt, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1)
+    widths, rows_seen = [], []
+    original = trainer.token_loss
+
+    def spy(student, inputs):
+        rollouts = trainer.rollouts_of(inputs)
+        sizes = [len(p) + len(c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
+        ids, _, _ = rollouts.padded(0, "cpu")
+        assert ids.shape == (2, max(sizes))
+        widths.append(max(sizes))
+        rows_seen.extend(tuple(p) for p in rollouts.prompt_ids)
+        return original(student, inputs)
+
+    trainer.token_loss = spy
+    trainer.train()
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) > 1
+    assert len(set(rows_seen)) == 8  # every row once
+
+
 def test_scores_do_not_depend_on_the_teachers_batches(tmp_path):
     trainer = make(tmp_path)
     asked = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]

@@ -19,6 +19,7 @@ SIGNATURES = [
     (DISTILLATION, "_generate_single_turn", "self, prompt_ids, images, multimodal_fields, has_tool_images"),
     (DISTILLATION, "_generate_and_score_completions", "self, inputs"),
     (DISTILLATION, "_tokenize_prompts", "self, prompts"),
+    (DISTILLATION, "_prepare_inputs", "self, generation_batch"),
     (DISTILLATION, "compute_loss", "self, model, inputs, return_outputs, num_items_in_batch"),
     (DISTILLATION, "training_step", "self, model, inputs, num_items_in_batch"),
     (DISTILLATION, "prediction_step", "self, model, inputs, prediction_loss_only, ignore_keys"),
@@ -94,3 +95,9 @@ def test_trls_own_example_runs_with_the_class_names_changed(tmp_path, monkeypatc
     scope: dict = {}
     exec(compile(code, "example", "exec"), scope)
     assert scope["trainer"].state.global_step == 3 and isinstance(scope["trainer"], tsdkd.TSDKDTrainer)
+
+
+def test_the_prepared_batch_can_be_split_again():
+    source = inspect.getsource(DISTILLATION._prepare_inputs)
+    assert "self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]" in source
+    assert "shuffle_sequence_dict" in source and "split_tensor_dict" in source

@@ -40,8 +40,8 @@ class Weights:
 
 WEIGHTS = {
     "demo": Weights(
-        why="TSD-KD with its auxiliary terms scaled to a vocabulary of 60 tokens: at the paper's weights they outweigh the "
-        "direct term here by two orders of magnitude in gradient norm, and ten candidates of sixty tokens are mostly junk.",
+        why="TSD-KD with its auxiliary terms scaled to a vocabulary of 60 tokens: at the paper's weights their gradients are "
+        "tens of times the direct term's here, and ten candidates of sixty tokens are mostly junk.",
         learning_rate=5e-4,
         options={"indirect_weight": 0.01, "num_candidates": 3, "entropy_weight": 0.01},
     ),

@@ -1,21 +1,24 @@
 """One door to every engine: objectives on hidden states and heads.
 
 `impl` names the engine: `"reference"` materialises the logits and calls `losses/`; `"torch"` projects each head once, chunk by
-chunk, in torch; `"auto"` picks the fastest one that this machine has. The fused engines compute the gradient in the forward
+chunk, in torch; `"triton"` does the chunk's arithmetic in kernels, on a GPU; `"auto"` is `"torch"`, since the kernels have only
+been run in Triton's interpreter. The fused engines compute the gradient in the forward
 pass: only `.loss` carries one, and it can be backpropagated once.
 """
 
 from __future__ import annotations
 
+import os
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from tsdkd.checks import check_choice, check_positive, check_share
+from tsdkd.checks import check_choice, check_positive, check_share, check_weight
 from tsdkd.fused import function, reference, tiles_torch
 from tsdkd.types import Counts, Head, LossTerms, Objective, TokenBatch, TokenStatistics
 
-ENGINES = ("auto", "reference", "torch")
+ENGINES = ("auto", "reference", "torch", "triton")
 
 
 def shared_heads(student_head: Head, teacher_head: Head) -> tuple[Head, Head]:
@@ -41,6 +44,22 @@ def check_batch(batch: TokenBatch, student_head: Head, teacher_head: Head) -> No
             )
 
 
+def _triton_tiles(batch: TokenBatch) -> ModuleType:
+    """The Triton kernels; refused where they cannot run."""
+    try:
+        from tsdkd.fused import tiles_triton
+    except ImportError as error:
+        raise ValueError(
+            f"impl='triton' needs the package triton, which cannot be imported here ({error}); use impl='torch'."
+        ) from error
+    if batch.student_hidden.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"impl='triton' needs a GPU but the hidden states are on {batch.student_hidden.device}; use impl='torch' (or set "
+            "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter, slowly)."
+        )
+    return tiles_triton
+
+
 def evaluate(
     objective: Objective,
     batch: TokenBatch,
@@ -50,6 +69,7 @@ def evaluate(
     counts: Counts | None = None,
     impl: str = "auto",
     chunk_tokens: int | str = "auto",
+    gradient_filter: float = 0.0,
 ) -> LossTerms:
     """An objective on packed tokens.
 
@@ -60,6 +80,9 @@ def evaluate(
         counts: what the terms are divided by; None counts this batch alone.
         impl: the engine, one of `ENGINES`.
         chunk_tokens: tokens whose logits stand in memory at a time; `"auto"` chooses from the free memory and logs it.
+        gradient_filter: leave out of the two gradient products the blocks of the vocabulary where no token of the chunk
+            has a gradient, with respect to its logits and before its weight, of this size; 0 computes all. It reads the
+            blocks back from the device, once a chunk; `"reference"` ignores it.
 
     Returns:
         `LossTerms`, per-token members `[responses, longest]`.
@@ -69,10 +92,12 @@ def evaluate(
     """
     check_choice("impl", impl, ENGINES)
     check_positive("temperature", objective.temperature)
+    check_weight("gradient_filter", gradient_filter)
     check_batch(batch, student_head, teacher_head)
     student_head, teacher_head = shared_heads(student_head, teacher_head)
     if impl != "reference":
-        return function.evaluate(objective, batch, student_head, teacher_head, counts, tiles_torch, chunk_tokens)
+        tiles = _triton_tiles(batch) if impl == "triton" else tiles_torch
+        return function.evaluate(objective, batch, student_head, teacher_head, counts, tiles, chunk_tokens, gradient_filter)
     return reference.evaluate_logits(
         objective,
         student_head.logits(batch.student_hidden),

@@ -25,6 +25,9 @@ from tsdkd.types import Counts, Head, LossTerms, Objective, TokenBatch, TokenSta
 logger = logging.getLogger(__name__)
 _announced: set[tuple] = set()
 
+# Columns that the gradient filter keeps or skips together.
+_FILTER_BLOCK = 512
+
 # Rows of the head that a low-precision weight gradient is rounded through at a time.
 _VOCAB_SLICE = 16384
 
@@ -95,6 +98,7 @@ class Call:
     student_head: Head
     teacher_head: Head
     chunk_tokens: int | str
+    gradient_filter: float
     tiles: ModuleType
     with_gradient: bool
     terms: LossTerms | None = None
@@ -118,9 +122,13 @@ class Call:
 class _Gradients:
     """The gradients of hidden states, weight and bias, each only where it is wanted; weight and bias in float32 or better."""
 
-    def __init__(self, side: _Side, full_vocab: int, wanted: tuple[bool, bool, bool], work: torch.dtype) -> None:
+    def __init__(
+        self, side: _Side, full_vocab: int, wanted: tuple[bool, bool, bool], work: torch.dtype, smallest: float
+    ) -> None:
         tokens, size = side.hidden.shape
         self.side = side
+        self.smallest = smallest
+        self.skipped = self.columns = 0
         vocab = side.weight.shape[0]
         self.hidden = torch.zeros(tokens, size, dtype=work, device=side.hidden.device) if wanted[0] else None
         self.weight = torch.zeros(full_vocab, size, dtype=work, device=side.hidden.device) if wanted[1] else None
@@ -130,22 +138,41 @@ class _Gradients:
     def add_rows(self, rows: slice | torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor) -> None:
         """`gradient` `[rows, vocab]` with respect to the products of `rows`, each row to be multiplied by `scale`."""
         scale = scale.unsqueeze(-1)
-        if self.hidden is not None:
-            part = (gradient @ self.side.weight).to(self.hidden.dtype) * scale
-            if isinstance(rows, slice):
-                self.hidden[rows] += part
-            else:
-                self.hidden.index_add_(0, rows, part)
-        if self._cut is not None:
-            weighted = (self.side.hidden[rows] * scale).to(gradient.dtype)
-            if self._cut.dtype == gradient.dtype:
-                self._cut.addmm_(gradient.t(), weighted)
-            else:
-                for start in range(0, self._cut.shape[0], _VOCAB_SLICE):
-                    stop = start + _VOCAB_SLICE
-                    self._cut[start:stop] += gradient[:, start:stop].t() @ weighted
+        weighted = (self.side.hidden[rows] * scale).to(gradient.dtype)
+        for columns in self._columns(gradient):
+            part = gradient[:, columns]
+            if self.hidden is not None:
+                add = (part @ self.side.weight[columns]).to(self.hidden.dtype) * scale
+                if isinstance(rows, slice):
+                    self.hidden[rows] += add
+                else:
+                    self.hidden.index_add_(0, rows, add)
+            if self._cut is not None and self._cut.dtype == gradient.dtype:
+                self._cut[columns].addmm_(part.t(), weighted)
+            elif self._cut is not None:
+                for start in range(columns.start, columns.stop, _VOCAB_SLICE):
+                    piece = slice(start, min(start + _VOCAB_SLICE, columns.stop))
+                    self._cut[piece] += gradient[:, piece].t() @ weighted
         if self.bias is not None:
             self.bias[: gradient.shape[1]] += scale.to(gradient.dtype).t().mm(gradient)[0]
+
+    def _columns(self, gradient: torch.Tensor) -> list[slice]:
+        """The columns that the products take: all, or the runs of blocks where some token's gradient reaches `smallest`."""
+        vocab = gradient.shape[1]
+        if not self.smallest:
+            return [slice(0, vocab)]
+        largest = torch.maximum(gradient.amax(0), gradient.amin(0).neg_())
+        blocks = torch.nn.functional.pad(largest, (0, -vocab % _FILTER_BLOCK)).unflatten(0, (-1, _FILTER_BLOCK)).amax(-1)
+        kept: list[slice] = []
+        for block, keep in enumerate((blocks >= self.smallest).tolist()):
+            start, stop = block * _FILTER_BLOCK, min((block + 1) * _FILTER_BLOCK, vocab)
+            if keep and kept and kept[-1].stop == start:
+                kept[-1] = slice(kept[-1].start, stop)
+            elif keep:
+                kept.append(slice(start, stop))
+        self.columns += vocab
+        self.skipped += vocab - sum(run.stop - run.start for run in kept)
+        return kept
 
     def add_columns(self, rows: torch.Tensor, ids: torch.Tensor, gradient: torch.Tensor) -> None:
         """`gradient` `[rows, k]` with respect to the products of the ids `[rows, k]` of some tokens."""
@@ -195,7 +222,7 @@ class FusedObjective(torch.autograd.Function):
             tokens, vocab = hidden.shape[0], student.weight.shape[0]
             k = min(objective.num_candidates if objective.opener is not None else 1, vocab)
             statistics = RowStatistics.empty(tokens, k, student.hidden.new_zeros((), dtype=work))
-            gradients = _Gradients(student, weight.shape[0], wanted, work)
+            gradients = _Gradients(student, weight.shape[0], wanted, work, call.gradient_filter)
             device = hidden.device
             layout = Layout(call.lengths, device)
             static = _static_count(objective, call.lengths)
@@ -257,6 +284,9 @@ class FusedObjective(torch.autograd.Function):
                     )
                     gradients.add_rows(part, logits, scale[part])
 
+        if gradients.columns:
+            skipped = (torch.tensor(float(count)) for count in (gradients.skipped, gradients.columns))
+            call.terms.sums["gradient_filter/skipped"] = (next(skipped), next(skipped))
         ctx.gradients = gradients if any(wanted) else None
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.spent = False
@@ -316,6 +346,7 @@ def evaluate(
     counts: Counts | None,
     tiles: ModuleType,
     chunk_tokens: int | str,
+    gradient_filter: float,
 ) -> LossTerms:
     """An objective from hidden states and heads that are cut to the shared vocabulary."""
     call = Call(
@@ -326,6 +357,7 @@ def evaluate(
         student_head=student_head,
         teacher_head=teacher_head,
         chunk_tokens=chunk_tokens,
+        gradient_filter=gradient_filter,
         tiles=tiles,
         with_gradient=torch.is_grad_enabled(),
     )

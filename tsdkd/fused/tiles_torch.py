@@ -69,6 +69,11 @@ class Shape:
             products.div_(self.softcap).tanh_().mul_(self.softcap)
         return products
 
+    def at(self, products: torch.Tensor, ids: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+        """The logits of some ids `[rows, n]` of `products` `[rows, vocab]`."""
+        bias = None if self.bias is None else self.bias.to(work)[ids]
+        return Shape(bias, self.scale, self.softcap).apply_(products.gather(1, ids).to(work))
+
     def slope(self, logits: torch.Tensor) -> torch.Tensor:
         """d logits / d products, from the logits; a new tensor."""
         slope = torch.full_like(logits, self.scale)
@@ -89,25 +94,42 @@ def _dot(a: torch.Tensor, b: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
     return torch.mul(a, b, out=spare).sum(-1, keepdim=True)
 
 
-def top_candidates(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k highest logits of each row and their ids, best first; of equal logits the lower id is the earlier.
-
-    Exact without sorting the vocabulary: the k best tiles by (highest logit, position) hold the k best tokens, since each
-    tile before another holds a token that comes before all of the other's.
-
-    Returns:
-        ids `[rows, k]` and the rows' highest logits `[rows, 1]`.
-    """
+def tile_maxima(logits: torch.Tensor) -> torch.Tensor:
+    """The highest logit of every tile of `_TOPK_TILE` ids, `[rows, tiles]`."""
     vocab = logits.shape[1]
     whole = vocab // _TOPK_TILE
     highest = logits[:, : whole * _TOPK_TILE].unflatten(1, (whole, _TOPK_TILE)).amax(-1)
     if vocab % _TOPK_TILE:
         highest = torch.cat([highest, logits[:, whole * _TOPK_TILE :].amax(-1, keepdim=True)], 1)
+    return highest
+
+
+def top_candidates(products: torch.Tensor, k: int, highest: torch.Tensor, shape: Shape | None = None) -> torch.Tensor:
+    """Ids of the k highest logits of each row, best first; of equal logits the lower id is the earlier.
+
+    Exact without sorting the vocabulary: the k best tiles by (highest logit, position) hold the k best tokens, since each
+    tile before another holds a token that comes before all of the other's.
+
+    Args:
+        products: `[rows, vocab]`; logits where `shape` is None.
+        highest: `tile_maxima` of the logits.
+        shape: from products to logits.
+    """
+    vocab = products.shape[1]
     best = highest.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
-    ids = (best.unsqueeze(-1) * _TOPK_TILE + torch.arange(_TOPK_TILE, device=logits.device)).flatten(1)
-    values = logits.gather(1, ids.clamp(max=vocab - 1)).masked_fill_(ids >= vocab, -math.inf)
+    ids = (best.unsqueeze(-1) * _TOPK_TILE + torch.arange(_TOPK_TILE, device=products.device)).flatten(1)
+    inside = ids.clamp(max=vocab - 1)
+    values = products.gather(1, inside) if shape is None else shape.at(products, inside, highest.dtype)
+    values = values.masked_fill(ids >= vocab, -math.inf)
     order = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return ids.gather(1, order), highest.amax(-1, keepdim=True)
+    return ids.gather(1, order)
+
+
+def canonical(divergence: str, parameter: float) -> str:
+    """The divergence's name, its ends under the names of the KLs that they are."""
+    if divergence == "generalized_jsd" and parameter in (0.0, 1.0):
+        return "forward_kl" if parameter == 0.0 else "reverse_kl"
+    return divergence.removeprefix("skew_") if parameter == 0.0 else divergence
 
 
 def _normalise_(logits: torch.Tensor, highest: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -133,11 +155,7 @@ def _divergence(kind: str, parameter: float, log_s, p_s, log_t, p_t, spare, grad
 
     `log_t` and `p_t` are overwritten, `log_s` and `p_s` are kept.
     """
-    if kind == "generalized_jsd" and parameter in (0.0, 1.0):
-        kind = "forward_kl" if parameter == 0.0 else "reverse_kl"
-    if kind.startswith("skew") and parameter == 0.0:
-        kind = kind.removeprefix("skew_")
-
+    kind = canonical(kind, parameter)
     if kind == "forward_kl":  # gradient p_S − p_T
         value = _dot(p_t, log_t.sub_(log_s), spare)
         torch.sub(p_s, p_t, out=gradient)
@@ -206,7 +224,8 @@ def sweep(
         into = statistics.rows(start, stop)
         s = student_shape.apply_(student[start:stop].to(work))
         t = teacher_shape.apply_(teacher[start:stop].to(work))
-        ids, s_highest = top_candidates(s, k)
+        tiles = tile_maxima(s)
+        ids, s_highest = top_candidates(s, k, tiles), tiles.amax(-1, keepdim=True)
         t_highest = t.amax(-1, keepdim=True)
         into.candidates.copy_(ids)
         torch.gather(s, 1, ids, out=into.student_scores)

@@ -231,6 +231,7 @@ def fused_tsd_kd_loss(
     counts: Counts | None = None,
     impl: str = "auto",
     chunk_tokens: int | str = "auto",
+    gradient_filter: float = 0.0,
     **options: Any,
 ) -> LossTerms:
     """`tsd_kd_loss` from hidden states and heads: each head is projected once, and no `[tokens, vocab]` tensor is kept.
@@ -244,6 +245,7 @@ def fused_tsd_kd_loss(
         counts: as in `tsd_kd_loss`.
         impl: `"auto"`, `"torch"`, or `"reference"` (full logits, autograd).
         chunk_tokens: tokens whose logits stand in memory at a time; `"auto"` chooses from the free memory and logs it.
+        gradient_filter: as in `tsdkd.fused.evaluate`; 0 is exact.
         options: every other keyword of `tsd_kd_loss`, with its default.
 
     Returns:
@@ -279,4 +281,5 @@ def fused_tsd_kd_loss(
     check_finite("teacher_hidden", teacher_hidden, mask)
     batch = TokenBatch(student_hidden[mask], teacher_hidden.detach()[mask], tuple(mask.sum(-1).tolist()))
     heads = Head.of(student_head), Head.of(teacher_head)
-    return _spread(method.loss(batch, *heads, counts=counts, impl=impl, chunk_tokens=chunk_tokens), mask)
+    engine: dict[str, Any] = {"impl": impl, "chunk_tokens": chunk_tokens, "gradient_filter": gradient_filter}
+    return _spread(method.loss(batch, *heads, counts=counts, **engine), mask)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from trl import DistillationConfig
 
-from tsdkd.checks import check_choice, check_count, check_positive
+from tsdkd.checks import check_choice, check_count, check_positive, check_weight
 from tsdkd.fused import ENGINES
 from tsdkd.methods import Method, resolve_method
 from tsdkd.methods.tsd_kd import TSDKD
@@ -33,6 +33,7 @@ class TokenDistillConfig(DistillationConfig):
             refusing them.
         teacher_batch_size: rows per forward pass of the teacher; None: `per_device_train_batch_size`.
         fused_impl: the loss engine, see `tsdkd.fused`.
+        gradient_filter: see `tsdkd.fused.evaluate`; 0 is exact.
         term_grad_norm_steps: every that many steps, log the norm of each term's gradient with respect to the student's
             last hidden states, on one micro-batch; 0 is never.
     """
@@ -50,6 +51,9 @@ class TokenDistillConfig(DistillationConfig):
     )
     teacher_batch_size: int | None = field(default=None, metadata={"help": "Rows per forward pass of the teacher."})
     fused_impl: str = field(default="auto", metadata={"help": f"The loss engine: one of {', '.join(ENGINES)}."})
+    gradient_filter: float = field(
+        default=0.0, metadata={"help": "Skip vocabulary blocks whose gradient is nowhere this large; 0 is exact."}
+    )
     term_grad_norm_steps: int = field(
         default=0, metadata={"help": "Log each term's gradient norm every that many steps; 0 is never."}
     )
@@ -65,6 +69,7 @@ class TokenDistillConfig(DistillationConfig):
         if self.teacher_batch_size is not None:
             check_count("teacher_batch_size", self.teacher_batch_size)
         check_choice("fused_impl", self.fused_impl, ENGINES)
+        check_weight("gradient_filter", self.gradient_filter)
         check_count("term_grad_norm_steps", self.term_grad_norm_steps, smallest=0)
         self.build_method()  # refuses unknown options before any model is loaded
 

@@ -143,6 +143,7 @@ class TokenDistillTrainer(SeamTrainer):
         self.forbid_ids_from(self.vocab_size)
 
         self._recorders = {"train": Recorder(), "eval": Recorder()}
+        self._engine = {"impl": args.fused_impl, "gradient_filter": args.gradient_filter}
         self._watch = Stopwatch(self.accelerator.device)
         self._guard = Guard()
         self._trained_tokens = 0
@@ -277,8 +278,8 @@ class TokenDistillTrainer(SeamTrainer):
             hidden = last_hidden_state(student, ids, mask).flatten(0, 1)[where]
             batch = TokenBatch(hidden, torch.cat(inputs["teacher_hidden"]), tuple(rollouts.lengths))
             head, teacher_head = head_of(student), self.teacher.head
-            with self._watch.section("loss"):
-                terms = self.method.loss(batch, head, teacher_head, counts=counts, impl=self.args.fused_impl)
+            with self._watch.section("loss"), self.gathered_heads(student, self.teacher_model):
+                terms = self.method.loss(batch, head, teacher_head, counts=counts, **self._engine)
         recorder = self._recorders[self.mode]
         recorder.add(terms.sums)
         if self.mode == "eval":
@@ -303,7 +304,7 @@ class TokenDistillTrainer(SeamTrainer):
             hidden = batch.student_hidden.detach().requires_grad_()
             alone = TokenBatch(hidden, batch.teacher_hidden, batch.lengths)
             with torch.enable_grad():
-                loss = self.method.only(term).loss(alone, frozen, teacher_head, counts=counts, impl=self.args.fused_impl).loss
+                loss = self.method.only(term).loss(alone, frozen, teacher_head, counts=counts, **self._engine).loss
                 (gradient,) = torch.autograd.grad(loss, hidden)
             norm = gradient.norm()
             self._recorders["train"].add({f"grad_norm/{term}": (norm, torch.ones_like(norm))})

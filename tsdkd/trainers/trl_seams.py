@@ -6,11 +6,13 @@ TRL fails in one clear line.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from trl import DistillationTrainer
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from tsdkd.types import Rollouts
 
@@ -70,6 +72,7 @@ class SeamTrainer(DistillationTrainer):
 
     # None while the first turn of a generation is still to come.
     _empty_rows: set[int] | None
+    _buffered_inputs: Any
     train_dataset: Any
     eval_dataset: Any
 
@@ -115,6 +118,35 @@ class SeamTrainer(DistillationTrainer):
         first = self.accelerator.process_index * len(rollouts)
         masks = [m if first + row < state.remainder else [0] * len(m) for row, m in enumerate(rollouts.completion_mask)]
         return Rollouts(rollouts.prompt_ids, rollouts.completion_ids, masks)
+
+    def _prepare_inputs(self, generation_batch):
+        fresh = self.mode == "train" and (
+            self._buffered_inputs is None or self._step % self.args.gradient_accumulation_steps == 0
+        )
+        inputs = super()._prepare_inputs(generation_batch)
+        if not fresh or len(self._buffered_inputs) == 1:
+            return inputs
+        self._buffered_inputs = self._by_length(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
+
+    @staticmethod
+    def _by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A step's micro-batches again, of rows of like length, the longest first (a lack of memory shows at once).
+
+        The loss does not depend on the split, so this only saves the padding that unlike rows would cost each other.
+        """
+        per_row = [key for key, value in batches[0].items() if isinstance(value, list)]
+        rows = [{key: batch[key][i] for key in per_row} for batch in batches for i in range(len(batch[per_row[0]]))]
+        rows.sort(key=lambda row: -len(row["rollout_prompts"]) - len(row["rollout_completions"]))
+        size = len(rows) // len(batches)
+        shared = {key: value for key, value in batches[0].items() if isinstance(value, torch.Tensor) and value.ndim == 0}
+        split = [rows[i * size : (i + 1) * size] for i in range(len(batches))]
+        return [{**shared, **{key: [row[key] for row in part] for key in per_row}} for part in split]
+
+    def gathered_heads(self, *models: Any) -> AbstractContextManager:
+        """Under ZeRO-3 the heads of these models whole, once for a micro-batch; elsewhere nothing."""
+        heads = [model.get_output_embeddings() for model in models]
+        return maybe_gather_lm_head_ctx(*(p for head in heads for p in (head.weight, getattr(head, "bias", None))))
 
     @staticmethod
     def rollouts_of(inputs: dict[str, Any]) -> Rollouts:
