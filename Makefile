@@ -25,7 +25,8 @@ test: $(VENV)/.ready lint
 	TRITON_INTERPRET=1 $(OFFLINE) $(BIN)/python -m pytest -q tests/test_fused.py
 
 test-engines: $(VENV)/.ready
-	@echo "No engine tests yet: vLLM, DeepSpeed and browser tests run here."
+	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt deepspeed ninja
+	$(OFFLINE) DS_ACCELERATOR=cpu PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -q -m engines tests/engines
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -47,5 +47,6 @@ def test_a_process_whose_answers_are_all_empty_holds_nobody_up(tmp_path):
 
 def test_a_nan_on_one_process_stops_both_alike(tmp_path):
     first, second = launch(tmp_path / "run", 2, "one rank is poisoned")
-    assert first["stopped"] == second["stopped"]
-    assert "step 1: NaN or Inf in the teacher's hidden states" in first["stopped"]
+    for stopped in (first["stopped"], second["stopped"]):
+        assert "step 1: NaN or Inf in the teacher's hidden states" in stopped
+    assert "first at token 0" in second["stopped"] and "first at" not in first["stopped"]

@@ -422,6 +422,29 @@ def test_rules_of_a_users_own_are_fused_too(impl):
         torch.testing.assert_close(a, b, **EXACT)
 
 
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("needs", ["student", "both"])
+def test_a_gate_that_reads_other_tokens_costs_a_sweep_and_is_exact(impl, needs, caplog):
+    class Relative:
+        def __init__(self):
+            self.needs = needs
+
+        def __call__(self, statistics):
+            value = statistics.student_entropy if needs == "student" else statistics.divergence
+            mean = (value * statistics.mask).sum(-1, keepdim=True) / statistics.mask.sum(-1, keepdim=True).clamp(min=1)
+            return torch.sigmoid(value - mean)
+
+    batch, student, teacher = case(60, 60)
+    objective = Objective(gate=Relative(), indirect_weight=0.0)
+    expected = fused.evaluate(objective, batch, student, teacher, impl="reference")
+    with caplog.at_level(logging.INFO, logger="tsdkd.fused.function"):
+        ours = fused.evaluate(objective, batch, student, teacher, impl=impl, chunk_tokens=4)
+    assert ("the student's head" if needs == "student" else "both heads") + " once more" in caplog.text
+    torch.testing.assert_close(ours.loss.detach(), expected.loss.detach(), **EXACT)
+    for a, b in zip(gradients(ours.loss, batch, student), gradients(expected.loss, batch, student), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
 @pytest.mark.parametrize("impl", ["reference", *ENGINES])
 @pytest.mark.parametrize(
     "name,options",
@@ -495,8 +518,8 @@ def test_the_automatic_chunk_is_announced_once(caplog, monkeypatch):
     monkeypatch.setattr(function, "_announced", set())
     with caplog.at_level(logging.INFO, logger="tsdkd.fused.function"):
         for _ in range(2):
-            assert function.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 256
-    assert len(caplog.records) == 1 and "256 tokens a chunk, 98 MiB" in caplog.text
+            assert function.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 512
+    assert len(caplog.records) == 1 and "512 tokens a chunk, 195 MiB" in caplog.text
     monkeypatch.setattr(function, "free_bytes", lambda device: 100 * 2**20)
     assert function.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 26  # a tenth of 100 MiB
     assert function.choose_chunk(5, 1000, 50_000, 4, torch.device("cpu")) == 5

@@ -51,7 +51,7 @@ def choose_chunk(chunk_tokens: int | str, tokens: int, vocab: int, item: int, de
             raise ValueError(f"chunk_tokens={chunk_tokens!r}: a chunk holds one token or more; pass a whole number or 'auto'.")
         return chunk_tokens
     # Larger chunks read the heads less often; beyond these the gain is below a tenth.
-    most = 256 if device.type == "cpu" else 2048
+    most = 512 if device.type == "cpu" else 2048
     affordable = free_bytes(device) // 10 // max(1, 2 * vocab * item)
     chunk = int(max(16, min(most, affordable)))
     announcement = (chunk, vocab, device.type)
@@ -120,14 +120,24 @@ class Call:
 
 
 class _Gradients:
-    """The gradients of hidden states, weight and bias, each only where it is wanted; weight and bias in float32 or better."""
+    """The gradients of hidden states, weight and bias, each only where it is wanted; weight and bias in float32 or better.
+
+    They are held in units of `unit`, so that a token's share of a large step does not underflow in fp16 products.
+    """
 
     def __init__(
-        self, side: _Side, full_vocab: int, wanted: tuple[bool, bool, bool], work: torch.dtype, smallest: float
+        self,
+        side: _Side,
+        full_vocab: int,
+        wanted: tuple[bool, bool, bool],
+        work: torch.dtype,
+        smallest: float,
+        unit: torch.Tensor,
     ) -> None:
         tokens, size = side.hidden.shape
         self.side = side
         self.smallest = smallest
+        self.unit = unit
         self.skipped = self.columns = 0
         vocab = side.weight.shape[0]
         self.hidden = torch.zeros(tokens, size, dtype=work, device=side.hidden.device) if wanted[0] else None
@@ -137,7 +147,7 @@ class _Gradients:
 
     def add_rows(self, rows: slice | torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor) -> None:
         """`gradient` `[rows, vocab]` with respect to the products of `rows`, each row to be multiplied by `scale`."""
-        scale = scale.unsqueeze(-1)
+        scale = (scale / self.unit).unsqueeze(-1)
         weighted = (self.side.hidden[rows] * scale).to(gradient.dtype)
         for columns in self._columns(gradient):
             part = gradient[:, columns]
@@ -176,6 +186,7 @@ class _Gradients:
 
     def add_columns(self, rows: torch.Tensor, ids: torch.Tensor, gradient: torch.Tensor) -> None:
         """`gradient` `[rows, k]` with respect to the products of the ids `[rows, k]` of some tokens."""
+        gradient = gradient / self.unit
         if self.hidden is not None:
             heads = self.side.weight[ids].to(gradient.dtype)  # [rows, k, hidden]
             self.hidden.index_add_(0, rows, torch.einsum("nk,nkh->nh", gradient, heads))
@@ -191,6 +202,26 @@ def _kept_rows(mask: torch.Tensor, count: int | None) -> torch.Tensor:
     if count is not None and not reads_are_free(mask.device):
         return torch.nonzero_static(mask, size=count)[:, 0]
     return mask.nonzero()[:, 0]
+
+
+def _padded(statistics: RowStatistics, layout: Layout) -> TokenStatistics:
+    """The rows' statistics laid out by response."""
+    return TokenStatistics(
+        mask=layout.mask,
+        student_entropy=layout.pad(statistics.student_entropy),
+        teacher_entropy=layout.pad(statistics.teacher_entropy),
+        divergence=layout.pad(statistics.divergence),
+        top1_agreement=layout.pad(statistics.agreement),
+    )
+
+
+def _announce_price(gate: Any, needs: str) -> None:
+    """Say once what a gate costs that reads other tokens."""
+    announcement = (id(gate), needs)
+    if announcement not in _announced:
+        _announced.add(announcement)
+        what = "the student's head once more" if needs == "student" else "both heads once more"
+        logger.info("the gate reads other tokens (needs=%r): every step projects %s, ahead of the loss.", needs, what)
 
 
 def _gate_of(objective: Objective, statistics: RowStatistics) -> torch.Tensor:
@@ -222,44 +253,57 @@ class FusedObjective(torch.autograd.Function):
             tokens, vocab = hidden.shape[0], student.weight.shape[0]
             k = min(objective.num_candidates if objective.opener is not None else 1, vocab)
             statistics = RowStatistics.empty(tokens, k, student.hidden.new_zeros((), dtype=work))
-            gradients = _Gradients(student, weight.shape[0], wanted, work, call.gradient_filter)
             device = hidden.device
             layout = Layout(call.lengths, device)
             static = _static_count(objective, call.lengths)
             own = Counts(sum(call.lengths), static or 0, sum(length > 0 for length in call.lengths))
             divisors = own if call.counts is None else call.counts
+            unit = divide(statistics.divergence.new_ones(()), divisors.tokens)
+            gradients = _Gradients(student, weight.shape[0], wanted, work, call.gradient_filter, unit)
 
             # Direct term, and everybody's statistics.
             needs_gradient = any(wanted) and objective.direct_weight != 0
             chunk = min(choose_chunk(call.chunk_tokens, tokens, vocab, student.hidden.element_size(), device), max(1, tokens))
             buffers = [torch.empty(chunk, vocab, dtype=side.weight.dtype, device=device) for side in (student, teacher)]
-            factor = divide(statistics.divergence.new_full((), objective.direct_weight), divisors.tokens)
-            for start in range(0, tokens, chunk):
-                rows = slice(start, min(start + chunk, tokens))
+
+            def sweep(rows: slice, teacher: _Side, with_gradient: bool) -> tuple[torch.Tensor, RowStatistics]:
                 into = statistics.rows(rows.start, rows.stop)
                 logits = student.project(rows, buffers[0])
                 call.tiles.sweep(
                     logits,
-                    teacher.project(rows, buffers[1]),
+                    teacher.project(rows, buffers[1])
+                    if teacher is not student
+                    else buffers[1][: logits.shape[0]].copy_(logits),
                     student_shape=student.shape,
                     teacher_shape=teacher.shape,
                     divergence=objective.divergence,
                     parameter=objective.divergence_parameter,
                     temperature=objective.temperature,
                     statistics=into,
-                    with_gradient=needs_gradient,
+                    with_gradient=with_gradient,
                 )
+                return logits, into
+
+            chunks = [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+            ahead = None
+            needs = getattr(objective.gate, "needs", "token")
+            if needs_gradient and needs != "token":
+                _announce_price(objective.gate, needs)
+                for rows in chunks:
+                    sweep(rows, teacher if needs == "both" else student, with_gradient=False)
+                seen = _padded(statistics, layout)
+                if needs == "student":
+                    seen = TokenStatistics(mask=seen.mask, student_entropy=seen.student_entropy)
+                assert objective.gate is not None
+                ahead = layout.pack(objective.gate(seen)).to(work)
+            for rows in chunks:
+                logits, into = sweep(rows, teacher, needs_gradient)
                 if needs_gradient:
-                    gradients.add_rows(rows, logits, _gate_of(objective, into) * factor)
+                    gate = _gate_of(objective, into) if ahead is None else ahead[rows]
+                    gradients.add_rows(rows, logits, gate * objective.direct_weight * unit)
 
             # What depends on other tokens.
-            padded = TokenStatistics(
-                mask=layout.mask,
-                student_entropy=layout.pad(statistics.student_entropy),
-                teacher_entropy=layout.pad(statistics.teacher_entropy),
-                divergence=layout.pad(statistics.divergence),
-                top1_agreement=layout.pad(statistics.agreement),
-            )
+            padded = _padded(statistics, layout)
             weights = decide(objective, padded)
             if static is None:  # a rule of the user's own: only its mask tells
                 own = local_counts(objective, weights, layout.mask)
@@ -272,10 +316,10 @@ class FusedObjective(torch.autograd.Function):
             per_token = layout.pad(nll), padded.divergence, padded.student_entropy
             call.terms = assemble(objective, per_token, padded, weights, tau, own, divisors)
             if any(wanted) and objective.opener is not None:
-                scale = layout.pack(scales[0]) * divide(factor.new_full((), objective.indirect_weight), divisors.responses)
+                scale = layout.pack(scales[0]) * divide(unit.new_full((), objective.indirect_weight), divisors.responses)
                 _add_ranking(gradients, statistics, order, score_gradient, scale, layout.pack(weights.opener), student.shape)
             if any(wanted) and objective.top_entropy is not None:
-                scale = layout.pack(scales[2]) * divide(factor.new_full((), objective.entropy_weight), divisors.selected)
+                scale = layout.pack(scales[2]) * divide(unit.new_full((), objective.entropy_weight), divisors.selected)
                 selected = _kept_rows(layout.pack(weights.top_entropy), static)
                 for part in selected.split(chunk):
                     logits = student.project(part, buffers[0])
@@ -303,6 +347,7 @@ class FusedObjective(torch.autograd.Function):
         ctx.spent = True
         gradients, ctx.gradients = ctx.gradients, None
         made = []
+        grad_output = grad_output * gradients.unit
         for gradient, dtype in zip((gradients.hidden, gradients.weight, gradients.bias), ctx.dtypes, strict=True):
             made.append(None if gradient is None else gradient.mul_(grad_output).to(dtype))
         return (*made, None)

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from tsdkd.types import Rollouts
+
 
 class NonFiniteError(FloatingPointError):
     """A NaN or Inf in a model's output, in a term of the loss or in the gradient norm; weights are unchanged."""
@@ -16,12 +18,34 @@ class Guard:
 
     def __init__(self) -> None:
         self._flags: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, list[tuple[torch.Tensor, Rollouts]]] = {}
 
     def watch(self, name: str, values: torch.Tensor) -> None:
         """Remember whether `values` hold a NaN or Inf; nothing is read from the device."""
         flag = ~torch.isfinite(values.detach()).all()
         old = self._flags.get(name)
         self._flags[name] = flag if old is None else old | flag
+
+    def watch_tokens(self, name: str, hidden: torch.Tensor, rollouts: Rollouts) -> None:
+        """The same for the packed hidden states `[tokens, hidden]` of a micro-batch, and which of its tokens they are."""
+        broken = ~torch.isfinite(hidden.detach()).all(-1)
+        flag = broken.any()
+        old = self._flags.get(name)
+        self._flags[name] = flag if old is None else old | flag
+        self._tokens.setdefault(name, []).append((broken, rollouts))
+
+    def _search(self, name: str) -> str:
+        """Where the first such token of this process stands; looked for only once the guard has fired."""
+        for broken, rollouts in self._tokens.get(name, []):
+            found = broken.nonzero().flatten().tolist()
+            if found:
+                first = found[0]
+                for row, length in enumerate(rollouts.lengths):
+                    if first < length:
+                        size, end = len(rollouts.prompt_ids[row]), rollouts.prompt_ids[row][-5:]
+                        return f"; first at token {first} of an answer to a prompt of {size} tokens that ends with ids {end}"
+                    first -= length
+        return ""
 
     def check(self, accelerator, step: int, models: dict[str, str], grad_norm: torch.Tensor | float | None) -> None:
         """Raise on every process if any process saw a NaN or Inf in this optimizer step.
@@ -34,6 +58,7 @@ class Guard:
         names = list(self._flags)
         flags = [self._flags[name].to(accelerator.device, torch.float32) for name in names]
         self._flags.clear()
+        tokens, self._tokens = self._tokens, {}
         if grad_norm is not None:
             norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=accelerator.device).detach()
             names.append("the gradient norm")
@@ -43,8 +68,10 @@ class Guard:
         found = accelerator.reduce(torch.stack(flags), reduction="sum").tolist()
         culprits = [name for name, count in zip(names, found, strict=True) if count and not math.isnan(count)]
         if culprits:
+            self._tokens = tokens
+            where = "".join(self._search(name) for name in culprits[:1])
             raise NonFiniteError(
-                f"step {step}: NaN or Inf in {', '.join(culprits)} (student: {models['student']}, teacher: "
+                f"step {step}: NaN or Inf in {', '.join(culprits)}{where} (student: {models['student']}, teacher: "
                 f"{models['teacher']}). The step was not made: the student's weights are those of step {step - 1}, and nothing "
                 "was saved. Look at the first name: a model's hidden states point to its checkpoint or dtype (try bfloat16 "
                 "or float32 instead of float16), a term to its options, the gradient norm alone to the learning rate or to "

@@ -277,21 +277,22 @@ class TokenDistillTrainer(SeamTrainer):
         with self.accelerator.autocast():
             hidden = last_hidden_state(student, ids, mask).flatten(0, 1)[where]
             batch = TokenBatch(hidden, torch.cat(inputs["teacher_hidden"]), tuple(rollouts.lengths))
-            head, teacher_head = head_of(student), self.teacher.head
             with self._watch.section("loss"), self.gathered_heads(student, self.teacher_model):
+                head, teacher_head = head_of(student), self.teacher.head
                 terms = self.method.loss(batch, head, teacher_head, counts=counts, **self._engine)
-        recorder = self._recorders[self.mode]
-        recorder.add(terms.sums)
+            every = self.args.term_grad_norm_steps
+            first = self._step % self.args.gradient_accumulation_steps == 0
+            if every and first and self.mode == "train" and self.state.global_step % every == 0:
+                with self.gathered_heads(student, self.teacher_model):
+                    self._record_term_gradients(batch, head_of(student), self.teacher.head, counts)
+        self._recorders[self.mode].add(terms.sums)
         if self.mode == "eval":
             return terms.loss
-        self._guard.watch("the student's hidden states", hidden)
-        self._guard.watch("the teacher's hidden states", batch.teacher_hidden)
+        self._guard.watch_tokens("the student's hidden states", hidden, rollouts)
+        self._guard.watch_tokens("the teacher's hidden states", batch.teacher_hidden, rollouts)
         for term in self.method.terms():
             self._guard.watch(f"the {term} term", terms.sums[f"loss/{term}"][0])
         self._guard.watch("the loss", terms.loss)
-        every = self.args.term_grad_norm_steps
-        if every and self.state.global_step % every == 0 and self._step % self.args.gradient_accumulation_steps == 0:
-            self._record_term_gradients(batch, head, teacher_head, counts)
         # Counts are the whole step's, while DDP averages gradients over processes.
         return terms.loss * self.accelerator.num_processes
 

@@ -1,0 +1,63 @@
+"""Run by torchrun in `test_deepspeed.py`: a step with the student under DeepSpeed ZeRO-3 on CPU processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from accelerate import state
+from accelerate.utils import DistributedType
+
+# accelerate picks a backend for GPUs under DeepSpeed; on a CPU it must be gloo.
+state.PartialState._prepare_backend = lambda self, cpu, sagemaker_dp=False, backend=None: ("gloo", DistributedType.MULTI_CPU)
+
+from test_trainer import by_prompt, make
+from tiny import prompts, tiny_model
+
+torch.set_num_threads(1)
+
+
+def main(folder: Path) -> None:
+    world = int(os.environ["WORLD_SIZE"])
+    student = tiny_model(seed=1)
+    trainer = make(
+        folder,
+        student=student,
+        data=prompts(8),
+        rollouts=by_prompt,
+        per_device_train_batch_size=4 // world,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        use_cpu=False,
+        deepspeed={
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    gathered: list[int] = []
+    context = trainer.gathered_heads
+
+    def counted(*models):
+        gathered.append(student.get_output_embeddings().weight.shape[0])  # 0 rows outside of a gather
+        return context(*models)
+
+    trainer.gathered_heads = counted
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    (folder / f"rank{os.environ['RANK']}.json").write_text(
+        json.dumps({"world": trainer.accelerator.num_processes, "rows": rows, "gathered": gathered})
+    )
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
