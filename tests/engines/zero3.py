@@ -1,4 +1,4 @@
-"""Run by torchrun in `test_deepspeed.py`: a step with the student under DeepSpeed ZeRO-3 on CPU processes."""
+"""Run in `test_deepspeed.py`: a few steps in one plain process, or under torchrun with the student in DeepSpeed ZeRO-3."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ import torch
 from accelerate import state
 from accelerate.utils import DistributedType
 
-# accelerate picks a backend for GPUs under DeepSpeed; on a CPU it must be gloo.
-state.PartialState._prepare_backend = lambda self, cpu, sagemaker_dp=False, backend=None: ("gloo", DistributedType.MULTI_CPU)
+SHARDED = "WORLD_SIZE" in os.environ
+if SHARDED:  # accelerate picks a backend for GPUs under DeepSpeed; on a CPU it must be gloo
+    state.PartialState._prepare_backend = lambda self, cpu, sagemaker_dp=False, backend=None: (
+        "gloo",
+        DistributedType.MULTI_CPU,
+    )
 
 from test_trainer import by_prompt, make
 from tiny import prompts, tiny_model
@@ -23,8 +27,17 @@ from tiny import prompts, tiny_model
 torch.set_num_threads(1)
 
 
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+}
+
+
 def main(folder: Path) -> None:
-    world = int(os.environ["WORLD_SIZE"])
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     student = tiny_model(seed=1)
     trainer = make(
         folder,
@@ -34,14 +47,7 @@ def main(folder: Path) -> None:
         per_device_train_batch_size=4 // world,
         gradient_accumulation_steps=2,
         max_steps=3,
-        use_cpu=False,
-        deepspeed={
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_allow_untested_optimizer": True,
-        },
+        **({"use_cpu": False, "deepspeed": ZERO3} if SHARDED else {}),
     )
     gathered: list[int] = []
     context = trainer.gathered_heads
@@ -53,10 +59,11 @@ def main(folder: Path) -> None:
     trainer.gathered_heads = counted
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    (folder / f"rank{os.environ['RANK']}.json").write_text(
+    (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(
         json.dumps({"world": trainer.accelerator.num_processes, "rows": rows, "gathered": gathered})
     )
-    torch.distributed.destroy_process_group()
+    if SHARDED:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

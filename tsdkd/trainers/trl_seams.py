@@ -146,7 +146,9 @@ class SeamTrainer(DistillationTrainer):
     def gathered_heads(self, *models: Any) -> AbstractContextManager:
         """Under ZeRO-3 the heads of these models whole, once for a micro-batch; elsewhere nothing."""
         heads = [model.get_output_embeddings() for model in models]
-        return maybe_gather_lm_head_ctx(*(p for head in heads for p in (head.weight, getattr(head, "bias", None))))
+        parameters = [p for head in heads for p in (head.weight, getattr(head, "bias", None))]
+        # TRL asks every one for its state, which only a sharded one has.
+        return maybe_gather_lm_head_ctx(*(p for p in parameters if hasattr(p, "ds_status")))
 
     @staticmethod
     def rollouts_of(inputs: dict[str, Any]) -> Rollouts:
