@@ -24,11 +24,11 @@ def launch(folder: Path, world: int) -> list[dict]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
-def test_zero3_gives_the_losses_of_one_process_and_gathers_the_head_once_a_micro_batch(tmp_path):
+def test_zero3_gives_the_losses_of_one_process_and_gathers_the_head_for_each_loss(tmp_path):
     (plain,) = launch(tmp_path / "plain", 1)
     for result in launch(tmp_path / "zero3", 2):
         assert result["world"] == 2
-        assert result["gathered"] == [0] * 6  # two micro-batches a step, each finds the head sharded and gathers it once
+        assert result["inside"] == [64] * 6 and result["outside"] == 0  # whole for each micro-batch's loss, else sharded
         for ours, one in zip(result["rows"], plain["rows"], strict=True):
             for name in ("loss", "loss/direct", "loss/indirect", "loss/entropy"):
                 assert ours[name] == pytest.approx(one[name], rel=2e-5), name  # three steps of Adam in float32

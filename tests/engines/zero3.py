@@ -49,18 +49,19 @@ def main(folder: Path) -> None:
         max_steps=3,
         **({"use_cpu": False, "deepspeed": ZERO3} if SHARDED else {}),
     )
-    gathered: list[int] = []
-    context = trainer.gathered_heads
+    inside: list[int] = []
+    method_loss = type(trainer.method).loss
 
-    def counted(*models):
-        gathered.append(student.get_output_embeddings().weight.shape[0])  # 0 rows outside of a gather
-        return context(*models)
+    def loss(method, batch, head, *args, **kwargs):
+        inside.append(head.weight.shape[0])
+        return method_loss(method, batch, head, *args, **kwargs)
 
-    trainer.gathered_heads = counted
+    type(trainer.method).loss = loss
     trainer.train()
+    outside = student.get_output_embeddings().weight.shape[0]  # DeepSpeed leaves an empty shape of a sharded parameter
     rows = [row for row in trainer.state.log_history if "loss" in row]
     (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(
-        json.dumps({"world": trainer.accelerator.num_processes, "rows": rows, "gathered": gathered})
+        json.dumps({"world": trainer.accelerator.num_processes, "rows": rows, "inside": inside, "outside": outside})
     )
     if SHARDED:
         torch.distributed.destroy_process_group()
