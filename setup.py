@@ -13,7 +13,7 @@ extras = {
     "deepspeed": ["deepspeed>=0.19"],  # teacher-only ZeRO-3 through accelerate's several plugins
     "peft": ["peft>=0.18"],  # TRL 1.16 refuses older ones with transformers 5
     "eval": ["lm-eval[hf,math,ifeval]>=0.4.13"],  # the release whose task names the suite uses
-    "report": ["matplotlib>=3.9"],
+    "report": ["matplotlib>=3.9"],  # the first with numpy 2 wheels for Python 3.11 to 3.13
 }
 extras["dev"] = [
     *extras["peft"],
@@ -41,15 +41,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["tsdkd", "tsdkd.*"]),
-    package_data={"tsdkd": ["py.typed", "CHANGELOG.md", "methods/README.md", "demo/models/*/*"]},
+    package_data={"tsdkd": ["py.typed", "CHANGELOG.md", "methods/README.md", "demo/README.md", "demo/models/*/*"]},
     python_requires=">=3.11",  # as TRL 1.16, which uses 3.11 syntax
     install_requires=[
         "torch>=2.8",  # what TRL 1.16 and transformers 5 are tested with, and fully_shard for FSDP2
         "transformers>=5.10",  # the Trainer loop whose hooks trainers/trl_seams.py names
         "trl>=1.16,<1.17",  # its private seams move between minors; a test names the one that moved
-        "accelerate>=1.13",
-        "datasets>=4.0",
-        "safetensors>=0.5",
+        "accelerate>=1.13",  # autocast() and reduce() as trainers/ call them with transformers 5
+        "datasets>=4.0",  # columns as lazy sequences, which the checks iterate
+        "safetensors>=0.5",  # what transformers 5 writes
         "numpy",
         "rich>=13",  # the demo's progress bar and table
     ],

@@ -40,6 +40,16 @@ def test_public_names_resolve_and_unknown_ones_are_listed():
     with pytest.raises(AttributeError, match=r"has no attribute 'TSDKDTrain'; it has: .*TSDKDTrainer"):
         _ = tsdkd.TSDKDTrain
     assert "TSDKDTrainer" in dir(tsdkd)
+    assert tsdkd.losses.forward_kl is not None
+
+
+def test_provenance_names_no_strangers_commit(tmp_path, monkeypatch):
+    from tsdkd import provenance
+
+    assert provenance.provenance(3)["seed"] == 3 and provenance.provenance()["versions"]["trl"].startswith("1.16")
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    assert provenance._commit() is None
 
 
 def test_unknown_commands_and_bad_values_say_what_to_do(capsys):
@@ -54,6 +64,16 @@ def test_unknown_commands_and_bad_values_say_what_to_do(capsys):
     assert "no teacher was given: pass --teacher" in capsys.readouterr().err
     assert main(["train", "--student", "s", "--teacher", "t", "--use_cpu", "--output_dir", "o"]) == 2
     assert "no prompts were given: pass --dataset_name" in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_named_without_a_traceback(tmp_path, capsys):
+    common = ["train", "--use_cpu", "--output_dir", str(tmp_path / "o"), "--dataset_name", "nowhere.jsonl"]
+    assert main([*common, "--student", "./no-such-folder", "--teacher", "t"]) == 2
+    assert "there is no folder ./no-such-folder for the student" in capsys.readouterr().err
+    assert main([*common, "--student", "s", "--teacher", "t"]) == 2
+    assert "there is no file nowhere.jsonl" in capsys.readouterr().err
+    assert main(["train", "--config=missing.yaml"]) == 2
+    assert "missing.yaml" in capsys.readouterr().err
 
 
 def test_train_from_yaml_flags_and_a_jsonl_file(tmp_path):
@@ -71,7 +91,7 @@ def test_train_from_yaml_flags_and_a_jsonl_file(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "tsdkd.cli"]
     run = subprocess.run(launch + command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert f"8 prompts from {tmp_path / 'p.jsonl'}" in run.stdout  # one of nine is a repetition
+    assert f"8 prompts from {tmp_path / 'p.jsonl'} after dropping duplicates" in run.stdout  # one of nine is a repetition
     assert (tmp_path / "out" / "model.safetensors").exists() and "TSD-KD" in (tmp_path / "out" / "README.md").read_text()
     data, config, model = parse(command[1:])
     assert (config.beta, config.max_steps, data.prompt_column, model.model_name_or_path) == (0.5, 1, "instruction", student)

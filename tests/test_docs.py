@@ -52,13 +52,34 @@ def test_readme_commands_exist():
         subprocess.run([sys.executable, "-m", "tsdkd.cli", command, "--help"], check=True, capture_output=True, timeout=120)
 
 
+def test_readmes_train_command_runs_with_the_names_redirected(tmp_path):
+    import json
+    import shlex
+
+    line = next(line for line in README.splitlines() if line.startswith("tsdkd train --student"))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": q}) + "\n" for q in QUESTIONS[:8]))
+    names = {
+        "Qwen/Qwen2.5-1.5B-Instruct": save_tiny(tmp_path / "s", seed=1),
+        "Qwen/Qwen2.5-14B-Instruct": save_tiny(tmp_path / "t", seed=2, hidden=48),
+    }
+    command = [names.get(word, word) for word in shlex.split(line)][1:]
+    assert set(names.values()) <= set(command)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "tsdkd.cli", *command, "--max_steps", "1", "--report_to", "none"]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_readme_maps_every_folder():
     folders = {p.name for p in (ROOT / "tsdkd").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     tree = README[README.index("## The tree") :]
     assert not [folder for folder in folders if f"{folder}/" not in tree]
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "tsdkd/methods/README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "tsdkd/methods/README.md", "tsdkd/demo/README.md", "benchmarks/README.md"]
+)
 def test_links_lead_somewhere(name):
     path = ROOT / name
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):

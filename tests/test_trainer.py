@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 
 import pytest
 import torch
@@ -418,10 +419,53 @@ def test_long_prompts_are_refused_with_the_reason_or_dropped(tmp_path):
         make(tmp_path, max_completion_length=64)
 
 
-def test_no_completion_limit_means_what_the_longest_prompt_leaves(tmp_path):
+def test_an_unset_completion_limit_fits_a_small_context(tmp_path):
     trainer = make(tmp_path, max_completion_length=None)
-    longest = max(len(ids) for ids in trainer.tokenize(list(prompts(8)["prompt"])))
-    assert trainer.generation_config.max_new_tokens == 64 - longest
+    assert trainer.generation_config.max_new_tokens == 32  # half of max_length=64
+    trainer.train()
+    wide = [tiny_model(seed=seed, positions=2048) for seed in (1, 2)]
+    roomy = make(tmp_path, student=wide[0], teacher=wide[1], max_completion_length=None, max_length=None)
+    assert roomy.generation_config.max_new_tokens == 512
+
+
+def test_when_every_prompt_is_too_long_dropping_is_no_way_out(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"all 8 prompts of train_dataset are longer than 4 tokens, none is left: max_length=16"
+    ):
+        make(tmp_path, max_length=16, drop_long_prompts=True)
+
+
+def test_a_prompt_id_that_one_model_lacks_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<|extra{i}|>" for i in range(6)])
+    data = Dataset.from_dict({"prompt": [*prompts(7)["prompt"], "Tom has <|extra5|>"]})
+    with pytest.raises(ValueError, match=r"row 7 of train_dataset holds id 65, '<\|extra5\|>', beyond the 64 ids"):
+        make(tmp_path, student=tiny_model(vocab_size=70), data=data, processing_class=tokenizer)
+
+
+def test_the_model_card_goes_where_the_model_goes(tmp_path):
+    trainer = make(tmp_path / "run")
+    trainer.save_model(str(tmp_path / "student"))
+    assert "TSD-KD" in (tmp_path / "student" / "README.md").read_text()
+    assert not (tmp_path / "run" / "README.md").exists()
+
+
+def test_evaluating_between_two_logs_keeps_the_trainings_times(tmp_path):
+    trainer = make(tmp_path, eval_dataset=prompts(4), logging_steps=4, max_steps=4, eval_strategy="steps", eval_steps=3)
+    steps = []
+    original = trainer.training_step
+
+    def timed(*args, **kwargs):
+        began = time.perf_counter()
+        out = original(*args, **kwargs)
+        steps.append(time.perf_counter() - began)
+        return out
+
+    trainer.training_step = timed
+    trainer.train()
+    row = rows(trainer)[0]
+    logged = sum(row[f"time/{part}"] for part in ("rollout", "teacher", "student", "loss"))
+    assert logged == pytest.approx(sum(steps) / 4, rel=0.05)  # all four steps, not the last alone
 
 
 # ---------------------------------------------------------------------- what it refuses
@@ -435,6 +479,11 @@ REFUSED = [
     ({"data": Dataset.from_dict({"prompt": ["a", None, "b", "c"]})}, r"1 prompts that are None \(row 1\)"),
     ({"data": Dataset.from_dict({"prompt": [1, 2, 3, 4]})}, r"4 prompts that are int \(rows 0, 1, 2, 3\)"),
     ({"data": Dataset.from_dict({"prompt": [[{"text": "a"}]] * 4})}, r"a list that is not chat messages"),
+    ({"data": [{"prompt": "a"}] * 4}, r"train_dataset is a list: make it a data set with datasets.Dataset.from_list"),
+    (
+        {"data": Dataset.from_dict({"prompt": [[{"role": "user", "content": [{"type": "image"}]}]] * 4})},
+        r"4 prompts that are chats with parts \(images\?\)",
+    ),
     ({"data": Dataset.from_dict({"prompt": ["a"] * 4, "image": ["b"] * 4})}, r"has images"),
     ({"eval_dataset": Dataset.from_dict({"prompt": ["a", ""]})}, r"eval_dataset has 1 prompts that are empty \(row 1\)"),
     ({"num_candidates": 100}, r"num_candidates=100 but the two models share 64 tokens"),
@@ -489,6 +538,24 @@ def test_tokenizers_that_disagree_are_refused_with_a_token(tmp_path):
         ValueError, match=r"the tokenizers disagree: id \d+ is '[+-]' for the student but '[+-]' for the teacher"
     ):
         make(tmp_path / "o", teacher=folder)
+
+
+def test_training_without_prompts_is_refused(tmp_path):
+    trainer = TSDKDTrainer(
+        model=tiny_model(), teacher_model=tiny_model(seed=2), args=config(tmp_path), processing_class=make_tokenizer()
+    )
+    with pytest.raises(ValueError, match="no train_dataset was given"):
+        trainer.train()
+
+
+def test_trls_beta_is_refused_where_nothing_reads_it(tmp_path):
+    with pytest.raises(ValueError, match=r"beta=0.5 is an option of the method: pass method_options=\{'beta': 0.5\}"):
+        config(tmp_path, cls=TokenDistillConfig, beta=0.5)
+
+
+def test_a_cpu_run_is_in_float32_also_beside_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("tsdkd.trainers.config.bf16_works_here", lambda: True)
+    assert config(tmp_path).bf16 is False and config(tmp_path, bf16=True).bf16 is True
 
 
 def test_a_config_of_trl_is_refused_with_the_class_to_use(tmp_path):
@@ -553,4 +620,21 @@ def test_a_nan_stops_before_the_optimizer_step_and_nothing_is_saved(tmp_path, po
     if "hidden states" in names[0]:
         assert re.search(r"first at token \d+ of an answer to a prompt of \d+ tokens that ends with ids \[", str(error.value))
     assert list(after) == [1] and all(torch.equal(a, b) for a, b in zip(after[1], trainer.model.parameters(), strict=True))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_student_that_diverged_is_named_when_it_cannot_write(tmp_path):
+    trainer = make(
+        tmp_path,
+        learning_rate=1e30,
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    with pytest.raises(
+        NonFiniteError, match=r"step \d: NaN or Inf in .*student.*lower the learning\s+rate|step \d: NaN or Inf"
+    ):
+        trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))

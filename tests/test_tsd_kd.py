@@ -146,7 +146,7 @@ def test_counts_from_lengths_equal_the_masks_own():
     counts = TSDKD().counts(LENGTHS)
     assert counts == Counts(tokens=10, selected=3, responses=3)
     as_tensors = Counts(*(torch.tensor(float(c)) for c in dataclasses.astuple(counts)))
-    for given_counts in (counts, as_tensors):
+    for given_counts in (counts, as_tensors, (10, 3, 3)):
         torch.testing.assert_close(
             tsd_kd_loss(student, teacher, mask, counts=given_counts).loss, tsd_kd_loss(student, teacher, mask).loss, **EXACT
         )
@@ -206,6 +206,8 @@ def test_logged_sums_divide_to_the_terms():
 
 BAD = [
     ({"completion_mask": torch.ones(4, 5)}, r"completion_mask has shape \(4, 5\).*\(4, 6\)"),
+    ({"completion_mask": [[1] * 6] * 4}, "completion_mask is a list: pass a tensor"),
+    ({"counts": 3}, "counts=3: pass tsdkd.Counts"),
     ({"completion_mask": torch.full((4, 6), 2)}, "completion_mask holds the value 2"),
     ({"completion_mask": torch.full((4, 6), 0.5)}, "completion_mask holds the value 0.5"),
     ({"teacher_logits": torch.zeros(4, 5, 12)}, r"student_logits covers .*\(4, 6\).*\(4, 5\)"),

@@ -26,6 +26,8 @@ _WHERE = {
     "tsd_kd_loss": "tsdkd.methods",
 }
 
+_MODULES = ("losses", "selection", "fused", "methods")
+
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"tsdkd.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'tsdkd' has no attribute {name!r}; it has: {', '.join(__all__)}")
     return getattr(importlib.import_module(_WHERE[name]), name)

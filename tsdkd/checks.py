@@ -77,6 +77,8 @@ def check_mask(mask: torch.Tensor, positions: tuple[int, ...], device: torch.dev
     """The mask as bool; refuse one of another shape or device, or with values other than 0 and 1."""
     import torch
 
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"completion_mask is a {type(mask).__name__}: pass a tensor, torch.tensor(mask).")
     if tuple(mask.shape) != tuple(positions):
         raise ValueError(
             f"completion_mask has shape {tuple(mask.shape)} but the scored tokens have {tuple(positions)}: pass one value "

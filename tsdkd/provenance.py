@@ -16,10 +16,12 @@ _PACKAGES = ("tsdkd", "torch", "transformers", "trl", "accelerate")
 def _commit() -> str | None:
     """The commit of the checkout that this package runs from, with a + where files differ; None outside of one."""
     here = Path(__file__).resolve().parent
+    options: Any = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
     try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=10
-        )
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", Path(__file__).name], **options)
+        if tracked.returncode:  # installed inside somebody else's repository
+            return None
+        run = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], **options)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() or None

@@ -157,6 +157,15 @@ class Counts:
     selected: torch.Tensor | float
     responses: torch.Tensor | float
 
+    @classmethod
+    def of(cls, counts: Any) -> Counts | None:
+        """Counts from `Counts`, a triple (tokens, selected, responses), or None for none."""
+        if counts is None or isinstance(counts, Counts):
+            return counts
+        if isinstance(counts, (tuple, list)) and len(counts) == 3:
+            return cls(*counts)
+        raise ValueError(f"counts={counts!r}: pass tsdkd.Counts(tokens, selected, responses) or a triple of them.")
+
 
 @dataclass(frozen=True)
 class Objective:

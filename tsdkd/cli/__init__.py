@@ -31,6 +31,6 @@ def main(arguments: list[str] | None = None) -> int:
     command = importlib.import_module(f"tsdkd.cli.{arguments[0]}")
     try:
         return command.main(arguments[1:])
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:  # OSError: a model, data set or file that is not there
         print(f"tsdkd {arguments[0]}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 1 if isinstance(error, FloatingPointError) else 2

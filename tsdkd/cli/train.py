@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 ALIASES = {"--student": "--model_name_or_path", "--teacher": "--teacher_model_name_or_path"}
 
@@ -17,6 +18,7 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
     dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "A second data set, for evaluation."})
+    eval_dataset_split: str = field(default="test", metadata={"help": "The evaluation data set's split."})
     prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts."})
     prompt_as_chat: bool = field(
         default=False, metadata={"help": "Make each text prompt a chat of one user message, for models with a chat template."}
@@ -30,16 +32,25 @@ def parse(arguments: list[str]):
 
     from tsdkd.trainers import TSDKDConfig
 
-    parser = TrlParser((DataArguments, TSDKDConfig, ModelConfig), prog="tsdkd train")
+    about = (
+        f"Aliases: {', '.join(f'{short} for {long}' for short, long in ALIASES.items())}. --config FILE reads a YAML recipe."
+    )
+    parser = TrlParser((DataArguments, TSDKDConfig, ModelConfig), prog="tsdkd train", description=about)
     spelled = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
-        spelled.append(ALIASES.get(flag, flag) + equals + value)
+        if flag == "--config" and equals:  # the parser knows it apart from its value only
+            spelled += [flag, value]
+        else:
+            spelled.append(ALIASES.get(flag, flag) + equals + value)
     return parser.parse_args_and_config(spelled)
 
 
 def main(arguments: list[str]) -> int:
     data, config, model = parse(arguments)
+    for role, name in (("student", model.model_name_or_path), ("teacher", config.teacher_model_name_or_path)):
+        if name and name[0] in "./~" and not Path(name).expanduser().is_dir():
+            raise ValueError(f"there is no folder {name} for the {role}: pass a folder with a model, or a model's name.")
     if model.model_name_or_path is None:
         raise ValueError("no student was given: pass --student NAME_OR_PATH (model_name_or_path in YAML).")
     if config.teacher_model_name_or_path is None:
@@ -61,7 +72,8 @@ def main(arguments: list[str]) -> int:
             drop_duplicates=data.drop_duplicate_prompts,
             as_chat=data.prompt_as_chat,
         )
-        print(f"{len(rows)} prompts from {name}")
+        if config.process_index == 0:
+            print(f"{len(rows)} prompts from {name}{' after dropping duplicates' if data.drop_duplicate_prompts else ''}")
         return rows
 
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
@@ -72,7 +84,7 @@ def main(arguments: list[str]) -> int:
         model=model.model_name_or_path,
         args=config,
         train_dataset=load(data.dataset_name, data.dataset_train_split),
-        eval_dataset=load(data.eval_dataset_name, "train") if data.eval_dataset_name else None,
+        eval_dataset=load(data.eval_dataset_name, data.eval_dataset_split) if data.eval_dataset_name else None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )

@@ -24,6 +24,8 @@ def _kind(prompt: Any) -> str:
     if isinstance(prompt, (list, tuple)):
         if not prompt:
             return "empty"
+        if any(isinstance(m, dict) and isinstance(m.get("content"), list) for m in prompt):
+            return "chats with parts (images?), where this trainer takes texts"
         if all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
             return "chat" if any(m["content"] for m in prompt) else "empty"
         return "a list that is not chat messages"
@@ -48,6 +50,8 @@ def check_prompts(dataset: Any, role: str, rows_needed: int = 1, batch: str = ""
             f"{role} holds the splits {', '.join(dataset)}: pass one of them, e.g. dataset[{next(iter(dataset))!r}]."
         )
     columns = getattr(dataset, "column_names", None)
+    if isinstance(dataset, (list, tuple)) and columns is None:
+        raise ValueError(f"{role} is a {type(dataset).__name__}: make it a data set with datasets.Dataset.from_list(rows).")
     if columns is not None and "prompt" not in columns:
         raise ValueError(
             f"{role} has no 'prompt' column; it has: {', '.join(columns) or 'none'}. Rename the one that holds the prompts, "
@@ -93,7 +97,12 @@ def fitting_rows(lengths: Sequence[int], limit: int, why: str, role: str, drop: 
         ValueError: how many prompts are too long and the first of them, unless `drop`; or no prompt fits.
     """
     long = [row for row, length in enumerate(lengths) if length > limit]
-    if long and (not drop or len(long) == len(lengths)):
+    if len(long) == len(lengths) and drop:
+        raise ValueError(
+            f"all {len(lengths)} prompts of {role} are longer than {limit} tokens, none is left: {why}. Raise max_length "
+            "or lower max_completion_length."
+        )
+    if long and not drop:
         raise ValueError(
             f"{len(long)} of {len(lengths)} prompts of {role} are longer than {limit} tokens, the first is row {long[0]} with "
             f"{lengths[long[0]]}: {why}. Shorten them, raise max_length, lower max_completion_length, or drop them with "

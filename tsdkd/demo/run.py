@@ -226,7 +226,9 @@ def run(output_dir: Path, seed: int = 0, weights: str = "demo", steps: int = 200
     }
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     missing = _plot(follow.rows, summary, output_dir / "curve.png")
-    command = "tsdkd train --student YOUR/STUDENT --teacher YOUR/TEACHER --dataset_name prompts.jsonl --output_dir my-student"
+    chosen = {"learning_rate": choice.learning_rate, "max_steps": steps, "per_device_train_batch_size": BATCH, **choice.options}
+    flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
+    command = f"tsdkd train --student YOUR/STUDENT --teacher YOUR/TEACHER --dataset_name prompts.jsonl --output_dir out {flags}"
     written = ["the student", "metrics.jsonl", "summary.json", *([] if missing else ["curve.png"])]
     for text in (
         f"\n{_table(summary)}\n",

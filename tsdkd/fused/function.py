@@ -306,7 +306,7 @@ class FusedObjective(torch.autograd.Function):
             padded = _padded(statistics, layout)
             weights = decide(objective, padded)
             if static is None:  # a rule of the user's own: only its mask tells
-                own = local_counts(objective, weights, layout.mask)
+                own = local_counts(weights, layout.mask)
                 divisors = own if call.counts is None else call.counts
             order = teacher_order(statistics.teacher_scores)
             nll, score_gradient = _ranking(statistics, order)

@@ -55,7 +55,7 @@ def coefficients(
     )
 
 
-def local_counts(objective: Objective, weights: TokenWeights, mask: torch.Tensor) -> Counts:
+def local_counts(weights: TokenWeights, mask: torch.Tensor) -> Counts:
     """The counts of these tokens alone, for a caller whose step is this call."""
     return Counts(tokens=mask.sum(), selected=weights.top_entropy.sum(), responses=mask.any(-1).sum())
 
@@ -170,7 +170,7 @@ def evaluate_logits(
         nll = nll.index_copy(0, rows, plackett_luce_nll(scores))
         candidate_tau[rows] = kendall_tau(order).to(nll.dtype)
 
-    own = local_counts(objective, weights, layout.mask)
+    own = local_counts(weights, layout.mask)
     per_token = layout.pad(nll), layout.pad(distance), layout.pad(entropy)
     return assemble(
         objective, per_token, statistics, weights, layout.pad(candidate_tau), own, own if counts is None else counts

@@ -1,4 +1,4 @@
-"""What a method states: whose answers it trains on, what it needs of the teacher, its loss and its counts."""
+"""What a method states: its loss, its terms and their weights, and the counts that normalise them."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def tsd_kd_loss(
     student, teacher = shared_vocabulary(student_logits, teacher_logits)
     check_candidates(num_candidates, student.shape[-1])
     lengths = mask.sum(-1).tolist()
-    return _spread(evaluate_logits(method.objective(), student[mask], teacher[mask], lengths, counts), mask)
+    return _spread(evaluate_logits(method.objective(), student[mask], teacher[mask], lengths, Counts.of(counts)), mask)
 
 
 def fused_tsd_kd_loss(
@@ -243,7 +243,7 @@ def fused_tsd_kd_loss(
         completion_mask: `[batch, completion]`, bool or 0/1, True on trained tokens; what stands elsewhere changes nothing
             and gets a zero gradient.
         counts: as in `tsd_kd_loss`.
-        impl: `"auto"`, `"torch"`, or `"reference"` (full logits, autograd).
+        impl: `"auto"`, `"torch"`, `"triton"` (a GPU), or `"reference"` (full logits, autograd).
         chunk_tokens: tokens whose logits stand in memory at a time; `"auto"` chooses from the free memory and logs it.
         gradient_filter: as in `tsdkd.fused.evaluate`; 0 is exact.
         options: every other keyword of `tsd_kd_loss`, with its default.
@@ -282,4 +282,4 @@ def fused_tsd_kd_loss(
     batch = TokenBatch(student_hidden[mask], teacher_hidden.detach()[mask], tuple(mask.sum(-1).tolist()))
     heads = Head.of(student_head), Head.of(teacher_head)
     engine: dict[str, Any] = {"impl": impl, "chunk_tokens": chunk_tokens, "gradient_filter": gradient_filter}
-    return _spread(method.loss(batch, *heads, counts=counts, **engine), mask)
+    return _spread(method.loss(batch, *heads, counts=Counts.of(counts), **engine), mask)

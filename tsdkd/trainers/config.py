@@ -29,6 +29,7 @@ class TokenDistillConfig(DistillationConfig):
         method: the method's name; its own options are `method_options`.
         method_options: the method's options by name, a dict or JSON.
         max_length: prompt plus response, tokens; never above the smaller context of the two models. None: that context.
+        max_completion_length: tokens of a response; None is 512, TRL's default, or half of what a smaller context holds.
         drop_long_prompts: drop prompts that leave no room for `max_completion_length`, and log how many, instead of
             refusing them.
         teacher_batch_size: rows per forward pass of the teacher; None: `per_device_train_batch_size`.
@@ -46,6 +47,9 @@ class TokenDistillConfig(DistillationConfig):
         default=1024,
         metadata={"help": "Prompt plus response, tokens (paper, A.9: 'Max Sequence Length 1024')."},
     )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a response; default 512 as in TRL, or half of what a smaller context holds."}
+    )
     drop_long_prompts: bool = field(
         default=False, metadata={"help": "Drop prompts that leave no room for a completion instead of refusing them."}
     )
@@ -59,8 +63,10 @@ class TokenDistillConfig(DistillationConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
+        if self.bf16 is None and not self.fp16 and not self.use_cpu:  # type: ignore[has-type]
             self.bf16 = bf16_works_here()
+        elif self.bf16 is None:
+            self.bf16 = False
         super().__post_init__()
         if self.max_length is not None:
             check_count("max_length", self.max_length, smallest=2)
@@ -75,6 +81,8 @@ class TokenDistillConfig(DistillationConfig):
 
     def build_method(self) -> Method:
         """The method that these options name."""
+        if self.beta != 1.0:  # TRL's default of a field that no method here reads
+            raise ValueError(f"beta={self.beta} is an option of the method: pass method_options={{'beta': {self.beta}}}.")
         options = self.method_options
         assert not isinstance(options, str), "TRL's config parses JSON options before this"
         return resolve_method(self.method, options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from tsdkd.types import Rollouts
@@ -66,7 +64,7 @@ class Guard:
         if not flags:
             return
         found = accelerator.reduce(torch.stack(flags), reduction="sum").tolist()
-        culprits = [name for name, count in zip(names, found, strict=True) if count and not math.isnan(count)]
+        culprits = [name for name, count in zip(names, found, strict=True) if count]
         if culprits:
             self._tokens = tokens
             where = "".join(self._search(name) for name in culprits[:1])

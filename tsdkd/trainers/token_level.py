@@ -15,7 +15,7 @@ from tsdkd.methods import Method, resolve_method
 from tsdkd.teachers import LocalTeacher
 from tsdkd.teachers.heads import check_head, head_of, last_hidden_state, text_config
 from tsdkd.trainers.config import TokenDistillConfig, TSDKDConfig
-from tsdkd.trainers.guard import Guard
+from tsdkd.trainers.guard import Guard, NonFiniteError
 from tsdkd.trainers.recorder import Recorder, Stopwatch, peak_memory_gib
 from tsdkd.trainers.trl_seams import SeamTrainer
 from tsdkd.types import Counts, Head, Rollouts, TokenBatch
@@ -144,7 +144,7 @@ class TokenDistillTrainer(SeamTrainer):
 
         self._recorders = {"train": Recorder(), "eval": Recorder()}
         self._engine = {"impl": args.fused_impl, "gradient_filter": args.gradient_filter}
-        self._watch = Stopwatch(self.accelerator.device)
+        self._watches = {mode: Stopwatch(self.accelerator.device) for mode in ("train", "eval")}
         self._guard = Guard()
         self._trained_tokens = 0
         self._steps_in_window = 0
@@ -200,8 +200,9 @@ class TokenDistillTrainer(SeamTrainer):
         reason, total = min(limits.items(), key=lambda item: item[1])
         room = self.args.max_completion_length
         if room is None:
-            return total - 1, f"{reason} must hold the prompt and at least one token of the response"
-        if room >= total:
+            room = min(512, total // 2)
+            self.set_max_completion_length(room)
+        elif room >= total:
             raise ValueError(
                 f"max_completion_length={room} leaves no room for a prompt: {reason} holds prompt and response together. Lower "
                 f"max_completion_length below {total}."
@@ -213,11 +214,15 @@ class TokenDistillTrainer(SeamTrainer):
             return dataset
         lengths: list[int] = []
         for start in range(0, len(dataset), 1000):
-            lengths += [len(ids) for ids in self.tokenize(dataset[start : start + 1000]["prompt"])]
+            for row, ids in enumerate(self.tokenize(dataset[start : start + 1000]["prompt"]), start):
+                if max(ids, default=0) >= self.vocab_size:
+                    raise ValueError(
+                        f"the prompt of row {row} of {role} holds id {max(ids)}, {self._tokenizer.decode([max(ids)])!r}, "
+                        f"beyond the {self.vocab_size} ids that both models have: one of them cannot read it. Remove that "
+                        "token."
+                    )
+                lengths.append(len(ids))
         rows = fitting_rows(lengths, self._prompt_limit, self._limit_reason, role, self.args.drop_long_prompts)
-        if self.args.max_completion_length is None:
-            longest = max(lengths[row] for row in rows)
-            self.set_max_completion_length(min(self.max_completion_length or 2**31, self._prompt_limit + 1 - longest))
         dropped = len(lengths) - len(rows)
         if dropped:
             self._dropped += dropped
@@ -235,6 +240,16 @@ class TokenDistillTrainer(SeamTrainer):
 
     # ------------------------------------------------------------------ the step
 
+    @property
+    def _watch(self) -> Stopwatch:
+        return self._watches[self.mode]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `Trainer.train`."""
+        if self.train_dataset is None:
+            raise ValueError("no train_dataset was given: pass rows with a 'prompt' column to the trainer before train().")
+        return super().train(*args, **kwargs)
+
     def _generate(self, prompts: list):
         with self._watch.section("rollout"):
             result = super()._generate(prompts)
@@ -245,6 +260,15 @@ class TokenDistillTrainer(SeamTrainer):
                 "Filter the stream."
             )
         return result
+
+    def after_writing(self, failure: RuntimeError | None) -> None:
+        flag = torch.tensor(float(failure is not None), device=self.accelerator.device)
+        if self.accelerator.reduce(flag, reduction="sum").item():
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: NaN or Inf in the student's logits while it wrote its answers (student: "
+                f"{name_of(self.model)}). The last step made its weights diverge, nothing was saved since: lower the learning "
+                "rate, or go back to a checkpoint."
+            ) from failure
 
     def prepare_step(self, rollouts: Rollouts) -> dict[str, Any]:
         """The step's counts over all processes, and the teacher's hidden states, once for all micro-batches."""
@@ -311,7 +335,7 @@ class TokenDistillTrainer(SeamTrainer):
             self._recorders["train"].add({f"grad_norm/{term}": (norm, torch.ones_like(norm))})
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self._watch.section("step"):
+        with self._watches["train"].section("step"):  # after an evaluation the model is not yet in training mode here
             return super().training_step(*args, **kwargs)
 
     def before_optimizer_step(self, grad_norm: torch.Tensor | float | None) -> None:
@@ -325,7 +349,7 @@ class TokenDistillTrainer(SeamTrainer):
 
     def window_metrics(self, mode: str) -> dict[str, float]:
         recorder = self._recorders[mode]
-        seconds = self._watch.read()
+        seconds = self._watches[mode].read()
         if mode == "train" and self._steps_in_window:
             steps, whole = self._steps_in_window, seconds.get("step", 0.0)
             parts = {name: seconds.get(name, 0.0) for name in ("rollout", "teacher", "loss")}

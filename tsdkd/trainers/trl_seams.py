@@ -23,12 +23,16 @@ class SeamTrainer(DistillationTrainer):
     Hooks:
         write(prompt_ids, …): the completions' ids, one list a prompt.
         prepare_step(rollouts): what joins the generation batch beside TRL's tensors, from this process's rollouts.
+        after_writing(failure): called on every process; `failure` is sampling's error for logits that are not finite.
         token_loss(student, inputs): the micro-batch's loss, run inside the student's wrapper.
         before_optimizer_step(grad_norm): called once per optimizer step, before the weights change.
         window_metrics(mode): extra metrics at logging time.
     """
 
     def prepare_step(self, rollouts: Rollouts) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def after_writing(self, failure: RuntimeError | None) -> None:
         raise NotImplementedError
 
     def token_loss(self, student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -81,8 +85,16 @@ class SeamTrainer(DistillationTrainer):
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        completion_ids = self.write(prompt_ids, *args, **kwargs)
-        if self._empty_rows is None:  # the first turn; later ones write for a part of the rows
+        first = self._empty_rows is None  # later turns write for a part of the rows, not on every process
+        failure = None
+        try:
+            completion_ids = self.write(prompt_ids, *args, **kwargs)
+        except RuntimeError as error:
+            if not first or "probability tensor contains" not in str(error):
+                raise
+            failure, completion_ids = error, [[] for _ in prompt_ids]
+        if first:
+            self.after_writing(failure)
             self._empty_rows = {row for row, ids in enumerate(completion_ids) if not ids}
             # TRL reads ids[-1] of every completion; a padding token stands in and is not trained on.
             completion_ids = [ids or [self._tokenizer.pad_token_id] for ids in completion_ids]
@@ -180,4 +192,7 @@ class SeamTrainer(DistillationTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
+            kept = self.args.output_dir
+            self.args.output_dir = output_dir or kept  # where TRL writes the card
             self.create_model_card(model_name=Path(self.args.output_dir).name)
+            self.args.output_dir = kept
