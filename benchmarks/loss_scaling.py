@@ -59,6 +59,8 @@ def main() -> None:
         axis.errorbar(xs, medians, yerr=errors, marker="o", capsize=3, label="measured (median, min-max)")
         axis.plot(xs, [medians[-1] * x / xs[-1] for x in xs], linestyle="--", color="0.5", label="in proportion")
         axis.set(xlabel=label, ylabel="seconds", xscale="log", yscale="log")
+        axis.set_xticks(xs, [str(x) for x in xs])
+        axis.minorticks_off()
         axis.set_title(f"{'37 984 ids' if label == 'tokens' else '512 tokens'}, {torch.get_num_threads()} threads, {o.dtype}")
         axis.legend()
     figure.savefig(RESULTS / "loss_scaling.png", dpi=110)

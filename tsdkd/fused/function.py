@@ -192,9 +192,10 @@ class _Gradients:
             self.hidden.index_add_(0, rows, torch.einsum("nk,nkh->nh", gradient, heads))
         if self.weight is not None:
             parts = gradient.unsqueeze(-1) * self.side.hidden[rows].to(gradient.dtype).unsqueeze(1)
-            self.weight.index_add_(0, ids.flatten(), parts.flatten(0, 1))
+            # ids repeat: index_add_ adds them in any order on a GPU, index_put_ sorts them first
+            self.weight.index_put_((ids.flatten(),), parts.flatten(0, 1), accumulate=True)
         if self.bias is not None:
-            self.bias.index_add_(0, ids.flatten(), gradient.flatten())
+            self.bias.index_put_((ids.flatten(),), gradient.flatten(), accumulate=True)
 
 
 def _kept_rows(mask: torch.Tensor, count: int | None) -> torch.Tensor:
