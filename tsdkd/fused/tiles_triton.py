@@ -75,8 +75,9 @@ def _normalisers(
         t_max = t_new
     tl.store(s_max_ptr + row, s_max)
     tl.store(t_max_ptr + row, t_max)
-    tl.store(s_log_ptr + row, s_max * inverse_tau + tl.log(s_sum))
-    tl.store(t_log_ptr + row, t_max * inverse_tau + tl.log(t_sum))
+    # Apart from the maxima: their sum would round a row's log-probabilities all the same way.
+    tl.store(s_log_ptr + row, tl.log(s_sum))
+    tl.store(t_log_ptr + row, tl.log(t_sum))
 
 
 @triton.jit
@@ -109,12 +110,14 @@ def _pair(s, t, parameter, KIND: tl.constexpr, TINY: tl.constexpr):
 
 @triton.jit
 def _sums_and_gradient(
-    s_ptr, t_ptr, s_bias, t_bias, s_log_ptr, t_log_ptr, s_entropy_ptr, t_entropy_ptr, value_ptr,
+    s_ptr, t_ptr, s_bias, t_bias, s_max_ptr, t_max_ptr, s_log_ptr, t_log_ptr, s_entropy_ptr, t_entropy_ptr, value_ptr,
     vocab: tl.constexpr, stride, s_scale, s_cap, t_scale, t_cap, inverse_tau, parameter,
     S_BIAS: tl.constexpr, S_CAP: tl.constexpr, T_BIAS: tl.constexpr, T_CAP: tl.constexpr,
     KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, WORK: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    s_max = tl.load(s_max_ptr + row)
+    t_max = tl.load(t_max_ptr + row)
     s_log = tl.load(s_log_ptr + row)
     t_log = tl.load(t_log_ptr + row)
     s_entropy = tl.zeros((), WORK)
@@ -126,8 +129,8 @@ def _sums_and_gradient(
         columns = start + tl.arange(0, BLOCK)
         s = _load_logits(s_ptr + row * stride, s_bias, columns, vocab, s_scale, s_cap, S_BIAS, S_CAP, WORK)
         t = _load_logits(t_ptr + row * stride, t_bias, columns, vocab, t_scale, t_cap, T_BIAS, T_CAP, WORK)
-        s = s * inverse_tau - s_log
-        t = t * inverse_tau - t_log
+        s = (s - s_max) * inverse_tau - s_log
+        t = (t - t_max) * inverse_tau - t_log
         p_s, p_t, by_t, by_s, ratio = _pair(s, t, parameter, KIND, TINY)
         inside = columns < vocab
         s_entropy -= tl.sum(tl.where(inside, p_s * s, 0.0), axis=0)
@@ -146,7 +149,9 @@ def _sums_and_gradient(
             columns = start + tl.arange(0, BLOCK)
             z = _load_logits(s_ptr + row * stride, s_bias, columns, vocab, s_scale, s_cap, S_BIAS, S_CAP, WORK)
             t = _load_logits(t_ptr + row * stride, t_bias, columns, vocab, t_scale, t_cap, T_BIAS, T_CAP, WORK)
-            p_s, p_t, by_t, by_s, ratio = _pair(z * inverse_tau - s_log, t * inverse_tau - t_log, parameter, KIND, TINY)
+            p_s, p_t, by_t, by_s, ratio = _pair(
+                (z - s_max) * inverse_tau - s_log, (t - t_max) * inverse_tau - t_log, parameter, KIND, TINY
+            )
             if KIND == 0:
                 gradient = p_s - p_t
             elif KIND == 1:
@@ -178,17 +183,17 @@ def _entropy_rows(
         new = tl.maximum(highest, tl.max(s, axis=0))
         total = total * tl.exp((highest - new) * inverse_tau) + tl.sum(tl.exp((s - new) * inverse_tau), axis=0)
         highest = new
-    log_total = highest * inverse_tau + tl.log(total)
+    log_total = tl.log(total)
     entropy = tl.zeros((), WORK)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s = _load_logits(s_ptr + row * stride, s_bias, columns, vocab, s_scale, s_cap, S_BIAS, S_CAP, WORK)
-        s = s * inverse_tau - log_total
+        s = (s - highest) * inverse_tau - log_total
         entropy -= tl.sum(tl.where(columns < vocab, tl.exp(s) * s, 0.0), axis=0)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = _load_logits(s_ptr + row * stride, s_bias, columns, vocab, s_scale, s_cap, S_BIAS, S_CAP, WORK)
-        s = z * inverse_tau - log_total
+        s = (z - highest) * inverse_tau - log_total
         gradient = -tl.exp(s) * (s + entropy) * (s_scale * inverse_tau)
         if S_CAP:
             gradient = gradient * (1.0 - (z / s_cap) * (z / s_cap))
@@ -243,7 +248,7 @@ def sweep(
     statistics.teacher_scores.copy_(teacher_shape.at(teacher, ids, work))
     statistics.agreement.copy_(statistics.teacher_scores[:, 0] == t_max)
     _sums_kernel[(rows,)](
-        student, teacher, s_bias, t_bias, s_log, t_log,
+        student, teacher, s_bias, t_bias, s_max, t_max, s_log, t_log,
         statistics.student_entropy, statistics.teacher_entropy, statistics.divergence,
         vocab, student.stride(0), s_scale, s_cap, t_scale, t_cap, 1.0 / temperature, parameter,
         KIND=KINDS[divergence], GRADIENT=with_gradient, TINY=torch.finfo(work).tiny, **flags,
