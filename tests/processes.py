@@ -52,7 +52,9 @@ def main(folder: Path, scenario: str) -> None:
         result["stopped"] = str(error)
     (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+        # The results are written. Leaving normally would tear down DDP and gloo in any order, which can wait for ever.
+        os._exit(0)
 
 
 if __name__ == "__main__":
