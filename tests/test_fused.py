@@ -15,15 +15,16 @@ from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsdkd import TSDKD, Head, TokenBatch, fused, fused_tsd_kd_loss, tsd_kd_loss
-from tsdkd.fused import function, tiles_torch
-from tsdkd.selection import EntropyGapGate, TopEntropy
-from tsdkd.types import Objective
+from tsdkd.fused import chunks, function, tiles_torch
+from tsdkd.selection import SELECTIONS, EntropyGapGate, TopEntropy, direct_count
+from tsdkd.types import Counts, Objective
 
 # Triton runs in its interpreter (TRITON_INTERPRET=1), chosen when it is imported: `make test` runs this file once more.
 ENGINES = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
 EXACT = dict(rtol=1e-9, atol=1e-9)
 LENGTHS = (6, 1, 0, 3)
 TOKENS = sum(LENGTHS)
+SHIFTS = torch.linspace(-2.0, 1.0, TOKENS)
 
 
 def case(vocab=12, teacher_vocab=14, hidden=5, teacher_hidden=7, dtype=torch.float64, tokens=TOKENS, scale=1.0, **shape):
@@ -38,6 +39,8 @@ def case(vocab=12, teacher_vocab=14, hidden=5, teacher_hidden=7, dtype=torch.flo
         torch.randn(tokens, hidden, dtype=dtype).requires_grad_(),
         torch.randn(tokens, teacher_hidden, dtype=dtype),
         LENGTHS if tokens == TOKENS else (tokens,),
+        token_ids=torch.randint(0, min(vocab, teacher_vocab), (tokens,)),
+        rows=(40, 7, 8, 22) if tokens == TOKENS else None,
     )
     return batch, student, teacher
 
@@ -54,6 +57,28 @@ OBJECTIVES = {
     "entropy alone": TSDKD(direct_weight=0.0, indirect_weight=0.0, top_entropy_fraction=0.5).objective(),
     "tempered": TSDKD(kd_temperature=1.7, opener_entropy_share=0.5, top_entropy_fraction=0.4, num_candidates=4).objective(),
     **{f"beta {b}": TSDKD(beta=b).objective() for b in (0.0, 0.3, 1.0)},
+    "options": TSDKD(ranking_stage_weights="teacher_mass", entropy_target="teacher", gate="divergence_aware").objective(),
+    "ranking by mass, alone": TSDKD(
+        direct_weight=0.0, entropy_weight=0.0, opener_entropy_share=1.0, ranking_stage_weights="teacher_mass"
+    ).objective(),
+    "to the teacher's entropy, alone": TSDKD(
+        direct_weight=0.0, indirect_weight=0.0, top_entropy_fraction=1.0, entropy_target="teacher"
+    ).objective(),
+    **{f"all terms, {name} selected": TSDKD(selection=name, selection_share=0.4).objective() for name in SELECTIONS},
+    **{
+        f"{name} selected alone": Objective(divergence_parameter=0.5, gate=EntropyGapGate(), selection=rule(0.4))
+        for name, rule in SELECTIONS.items()
+    },
+    "a selection of one's own": Objective(selection=lambda s: s.divergence > 0.5 * s.divergence.mean(-1, keepdim=True)),
+    "entropy target and a selection": TSDKD(entropy_target="teacher", selection="random", indirect_weight=0.0).objective(),
+    "sampled tokens": Objective(direct_weight=0.0, sampled_weight=1.0, sampled=lambda log_p, rows: -log_p),
+    "sampled tokens beside reverse KL": Objective(
+        "reverse_kl",
+        0.0,
+        sampled_weight=0.7,
+        sampled=lambda log_p, rows: (log_p - SHIFTS[rows].to(log_p)).exp(),
+        temperature=1.3,
+    ),
     **{
         f"{name}({parameter})": Objective(name, parameter, gate=EntropyGapGate(), temperature=1.3)
         for name in ("forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl")
@@ -70,10 +95,15 @@ def test_values_and_gradients_equal_the_reference(impl, name, vocab, teacher_voc
     objective = OBJECTIVES[name]
     expected = fused.evaluate(objective, batch, student, teacher, impl="reference")
     ours = fused.evaluate(objective, batch, student, teacher, impl=impl, chunk_tokens=chunk)
-    for field in ("loss", "indirect", "direct", "entropy", "ranking_nll", "candidate_tau"):
+    for field in ("loss", "indirect", "direct", "entropy", "sampled", "ranking_nll", "candidate_tau"):
         torch.testing.assert_close(getattr(ours, field).detach(), getattr(expected, field).detach(), **EXACT)
     for part in ("statistics", "weights"):
         for field in dataclasses.fields(getattr(ours, part)):
+            if field.name == "rows":
+                continue
+            if getattr(getattr(expected, part), field.name) is None:
+                assert getattr(getattr(ours, part), field.name) is None
+                continue
             a, b = (getattr(getattr(terms, part), field.name) for terms in (ours, expected))
             torch.testing.assert_close(a.double(), b.double(), **EXACT)
     for key, (total, count) in expected.sums.items():
@@ -423,6 +453,73 @@ def test_rules_of_a_users_own_are_fused_too(impl):
 
 
 @pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("name", ["opener", "top_entropy", "entropy_or_divergence", "random", "prefix"])
+def test_a_selected_direct_term_does_not_depend_on_the_split(impl, name):
+    """Row by row, with the whole step's counts, the loss and gradient of the whole."""
+    batch, student, teacher = case(40, 40)
+    objective = Objective(selection=SELECTIONS[name](0.4), gate=EntropyGapGate())
+    counts = Counts(TOKENS, 0, 3, direct_count(objective.selection, LENGTHS))
+    whole = fused.evaluate(objective, batch, student, teacher, counts=counts, impl=impl)
+    alone = fused.evaluate(objective, batch, student, teacher, impl=impl)
+    torch.testing.assert_close(whole.loss.detach(), alone.loss.detach(), **EXACT)
+    expected = gradients(whole.loss, batch, student)
+    parts, start = 0.0, 0
+    for row, length in enumerate(LENGTHS):
+        index = torch.arange(start, start + length)
+        part = dataclasses.replace(batch.keep(index, (length,)), rows=(batch.rows[row],))
+        parts = parts + fused.evaluate(objective, part, student, teacher, counts=counts, impl=impl).loss
+        start += length
+    torch.testing.assert_close(parts.detach(), whole.loss.detach(), **EXACT)
+    for a, b in zip(gradients(parts, batch, student), expected, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "objective,student_rows,teacher_rows",
+    [
+        (Objective(), 10, 10),
+        (Objective(selection=SELECTIONS["prefix"](0.5)), 6, 6),
+        (Objective(selection=SELECTIONS["random"](0.5)), 6, 6),
+        (Objective(selection=SELECTIONS["top_entropy"](0.5)), 16, 6),
+        (Objective(selection=SELECTIONS["entropy_or_divergence"](0.5)), 17, 17),
+        (TSDKD(direct_weight=0.0, entropy_weight=0.0).objective(), 10, 0),
+        (TSDKD(direct_weight=0.0, indirect_weight=0.0).objective(), 13, 0),
+        (Objective(direct_weight=0.0, sampled_weight=1.0, sampled=lambda log_p, rows: -log_p), 10, 0),
+    ],
+)
+def test_heads_are_projected_on_what_the_terms_read(objective, student_rows, teacher_rows, monkeypatch):
+    batch, student, teacher = case(40, 40)
+    rows, project = {"student": 0, "teacher": 0}, function._Run._project
+
+    def counting(run, name, where):
+        out = project(run, name, where)
+        rows[name] += len(out)
+        return out
+
+    monkeypatch.setattr(function._Run, "_project", counting)
+    fused.evaluate(objective, batch, student, teacher, impl=ENGINES[0], chunk_tokens=4)
+    assert rows == {"student": student_rows, "teacher": teacher_rows}
+
+
+@pytest.mark.parametrize("impl", ["reference", *ENGINES])
+def test_a_loss_that_reads_no_teacher_needs_none(impl):
+    batch, student, teacher = case(40, 40)
+    objective = Objective(direct_weight=0.0, sampled_weight=1.0, sampled=lambda log_p, rows: -log_p)
+    alone = dataclasses.replace(batch, teacher_hidden=None)
+    with_teacher = fused.evaluate(objective, batch, student, teacher, impl=impl).loss.detach()
+    without = fused.evaluate(objective, alone, student, None, impl=impl).loss.detach()
+    torch.testing.assert_close(without, with_teacher)
+    logits = student.logits(batch.student_hidden).detach()
+    torch.testing.assert_close(with_teacher, torch.nn.functional.cross_entropy(logits, batch.token_ids))
+    with pytest.raises(ValueError, match="no hidden states or no head of one were given"):
+        fused.evaluate(Objective(), alone, student, None, impl=impl)
+    with pytest.raises(ValueError, match=r"TokenBatch\.token_ids is None"):
+        fused.evaluate(objective, dataclasses.replace(batch, token_ids=None), student, None, impl=impl)
+    with pytest.raises(ValueError, match="counts say nothing of the tokens that the direct term selects"):
+        fused.evaluate(Objective(selection=SELECTIONS["random"](0.5)), batch, student, teacher, counts=Counts(1, 1, 1))
+
+
+@pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("needs", ["student", "both"])
 def test_a_gate_that_reads_other_tokens_costs_a_sweep_and_is_exact(impl, needs, caplog):
     class Relative:
@@ -439,7 +536,7 @@ def test_a_gate_that_reads_other_tokens_costs_a_sweep_and_is_exact(impl, needs, 
     expected = fused.evaluate(objective, batch, student, teacher, impl="reference")
     with caplog.at_level(logging.INFO, logger="tsdkd.fused.function"):
         ours = fused.evaluate(objective, batch, student, teacher, impl=impl, chunk_tokens=4)
-    assert ("the student's head" if needs == "student" else "both heads") + " once more" in caplog.text
+    assert ("the student's head" if needs == "student" else "both heads") + " ahead of the loss" in caplog.text
     torch.testing.assert_close(ours.loss.detach(), expected.loss.detach(), **EXACT)
     for a, b in zip(gradients(ours.loss, batch, student), gradients(expected.loss, batch, student), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
@@ -507,7 +604,7 @@ def test_bad_input_is_refused(impl):
         ({"student_hidden": hidden.to("meta")}, "student_hidden is on meta but teacher_hidden is on cpu"),
         ({"student_head": torch.randn(20, 4, device="meta")}, "the student's head is on meta"),
         ({"num_candidates": 21}, "num_candidates=21 but the shared vocabulary has 20"),
-        ({"lmbda": 0.5}, "has no option 'lmbda'; it has: temperature, indirect_weight"),
+        ({"lmbda": 0.5}, "has no option 'lmbda'; it has: indirect_weight, .*, temperature, "),
         ({"temperature": -1.0}, "kd_temperature=-1.0"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -515,19 +612,19 @@ def test_bad_input_is_refused(impl):
 
 
 def test_the_automatic_chunk_is_announced_once(caplog, monkeypatch):
-    monkeypatch.setattr(function, "_announced", set())
-    with caplog.at_level(logging.INFO, logger="tsdkd.fused.function"):
+    monkeypatch.setattr(chunks, "_announced", set())
+    with caplog.at_level(logging.INFO, logger="tsdkd.fused.chunks"):
         for _ in range(2):
-            assert function.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 512
+            assert chunks.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 512
     assert len(caplog.records) == 1 and "512 tokens a chunk, 195 MiB" in caplog.text
-    monkeypatch.setattr(function, "free_bytes", lambda device: 100 * 2**20)
-    assert function.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 26  # a tenth of 100 MiB
-    assert function.choose_chunk(5, 1000, 50_000, 4, torch.device("cpu")) == 5
+    monkeypatch.setattr(chunks, "free_bytes", lambda device: 100 * 2**20)
+    assert chunks.choose_chunk("auto", 1000, 50_000, 4, torch.device("cpu")) == 26  # a tenth of 100 MiB
+    assert chunks.choose_chunk(5, 1000, 50_000, 4, torch.device("cpu")) == 5
 
 
 def test_top_entropys_count_is_known_from_lengths():
-    assert function._static_count(Objective(top_entropy=TopEntropy(0.1)), (100, 5, 0)) == 11
-    assert function._static_count(Objective(top_entropy=lambda s: s.mask), (100,)) is None
+    assert function._static_count(TopEntropy(0.1), (100, 5, 0)) == 11
+    assert function._static_count(lambda s: s.mask, (100,)) is None
 
 
 @pytest.mark.parametrize("impl", ENGINES)

@@ -83,7 +83,7 @@ def test_resolve_gate():
     assert selection.resolve_gate("entropy_gap", 2.0) == selection.EntropyGapGate(2.0)
     own = lambda statistics: statistics.student_entropy  # noqa: E731
     assert selection.resolve_gate(own) is own
-    with pytest.raises(ValueError, match="gate='entropy' is unknown; choose one of: entropy_gap, none"):
+    with pytest.raises(ValueError, match="gate='entropy' is unknown; choose one of: divergence_aware, entropy_gap, none"):
         selection.resolve_gate("entropy")
     with pytest.raises(ValueError, match="gate_sharpness=0"):
         selection.resolve_gate("entropy_gap", 0.0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,18 +90,26 @@ class TokenBatch:
 
     Args:
         student_hidden: `[tokens, hidden_s]`, the student's last hidden state that predicts each token.
-        teacher_hidden: `[tokens, hidden_t]`, the teacher's, without gradient.
+        teacher_hidden: `[tokens, hidden_t]`, the teacher's, without gradient; None where no term reads the teacher.
         lengths: the trained tokens of each response, host integers whose sum is `tokens`; 0 is allowed.
+        token_ids: `[tokens]`, the tokens themselves, for a method that reads them.
+        rows: a number of each response that no batching changes, for rules that draw; None is 0, 1, 2, …
+        recorded: `[tokens]` each, what was written down when the answers were (`Rollouts.recorded`).
+        cut: the responses were cut to what the method `reads` of them: its selection has been applied.
     """
 
     student_hidden: torch.Tensor
-    teacher_hidden: torch.Tensor
+    teacher_hidden: torch.Tensor | None
     lengths: tuple[int, ...]
+    token_ids: torch.Tensor | None = None
+    rows: tuple[int, ...] | None = None
+    recorded: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    cut: bool = False
 
     def __post_init__(self) -> None:
         tokens = sum(self.lengths)
         for role, hidden in (("student", self.student_hidden), ("teacher", self.teacher_hidden)):
-            if hidden.ndim != 2 or hidden.shape[0] != tokens:
+            if hidden is not None and (hidden.ndim != 2 or hidden.shape[0] != tokens):
                 raise ValueError(
                     f"{role}_hidden has shape {tuple(hidden.shape)} but the responses hold {tokens} tokens: "
                     "expected [tokens, hidden]."
@@ -108,6 +118,18 @@ class TokenBatch:
     def mask(self) -> torch.Tensor:
         """`[responses, longest]`, True where a token stands."""
         return length_mask(self.lengths, self.student_hidden.device)
+
+    def keep(self, index: torch.Tensor, lengths: Sequence[int]) -> TokenBatch:
+        """Some of the tokens, `index` `[kept]` in order, as responses of the given lengths."""
+        pick = lambda values: None if values is None else values[index]  # noqa: E731
+        return TokenBatch(
+            self.student_hidden[index],
+            pick(self.teacher_hidden),
+            tuple(lengths),
+            pick(self.token_ids),
+            self.rows,
+            {name: values[index] for name, values in self.recorded.items()},
+        )
 
 
 def length_mask(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -123,8 +145,11 @@ class TokenStatistics:
     Attributes:
         mask: True where a trained token stands.
         student_entropy, teacher_entropy: nats, at the objective's temperature (Eq. 10).
-        divergence: the unweighted divergence, nats; None for a rule that asks for the student's statistics only.
+        divergence: the unweighted divergence, nats; None for a rule that asks for the student's statistics only, and where
+            no term reads the teacher's distribution (then its entropy is None too).
         top1_agreement: 1 where both models favour the same token; None likewise.
+        scored: True where the teacher's distribution was read; its statistics are 0 elsewhere. None: on the whole mask.
+        rows: `TokenBatch.rows`.
     """
 
     mask: torch.Tensor
@@ -132,15 +157,28 @@ class TokenStatistics:
     teacher_entropy: torch.Tensor | None = None
     divergence: torch.Tensor | None = None
     top1_agreement: torch.Tensor | None = None
+    scored: torch.Tensor | None = None
+    rows: tuple[int, ...] | None = None
+
+    def of_student(self) -> TokenStatistics:
+        """The student's statistics alone."""
+        return TokenStatistics(self.mask, self.student_entropy, rows=self.rows)
 
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """What the rules decided; all `[responses, longest]`, no gradient."""
+    """What the rules decided; all `[responses, longest]`, no gradient.
+
+    Attributes:
+        gate: the direct term's weight of each token, 0 where it is not `selected`.
+        opener, top_entropy: True on the tokens of the ranking and of the entropy term.
+        selected: True on the tokens of the direct term.
+    """
 
     gate: torch.Tensor
     opener: torch.Tensor
     top_entropy: torch.Tensor
+    selected: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -151,39 +189,60 @@ class Counts:
         tokens: trained tokens.
         selected: tokens that entropy minimisation selects, the sum over responses of ceil(ρ·L).
         responses: responses with at least one trained token.
+        direct: what the direct term is divided by where it selects (`selection.direct_count`); None is `tokens`.
     """
 
     tokens: torch.Tensor | float
     selected: torch.Tensor | float
     responses: torch.Tensor | float
+    direct: torch.Tensor | float | None = None
+
+    @property
+    def of_direct(self) -> torch.Tensor | float:
+        """The direct term's divisor."""
+        return self.tokens if self.direct is None else self.direct
 
     @classmethod
     def of(cls, counts: Any) -> Counts | None:
-        """Counts from `Counts`, a triple (tokens, selected, responses), or None for none."""
+        """Counts from `Counts`, (tokens, selected, responses), the same with the direct term's, or None for none."""
         if counts is None or isinstance(counts, Counts):
             return counts
-        if isinstance(counts, (tuple, list)) and len(counts) == 3:
+        if isinstance(counts, (tuple, list)) and len(counts) in (3, 4):
             return cls(*counts)
         raise ValueError(f"counts={counts!r}: pass tsdkd.Counts(tokens, selected, responses) or a triple of them.")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What an engine computes: a gated divergence, a ranking on one selection, an entropy on another.
+    """What an engine computes: a gated divergence, a ranking on one selection, an entropy on another, a term on the
+    tokens that were sampled.
 
-    A term whose weight or selection is nothing costs nothing. `gate` maps `TokenStatistics` to weights of the direct
-    term (None: weight 1); `opener` and `top_entropy` map them to bool masks (None: the term is off).
+    A term whose weight or selection is nothing costs nothing, and what no term reads of the teacher is not projected.
+
+    Attributes:
+        gate: maps `TokenStatistics` to weights of the direct term; None is weight 1.
+        selection: maps them to the bool mask of the direct term's tokens; None is all.
+        opener, top_entropy: the masks of the ranking and of the entropy term; None: the term is off.
+        ranking_stage_weights: `"uniform"` or `"teacher_mass"`, see `losses.plackett_luce_nll`.
+        entropy_target: `"zero"` or `"teacher"`, see `losses.entropy_penalty`.
+        sampled: maps log p_S(y_t) of some tokens and the slice of them to the loss of each, `[tokens]`; it needs
+            `TokenBatch.token_ids`. None: the term is off.
     """
 
     divergence: str = "generalized_jsd"
     divergence_parameter: float = 0.9
     direct_weight: float = 1.0
     gate: Callable[[TokenStatistics], torch.Tensor] | None = None
+    selection: Callable[[TokenStatistics], torch.Tensor] | None = None
     indirect_weight: float = 0.0
     num_candidates: int = 10
     opener: Callable[[TokenStatistics], torch.Tensor] | None = None
+    ranking_stage_weights: str = "uniform"
     entropy_weight: float = 0.0
     top_entropy: Callable[[TokenStatistics], torch.Tensor] | None = None
+    entropy_target: str = "zero"
+    sampled_weight: float = 0.0
+    sampled: Callable[[torch.Tensor, slice], torch.Tensor] | None = None
     temperature: float = 1.0
 
 
@@ -193,7 +252,7 @@ class LossTerms:
 
     Attributes:
         loss: the weighted sum, 0-d.
-        indirect, direct, entropy: the unweighted terms, 0-d, each normalised by its count; 0 where switched off.
+        indirect, direct, entropy, sampled: the unweighted terms, 0-d, each normalised by its count; 0 where switched off.
         statistics, weights: per token, `[batch, completion]`, without gradient.
         ranking_nll: the Plackett-Luce loss of every token in `[batch, completion]`, nats; 0 off the opener.
         candidate_tau: Kendall's tau of the student's against the teacher's order of the candidates, in [-1, 1]; 0 off
@@ -210,7 +269,22 @@ class LossTerms:
     weights: TokenWeights
     ranking_nll: torch.Tensor
     candidate_tau: torch.Tensor
+    sampled: torch.Tensor | float = 0.0
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def spread(self, mask: torch.Tensor) -> LossTerms:
+        """The per-token members laid out on another mask with as many True in the same order; 0 elsewhere."""
+
+        def lay(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.ndim:
+                return value.new_zeros(mask.shape).masked_scatter_(mask, value[self.mask])
+            if isinstance(value, (TokenStatistics, TokenWeights)):
+                members = {member.name: lay(getattr(value, member.name)) for member in dataclasses.fields(value)}
+                return dataclasses.replace(value, **members)
+            return value
+
+        per_token = ("statistics", "weights", "ranking_nll", "candidate_tau")
+        return dataclasses.replace(self, **{name: lay(getattr(self, name)) for name in per_token})
 
     @property
     def mask(self) -> torch.Tensor:
@@ -245,17 +319,67 @@ class LossTerms:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """DistiLLM's adaptive off-policy schedule and its replay buffer.
+
+    φ, the probability of training on the student's answers, starts at `start` and grows by `increase` (to 1 at most)
+    whenever an evaluation's loss is `tolerance` or more above the one before.
+
+    Args:
+        capacity: rows that the buffer holds.
+        start, increase, tolerance: of φ.
+        schedule: s(t), the share of fresh among the student's answers: `"decreasing"` 1 − t/T, `"constant"` 0.5,
+            `"increasing"` t/T.
+    """
+
+    capacity: int = 1000
+    start: float = 0.0
+    increase: float = 0.1
+    tolerance: float = 0.1
+    schedule: str = "decreasing"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Whose answers a method trains on.
+
+    Args:
+        writer: who writes fresh answers: `"student"`, `"mixed"` (each token from α p_T + (1 − α) p_S) or `"speculative"`
+            (the student's tokens, each replaced by one of the teacher's where it is not among the teacher's top K).
+        share: the probability, drawn for each optimizer step, of fresh answers; else the data set's `completion`.
+        options: of the writer: `alpha`, `top_k`, and `temperature`, that of the recorded log-probabilities.
+        teacher_may_write: where the data set has no `completion`, the teacher writes it, once.
+        replay: an adaptive share with a replay buffer, in place of `share`.
+        evaluate_on: whose answers an evaluation scores, `"student"` or `"dataset"`.
+    """
+
+    writer: str = "student"
+    share: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    teacher_may_write: bool = False
+    replay: Replay | None = None
+    evaluate_on: str = "student"
+
+    @property
+    def need_dataset(self) -> bool:
+        """Whether answers of the data set are trained on."""
+        return self.replay is not None or self.share < 1.0
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """Answers as lists of ids: what was asked, what was written, which of it is trained on.
 
     Args:
         prompt_ids, completion_ids: one list a row.
         completion_mask: 1 for each completion token that is trained on (0: a tool's output, a placeholder).
+        recorded: what the writer wrote down of each completion token, by name, one list a row.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     completion_mask: list[list[int]]
+    recorded: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -267,9 +391,27 @@ class Rollouts:
 
     def rows(self, index: Sequence[int]) -> Rollouts:
         """Some of the rows, in the given order."""
-        return Rollouts(
-            *([column[i] for i in index] for column in (self.prompt_ids, self.completion_ids, self.completion_mask))
-        )
+        return self._each(lambda column: [column[i] for i in index])
+
+    def _each(self, change: Callable[[list], list], change_completion: Callable[[list], list] | None = None) -> Rollouts:
+        """Every column changed alike; those of completion tokens otherwise, where said."""
+        of_tokens = change_completion or change
+        recorded = {name: of_tokens(column) for name, column in self.recorded.items()}
+        return Rollouts(change(self.prompt_ids), of_tokens(self.completion_ids), of_tokens(self.completion_mask), recorded)
+
+    def first(self, trained: Sequence[int]) -> Rollouts:
+        """Each completion up to its first `trained` trained tokens."""
+        ends = []
+        for mask, wanted in zip(self.completion_mask, trained, strict=True):
+            reached = list(itertools.accumulate(mask))
+            ends.append(bisect.bisect_left(reached, wanted) + 1 if wanted else 0)
+        cut = lambda column: [values[:end] for values, end in zip(column, ends, strict=True)]  # noqa: E731
+        return self._each(lambda column: column, cut)
+
+    def trained(self, column: list[list]) -> list:
+        """What stands at the trained tokens of a column of completion tokens, row by row in one list."""
+        pairs = zip(column, self.completion_mask, strict=True)
+        return [value for values, mask in pairs for value, kept in zip(values, mask, strict=True) if kept]
 
     def padded(self, pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Right-padded `input_ids` and `attention_mask`, `[rows, longest]`, and where to read the hidden states.

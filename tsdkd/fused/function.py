@@ -2,13 +2,14 @@
 
 For a chunk: project both heads, sweep the rows (statistics, and the direct term's gradient in place of the student's
 logits), weigh them by the gate, and add the two gradient products. What depends on other tokens comes after the last
-chunk and is small: the ranking term touches k columns of the opener's rows, the entropy term ρ of the rows.
+chunk and is small: the ranking term touches k columns of the opener's rows, the entropy term ρ of the rows. A direct term
+on selected tokens is swept there only, after what its selection reads; a teacher whose distribution no term reads is not
+projected, its scores of the candidates are gathered.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -16,75 +17,30 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from tsdkd.fused.reference import Layout, assemble, coefficients, decide, local_counts
+from tsdkd.fused.chunks import choose_chunk, reads_are_free
+from tsdkd.fused.gradients import Gradients, Side, compute_dtype, whole
+from tsdkd.fused.reference import (
+    Layout,
+    assemble,
+    coefficients,
+    decide,
+    local_counts,
+    needs_of,
+    select,
+    teacher_scope,
+    unread,
+)
 from tsdkd.fused.tiles_torch import RowStatistics, Shape
-from tsdkd.losses.ranking import kendall_tau, plackett_luce_nll, teacher_order
-from tsdkd.losses.reduction import divide
+from tsdkd.losses import kendall_tau, plackett_luce_nll, teacher_mass, teacher_order
+from tsdkd.losses.reduction import divide, response_coefficients, token_coefficients
+from tsdkd.selection import counted
 from tsdkd.types import Counts, Head, LossTerms, Objective, TokenBatch, TokenStatistics
 
 logger = logging.getLogger(__name__)
 _announced: set[tuple] = set()
 
-# Columns that the gradient filter keeps or skips together.
-_FILTER_BLOCK = 512
-
-# Rows of the head that a low-precision weight gradient is rounded through at a time.
-_VOCAB_SLICE = 16384
-
-
-def reads_are_free(device: torch.device) -> bool:
-    """Whether looking at a tensor's values costs nothing: on a CPU, where no queue of kernels has to end first."""
-    return device.type == "cpu"
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a new buffer may take, bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def choose_chunk(chunk_tokens: int | str, tokens: int, vocab: int, item: int, device: torch.device) -> int:
-    """Tokens per chunk: as asked, or what a tenth of the free memory holds of both models' logits, within bounds."""
-    if chunk_tokens != "auto":
-        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens={chunk_tokens!r}: a chunk holds one token or more; pass a whole number or 'auto'.")
-        return chunk_tokens
-    # Larger chunks read the heads less often; beyond these the gain is below a tenth.
-    most = 512 if device.type == "cpu" else 2048
-    affordable = free_bytes(device) // 10 // max(1, 2 * vocab * item)
-    chunk = int(max(16, min(most, affordable)))
-    announcement = (chunk, vocab, device.type)
-    if announcement not in _announced:
-        _announced.add(announcement)
-        size = 2 * chunk * vocab * item / 2**20
-        logger.info("chunk_tokens='auto': %d tokens a chunk, %.0f MiB for both models' logits of %d ids.", chunk, size, vocab)
-    return chunk
-
-
-def whole(weight: torch.Tensor) -> torch.Tensor:
-    """A sharded (DTensor) weight gathered, once per call; any other as it is. The gradient flows back to the shards."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-
-
-def compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """What the products run in: autocast's dtype where it is on, else the head's."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
-@dataclass
-class _Side:
-    """One model's hidden states and head, ready for products."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    shape: Shape
-
-    def project(self, rows: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Hidden states of some tokens times the head, `[rows, vocab]`, into `out`."""
-        hidden = self.hidden[rows]
-        return torch.mm(hidden, self.weight.t(), out=out[: hidden.shape[0]])
+# Elements of a gathered piece of a head, [rows, k, hidden].
+_GATHERED = 1 << 22
 
 
 @dataclass
@@ -92,137 +48,278 @@ class Call:
     """One evaluation: what goes in, and what the function leaves behind for `LossTerms`."""
 
     objective: Objective
-    lengths: tuple[int, ...]
+    batch: TokenBatch
     counts: Counts | None
-    teacher_hidden: torch.Tensor
     student_head: Head
-    teacher_head: Head
+    teacher_head: Head | None
     chunk_tokens: int | str
     gradient_filter: float
     tiles: ModuleType
     with_gradient: bool
     terms: LossTerms | None = None
 
-    def sides(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[_Side, _Side, torch.dtype]:
-        """Both models' operands, and the dtype of the statistics."""
-        made = []
-        work = torch.promote_types(torch.float32, hidden.dtype)
-        teacher = self.teacher_head
-        for states, w, b, head in (
-            (hidden, weight, bias, self.student_head),
-            (self.teacher_hidden, whole(teacher.weight), None if teacher.bias is None else whole(teacher.bias), teacher),
-        ):
-            dtype = compute_dtype(states, w)
-            cut = w.detach()[: head.size].to(dtype)
-            offset = None if b is None else b.detach()[: head.size].to(work)
-            made.append(_Side(states.detach().to(dtype), cut, Shape(offset, head.logit_scale, head.softcap)))
-        return made[0], made[1], work
+
+def side_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head: Head, work: torch.dtype) -> Side:
+    """A model's operands, in the dtype of the products; nothing of it carries a gradient."""
+    dtype = compute_dtype(hidden, weight)
+    offset = None if bias is None else bias.detach()[: head.size].to(work)
+    shape = Shape(offset, head.logit_scale, head.softcap)
+    return Side(hidden.detach().to(dtype), weight.detach()[: head.size].to(dtype), shape)
 
 
-class _Gradients:
-    """The gradients of hidden states, weight and bias, each only where it is wanted; weight and bias in float32 or better.
+def needed_ahead(objective: Objective) -> str:
+    """What has to be known of all tokens before the direct term's sweep: `"none"`, the `"student"`'s statistics or `"both"`.
 
-    They are held in units of `unit`, so that a token's share of a large step does not underflow in fp16 products.
+    The direct term's own sweep gives the statistics of the tokens that it takes.
     """
+    scope, direct = teacher_scope(objective), objective.direct_weight != 0
+    needs = {needs_of(objective.gate, "token"), needs_of(objective.selection, "both")} if direct else set()
+    if "both" in needs or (scope == "all" and not (direct and objective.selection is None)):
+        return "both"
+    alone = scope == "none" and objective.sampled is not None and objective.opener is None and objective.top_entropy is None
+    return "student" if "student" in needs or (scope != "all" and not alone) else "none"
 
-    def __init__(
-        self,
-        side: _Side,
-        full_vocab: int,
-        wanted: tuple[bool, bool, bool],
-        work: torch.dtype,
-        smallest: float,
-        unit: torch.Tensor,
-    ) -> None:
-        tokens, size = side.hidden.shape
-        self.side = side
-        self.smallest = smallest
-        self.unit = unit
-        self.skipped = self.columns = 0
-        vocab = side.weight.shape[0]
-        self.hidden = torch.zeros(tokens, size, dtype=work, device=side.hidden.device) if wanted[0] else None
-        self.weight = torch.zeros(full_vocab, size, dtype=work, device=side.hidden.device) if wanted[1] else None
-        self.bias = torch.zeros(full_vocab, dtype=work, device=side.hidden.device) if wanted[2] else None
-        self._cut = None if self.weight is None else self.weight[:vocab]
 
-    def add_rows(self, rows: slice | torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor) -> None:
-        """`gradient` `[rows, vocab]` with respect to the products of `rows`, each row to be multiplied by `scale`."""
-        scale = (scale / self.unit).unsqueeze(-1)
-        weighted = (self.side.hidden[rows] * scale).to(gradient.dtype)
-        for columns in self._columns(gradient):
-            part = gradient[:, columns]
-            if self.hidden is not None:
-                add = (part @ self.side.weight[columns]).to(self.hidden.dtype) * scale
-                if isinstance(rows, slice):
-                    self.hidden[rows] += add
-                else:
-                    self.hidden.index_add_(0, rows, add)
-            if self._cut is not None and self._cut.dtype == gradient.dtype:
-                self._cut[columns].addmm_(part.t(), weighted)
-            elif self._cut is not None:
-                for start in range(columns.start, columns.stop, _VOCAB_SLICE):
-                    piece = slice(start, min(start + _VOCAB_SLICE, columns.stop))
-                    self._cut[piece] += gradient[:, piece].t() @ weighted
-        if self.bias is not None:
-            self.bias[: gradient.shape[1]] += scale.to(gradient.dtype).t().mm(gradient)[0]
-
-    def _columns(self, gradient: torch.Tensor) -> list[slice]:
-        """The columns that the products take: all, or the runs of blocks where some token's gradient reaches `smallest`."""
-        vocab = gradient.shape[1]
-        if not self.smallest:
-            return [slice(0, vocab)]
-        largest = torch.maximum(gradient.amax(0), gradient.amin(0).neg_())
-        blocks = torch.nn.functional.pad(largest, (0, -vocab % _FILTER_BLOCK)).unflatten(0, (-1, _FILTER_BLOCK)).amax(-1)
-        kept: list[slice] = []
-        for block, keep in enumerate((blocks >= self.smallest).tolist()):
-            start, stop = block * _FILTER_BLOCK, min((block + 1) * _FILTER_BLOCK, vocab)
-            if keep and kept and kept[-1].stop == start:
-                kept[-1] = slice(kept[-1].start, stop)
-            elif keep:
-                kept.append(slice(start, stop))
-        self.columns += vocab
-        self.skipped += vocab - sum(run.stop - run.start for run in kept)
-        return kept
-
-    def add_columns(self, rows: torch.Tensor, ids: torch.Tensor, gradient: torch.Tensor) -> None:
-        """`gradient` `[rows, k]` with respect to the products of the ids `[rows, k]` of some tokens."""
-        gradient = gradient / self.unit
-        if self.hidden is not None:
-            heads = self.side.weight[ids].to(gradient.dtype)  # [rows, k, hidden]
-            self.hidden.index_add_(0, rows, torch.einsum("nk,nkh->nh", gradient, heads))
-        if self.weight is not None:
-            parts = gradient.unsqueeze(-1) * self.side.hidden[rows].to(gradient.dtype).unsqueeze(1)
-            # ids repeat: index_add_ adds them in any order on a GPU, index_put_ sorts them first
-            self.weight.index_put_((ids.flatten(),), parts.flatten(0, 1), accumulate=True)
-        if self.bias is not None:
-            self.bias.index_put_((ids.flatten(),), gradient.flatten(), accumulate=True)
+def _announce_price(objective: Objective, needs: str) -> None:
+    """Say once what a gate or a selection costs that reads other tokens."""
+    for kind, rule in (("gate", objective.gate), ("selection", objective.selection)):
+        announcement = (kind, type(rule), needs)
+        if rule is not None and needs_of(rule, "token") == needs and announcement not in _announced:
+            _announced.add(announcement)
+            what = "the student's head" if needs == "student" else "both heads"
+            logger.info("the %s reads other tokens (needs=%r): every step projects %s ahead of the loss.", kind, needs, what)
 
 
 def _kept_rows(mask: torch.Tensor, count: int | None) -> torch.Tensor:
-    """Where a packed mask is True; `count`, if the lengths alone give it, spares a read from the device."""
-    if count is not None and not reads_are_free(mask.device):
-        return torch.nonzero_static(mask, size=count)[:, 0]
-    return mask.nonzero()[:, 0]
+    """Where a packed mask is True. On a device whose reads wait, `count` spares one; without it every row is kept."""
+    if reads_are_free(mask.device):
+        return mask.nonzero()[:, 0]
+    return torch.arange(len(mask), device=mask.device) if count is None else torch.nonzero_static(mask, size=count)[:, 0]
 
 
-def _padded(statistics: RowStatistics, layout: Layout) -> TokenStatistics:
-    """The rows' statistics laid out by response."""
-    return TokenStatistics(
-        mask=layout.mask,
-        student_entropy=layout.pad(statistics.student_entropy),
-        teacher_entropy=layout.pad(statistics.teacher_entropy),
-        divergence=layout.pad(statistics.divergence),
-        top1_agreement=layout.pad(statistics.agreement),
-    )
+def _static_count(rule: Any, lengths: tuple[int, ...]) -> int | None:
+    """How many tokens a selection keeps, where lengths alone tell; 0 of none."""
+    if rule is None:
+        return 0
+    count = getattr(rule, "count", None)
+    return None if count is None else sum(count(length) for length in lengths)
 
 
-def _announce_price(gate: Any, needs: str) -> None:
-    """Say once what a gate costs that reads other tokens."""
-    announcement = (id(gate), needs)
-    if announcement not in _announced:
-        _announced.add(announcement)
-        what = "the student's head once more" if needs == "student" else "both heads once more"
-        logger.info("the gate reads other tokens (needs=%r): every step projects %s, ahead of the loss.", needs, what)
+class _Run:
+    """One forward pass of the objective over its chunks, gradients included."""
+
+    def __init__(self, call: Call, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted) -> None:
+        self.call, self.objective, self.lengths = call, call.objective, call.batch.lengths
+        self.work = torch.promote_types(torch.float32, hidden.dtype)
+        self.student = side_of(hidden, weight, bias, call.student_head, self.work)
+        self.teacher: Side | None = None
+        if call.teacher_head is not None and call.batch.teacher_hidden is not None:
+            head = call.teacher_head
+            offset = None if head.bias is None else whole(head.bias)
+            self.teacher = side_of(call.batch.teacher_hidden, whole(head.weight), offset, head, self.work)
+        self.tokens, self.device = hidden.shape[0], hidden.device
+        vocab = self.student.weight.shape[0]
+        k = min(self.objective.num_candidates if self.objective.opener is not None else 1, vocab)
+        like = self.student.hidden.new_zeros((), dtype=self.work)
+        self.statistics = RowStatistics.empty(self.tokens, k, like)
+        self.sampled = self.statistics.divergence.clone()
+        self.layout = Layout(self.lengths, self.device)
+        self.static = _static_count(self.objective.top_entropy, self.lengths)
+        self.static_direct = _static_count(self.objective.selection, self.lengths)
+        self.divisors = call.counts
+        tokens = sum(self.lengths) if call.counts is None else call.counts.tokens
+        self.unit = divide(like + 1.0, tokens)
+        self.wanted = any(wanted)
+        self.gradients = Gradients(self.student, weight.shape[0], wanted, self.work, call.gradient_filter, self.unit)
+        item = self.student.hidden.element_size()
+        self.chunk = min(choose_chunk(call.chunk_tokens, self.tokens, vocab, item, self.device), max(1, self.tokens))
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def _chunks(self, rows: torch.Tensor | None = None) -> list:
+        """All tokens, or some `rows`, chunk by chunk."""
+        if rows is not None:
+            return list(rows.split(self.chunk))
+        return [slice(start, min(start + self.chunk, self.tokens)) for start in range(0, self.tokens, self.chunk)]
+
+    def _project(self, name: str, rows: slice | torch.Tensor) -> torch.Tensor:
+        side = self.student if name == "student" else self.teacher
+        assert side is not None
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(self.chunk, side.weight.shape[0], dtype=side.weight.dtype, device=self.device)
+        return side.project(rows, self._buffers[name])
+
+    def sweep(self, rows: slice | torch.Tensor, both: bool, with_gradient: bool) -> tuple[torch.Tensor, RowStatistics]:
+        """The statistics of some rows, and the student's products, overwritten by the divergence's gradient if wanted."""
+        logits = self._project("student", rows)
+        into = self.statistics.rows(rows.start, rows.stop) if isinstance(rows, slice) else self.statistics.blank(len(rows))
+        self.call.tiles.sweep(
+            logits,
+            self._project("teacher", rows) if both else None,
+            student_shape=self.student.shape,
+            teacher_shape=self.teacher.shape if self.teacher is not None else Shape(),
+            divergence=self.objective.divergence,
+            parameter=self.objective.divergence_parameter,
+            temperature=self.objective.temperature,
+            statistics=into,
+            with_gradient=with_gradient,
+        )
+        if not isinstance(rows, slice):
+            self.statistics.put(rows, into)
+        return logits, into
+
+    def padded(self) -> TokenStatistics:
+        """The rows' statistics laid out by response."""
+        pad, statistics, rows = self.layout.pad, self.statistics, self.call.batch.rows
+        seen = TokenStatistics(self.layout.mask, pad(statistics.student_entropy), rows=rows)
+        if self.teacher is None:
+            return seen
+        return TokenStatistics(
+            mask=seen.mask,
+            student_entropy=seen.student_entropy,
+            teacher_entropy=pad(statistics.teacher_entropy),
+            divergence=pad(statistics.divergence),
+            top1_agreement=pad(statistics.agreement),
+            rows=rows,
+        )
+
+    def read_ahead(self) -> None:
+        """What the direct term's rules read of other tokens, and what its own sweep will not give."""
+        self.ahead = needed_ahead(self.objective)
+        if self.ahead != "none":
+            _announce_price(self.objective, self.ahead)
+            for rows in self._chunks():
+                self.sweep(rows, both=self.ahead == "both", with_gradient=False)
+
+    def direct_term(self) -> None:
+        """Sweep the direct term's tokens; `selected` is their mask."""
+        objective = self.objective
+        seen = self.padded() if self.ahead != "none" or objective.selection is not None else None
+        if not objective.direct_weight:
+            self.selected = torch.zeros_like(self.layout.mask)
+            return
+        self.selected = self.layout.mask if seen is None else select(objective, seen)
+        if self.ahead == "both" and not self.wanted:
+            return
+        gate_ahead = None
+        if needs_of(objective.gate, "token") in ("student", "both"):
+            assert objective.gate is not None and seen is not None
+            whole_view = needs_of(objective.gate, "token") == "both"
+            gate_ahead = self.layout.pack(objective.gate(seen if whole_view else seen.of_student())).to(self.work)
+        rows, share = None, None
+        if objective.selection is not None:
+            packed = self.layout.pack(self.selected)
+            rows = _kept_rows(packed, self.static_direct)
+            of = token_coefficients if counted(objective.selection) else response_coefficients
+            share = self.layout.pack(of(self.selected, self.work))
+        divisor = None if self.divisors is None else self.divisors.of_direct
+        if divisor is None:
+            divisor = self.layout.mask.any(-1).sum() if not counted(objective.selection) else self.selected.sum()
+        scale = divide(self.unit.new_full((), objective.direct_weight), divisor)
+        for part in self._chunks(rows):
+            logits, into = self.sweep(part, both=True, with_gradient=self.wanted)
+            if self.wanted:
+                gate = _gate_of(objective, into) if gate_ahead is None else gate_ahead[part]
+                self.gradients.add_rows(part, logits, gate * scale if share is None else gate * share[part] * scale)
+
+    def sampled_term(self) -> None:
+        """The term on the tokens that were sampled; it reads the student alone."""
+        objective, ids = self.objective, self.call.batch.token_ids
+        if objective.sampled is None:
+            return
+        assert ids is not None, "a term on sampled tokens needs TokenBatch.token_ids"
+        scale = divide(self.unit.new_full((), objective.sampled_weight), self._divisor("tokens"))
+        for rows in self._chunks():
+            logits = self._project("student", rows)
+            log_p, entropy = self.call.tiles.sampled_gradient(
+                logits, ids[rows], student_shape=self.student.shape, temperature=objective.temperature, work=self.work
+            )
+            if self.ahead == "none" and not objective.direct_weight:
+                self.statistics.student_entropy[rows] = entropy
+            with torch.enable_grad():
+                leaf = log_p.requires_grad_()
+                values = objective.sampled(leaf, rows)
+                (slope,) = torch.autograd.grad(values.sum(), leaf)
+            self.sampled[rows] = values.detach()
+            if self.wanted:
+                self.gradients.add_rows(rows, logits, slope * scale)
+
+    def _divisor(self, name: str) -> torch.Tensor | float:
+        """A count of the step, or of these tokens where none was given."""
+        return getattr(self.divisors if self.divisors is not None else self.own, name)
+
+    @property
+    def own(self) -> Counts:
+        """The counts of these tokens that lengths tell."""
+        return Counts(sum(self.lengths), self.static or 0, sum(length > 0 for length in self.lengths))
+
+    def finish(self) -> LossTerms:
+        """What depends on other tokens, and the result."""
+        objective, statistics = self.objective, self.statistics
+        scope = teacher_scope(objective)
+        scored = {"all": self.layout.mask, "selected": self.selected, "none": None}[scope]
+        padded = unread(self.padded(), scored)
+        weights = decide(objective, padded, self.selected)
+        own = local_counts(objective, weights, self.layout.mask)
+        if self.static is not None and (objective.selection is None or self.static_direct is not None):
+            # Known on the host: nothing is read back.
+            known = self.own
+            whole_or_part = sum(self.lengths) if objective.selection is None else self.static_direct
+            direct = whole_or_part if objective.direct_weight else 0
+            own = Counts(known.tokens, known.selected, known.responses, direct)
+        divisors = own if self.divisors is None else self.divisors
+        scales = coefficients(objective, weights, self.layout.mask)
+        nll, tau = torch.zeros_like(statistics.divergence), torch.zeros_like(statistics.divergence)
+        if objective.opener is not None and self.teacher is not None:
+            opener = self.layout.pack(weights.opener)
+            if scope != "all":
+                self._gather_teacher_scores(_kept_rows(opener, None))
+            scale = self.layout.pack(scales[0]) * divide(self.unit.new_full((), objective.indirect_weight), divisors.responses)
+            nll, tau = self._ranking(opener, scale)
+        if self.wanted and objective.top_entropy is not None:
+            scale = self.layout.pack(scales[2]) * divide(self.unit.new_full((), objective.entropy_weight), divisors.selected)
+            if objective.entropy_target == "teacher":
+                scale = scale * (statistics.student_entropy > statistics.teacher_entropy)
+            for part in _kept_rows(self.layout.pack(weights.top_entropy), self.static).split(self.chunk):
+                logits = self._project("student", part)
+                self.call.tiles.entropy_gradient(
+                    logits, student_shape=self.student.shape, temperature=objective.temperature, work=self.work
+                )
+                self.gradients.add_rows(part, logits, scale[part])
+        divergence = torch.zeros_like(padded.student_entropy) if padded.divergence is None else padded.divergence
+        pad = self.layout.pad
+        per_token = pad(nll), divergence, padded.student_entropy, pad(self.sampled)
+        tau = torch.where(weights.opener, pad(tau), 0.0)
+        terms = assemble(objective, per_token, padded, weights, tau, own, divisors)
+        if self.gradients.columns:
+            skipped, columns = (torch.tensor(float(n)) for n in (self.gradients.skipped, self.gradients.columns))
+            terms.sums["gradient_filter/skipped"] = (skipped, columns)
+        return terms
+
+    def _gather_teacher_scores(self, rows: torch.Tensor) -> None:
+        """The teacher's logits of the candidates of some rows: k rows of its head a token, not the whole."""
+        assert self.teacher is not None
+        ids = self.statistics.candidates
+        for part in rows.split(max(1, _GATHERED // max(1, ids.shape[1] * self.teacher.hidden.shape[1]))):
+            self.statistics.teacher_scores[part] = self.teacher.scores(part, ids[part], self.work)
+
+    def _ranking(self, opener: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every row's Plackett-Luce loss and tau, and the opener's gradient: k columns of its rows."""
+        statistics, uniform = self.statistics, self.objective.ranking_stage_weights == "uniform"
+        order = teacher_order(statistics.teacher_scores)
+        stages = None if uniform else teacher_mass(statistics.teacher_scores.gather(1, order))
+        with torch.enable_grad():
+            scores = statistics.student_scores.gather(1, order).requires_grad_()
+            nll = plackett_luce_nll(scores, stages)
+            (slope,) = torch.autograd.grad(nll.sum(), scores)
+        if self.wanted:
+            # Where a read would wait for the device every row goes, with a scale of 0 off the opener.
+            step = max(1, _GATHERED // max(1, order.shape[1] * self.student.hidden.shape[1]))
+            for part in _kept_rows(opener, None).split(step):
+                ranked = scores.detach()[part]
+                ids = statistics.candidates[part].gather(1, order[part])
+                gradient = slope[part] * self.student.shape.slope(ranked) * scale[part].unsqueeze(-1)
+                self.gradients.add_columns(part, ids, gradient)
+        return nll.detach(), kendall_tau(order).to(self.work)
 
 
 def _gate_of(objective: Objective, statistics: RowStatistics) -> torch.Tensor:
@@ -245,94 +342,16 @@ class FusedObjective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call) -> torch.Tensor:
-        objective = call.objective
         wanted = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
         if not call.with_gradient:
             wanted = (False, False, False)
-        student, teacher, work = call.sides(hidden, weight, bias)
+        run = _Run(call, hidden, weight, bias, wanted)  # reads what autocast says
         with torch.autocast(hidden.device.type, enabled=False):
-            tokens, vocab = hidden.shape[0], student.weight.shape[0]
-            k = min(objective.num_candidates if objective.opener is not None else 1, vocab)
-            statistics = RowStatistics.empty(tokens, k, student.hidden.new_zeros((), dtype=work))
-            device = hidden.device
-            layout = Layout(call.lengths, device)
-            static = _static_count(objective, call.lengths)
-            own = Counts(sum(call.lengths), static or 0, sum(length > 0 for length in call.lengths))
-            divisors = own if call.counts is None else call.counts
-            unit = divide(statistics.divergence.new_ones(()), divisors.tokens)
-            gradients = _Gradients(student, weight.shape[0], wanted, work, call.gradient_filter, unit)
-
-            # Direct term, and everybody's statistics.
-            needs_gradient = any(wanted) and objective.direct_weight != 0
-            chunk = min(choose_chunk(call.chunk_tokens, tokens, vocab, student.hidden.element_size(), device), max(1, tokens))
-            buffers = [torch.empty(chunk, vocab, dtype=side.weight.dtype, device=device) for side in (student, teacher)]
-
-            def sweep(rows: slice, teacher: _Side, with_gradient: bool) -> tuple[torch.Tensor, RowStatistics]:
-                into = statistics.rows(rows.start, rows.stop)
-                logits = student.project(rows, buffers[0])
-                call.tiles.sweep(
-                    logits,
-                    teacher.project(rows, buffers[1])
-                    if teacher is not student
-                    else buffers[1][: logits.shape[0]].copy_(logits),
-                    student_shape=student.shape,
-                    teacher_shape=teacher.shape,
-                    divergence=objective.divergence,
-                    parameter=objective.divergence_parameter,
-                    temperature=objective.temperature,
-                    statistics=into,
-                    with_gradient=with_gradient,
-                )
-                return logits, into
-
-            chunks = [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
-            ahead = None
-            needs = getattr(objective.gate, "needs", "token")
-            if needs_gradient and needs != "token":
-                _announce_price(objective.gate, needs)
-                for rows in chunks:
-                    sweep(rows, teacher if needs == "both" else student, with_gradient=False)
-                seen = _padded(statistics, layout)
-                if needs == "student":
-                    seen = TokenStatistics(mask=seen.mask, student_entropy=seen.student_entropy)
-                assert objective.gate is not None
-                ahead = layout.pack(objective.gate(seen)).to(work)
-            for rows in chunks:
-                logits, into = sweep(rows, teacher, needs_gradient)
-                if needs_gradient:
-                    gate = _gate_of(objective, into) if ahead is None else ahead[rows]
-                    gradients.add_rows(rows, logits, gate * objective.direct_weight * unit)
-
-            # What depends on other tokens.
-            padded = _padded(statistics, layout)
-            weights = decide(objective, padded)
-            if static is None:  # a rule of the user's own: only its mask tells
-                own = local_counts(weights, layout.mask)
-                divisors = own if call.counts is None else call.counts
-            order = teacher_order(statistics.teacher_scores)
-            nll, score_gradient = _ranking(statistics, order)
-            scales = coefficients(objective, weights, layout.mask)
-            assert padded.divergence is not None
-            tau = torch.where(weights.opener, layout.pad(kendall_tau(order).to(work)), 0.0)
-            per_token = layout.pad(nll), padded.divergence, padded.student_entropy
-            call.terms = assemble(objective, per_token, padded, weights, tau, own, divisors)
-            if any(wanted) and objective.opener is not None:
-                scale = layout.pack(scales[0]) * divide(unit.new_full((), objective.indirect_weight), divisors.responses)
-                _add_ranking(gradients, statistics, order, score_gradient, scale, layout.pack(weights.opener), student.shape)
-            if any(wanted) and objective.top_entropy is not None:
-                scale = layout.pack(scales[2]) * divide(unit.new_full((), objective.entropy_weight), divisors.selected)
-                selected = _kept_rows(layout.pack(weights.top_entropy), static)
-                for part in selected.split(chunk):
-                    logits = student.project(part, buffers[0])
-                    call.tiles.entropy_gradient(
-                        logits, student_shape=student.shape, temperature=objective.temperature, work=work
-                    )
-                    gradients.add_rows(part, logits, scale[part])
-
-        if gradients.columns:
-            skipped = (torch.tensor(float(count)) for count in (gradients.skipped, gradients.columns))
-            call.terms.sums["gradient_filter/skipped"] = (next(skipped), next(skipped))
-        ctx.gradients = gradients if any(wanted) else None
+            run.read_ahead()
+            run.direct_term()
+            run.sampled_term()
+            call.terms = run.finish()
+        ctx.gradients = run.gradients if any(wanted) else None
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.spent = False
         return call.terms.loss
@@ -354,41 +373,11 @@ class FusedObjective(torch.autograd.Function):
         return (*made, None)
 
 
-def _static_count(objective: Objective, lengths: tuple[int, ...]) -> int | None:
-    """How many tokens the entropy term selects, where its rule tells from lengths alone."""
-    if objective.top_entropy is None:
-        return 0
-    count = getattr(objective.top_entropy, "count", None)
-    return None if count is None else sum(count(length) for length in lengths)
-
-
-def _ranking(statistics: RowStatistics, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every row's Plackett-Luce loss, and its gradient with respect to the scores in the teacher's order."""
-    if statistics.candidates.shape[1] < 2:
-        return torch.zeros_like(statistics.divergence), torch.zeros_like(statistics.student_scores)
-    with torch.enable_grad():
-        scores = statistics.student_scores.gather(1, order).requires_grad_()
-        nll = plackett_luce_nll(scores)
-        (gradient,) = torch.autograd.grad(nll.sum(), scores)
-    return nll.detach(), gradient
-
-
-def _add_ranking(gradients: _Gradients, statistics, order, score_gradient, scale, opener, shape: Shape) -> None:
-    """The ranking term's gradient, k columns of the opener's rows."""
-    # Where a read would wait for the device every row goes, with a scale of 0 off the opener.
-    rows = opener.nonzero()[:, 0] if reads_are_free(opener.device) else torch.arange(opener.shape[0], device=opener.device)
-    step = max(1, (1 << 22) // max(1, order.shape[1] * gradients.side.hidden.shape[1]))
-    for part in rows.split(step):
-        ranked = statistics.student_scores[part].gather(1, order[part])
-        ids = statistics.candidates[part].gather(1, order[part])
-        gradients.add_columns(part, ids, score_gradient[part] * shape.slope(ranked) * scale[part].unsqueeze(-1))
-
-
 def evaluate(
     objective: Objective,
     batch: TokenBatch,
     student_head: Head,
-    teacher_head: Head,
+    teacher_head: Head | None,
     counts: Counts | None,
     tiles: ModuleType,
     chunk_tokens: int | str,
@@ -397,9 +386,8 @@ def evaluate(
     """An objective from hidden states and heads that are cut to the shared vocabulary."""
     call = Call(
         objective=objective,
-        lengths=tuple(batch.lengths),
+        batch=batch,
         counts=counts,
-        teacher_hidden=batch.teacher_hidden,
         student_head=student_head,
         teacher_head=teacher_head,
         chunk_tokens=chunk_tokens,

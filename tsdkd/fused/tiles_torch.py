@@ -12,6 +12,7 @@ gradient products.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,15 @@ class RowStatistics:
         column, table = like.new_zeros(rows), like.new_zeros(rows, k)
         ids = torch.zeros(rows, k, dtype=torch.long, device=like.device)
         return cls(column, column.clone(), column.clone(), column.clone(), ids, table, table.clone())
+
+    def blank(self, rows: int) -> RowStatistics:
+        """Room for as many rows, of the same kind."""
+        return RowStatistics.empty(rows, self.candidates.shape[1], self.divergence)
+
+    def put(self, index: torch.Tensor, other: RowStatistics) -> None:
+        """Write the statistics of some rows, `index` `[rows]`."""
+        for name in self.__dataclass_fields__:
+            getattr(self, name)[index] = getattr(other, name)
 
     def rows(self, start: int, stop: int) -> RowStatistics:
         """Views of some rows."""
@@ -193,7 +203,7 @@ def _divergence(kind: str, parameter: float, log_s, p_s, log_t, p_t, spare, grad
 
 def sweep(
     student: torch.Tensor,
-    teacher: torch.Tensor,
+    teacher: torch.Tensor | None,
     *,
     student_shape: Shape,
     teacher_shape: Shape,
@@ -207,7 +217,8 @@ def sweep(
 
     Args:
         student, teacher: `[rows, vocab]`, hidden states times head weights; the student's are overwritten by
-            ∂divergence/∂product (without the row's weight), the teacher's are spoilt.
+            ∂divergence/∂product (without the row's weight), the teacher's are spoilt. Without a teacher the student's
+            statistics alone are written, and there is no gradient.
         student_shape, teacher_shape: from products to logits.
         divergence, parameter, temperature: as an `Objective` names them.
         statistics: where the rows' statistics go, in float32 or float64.
@@ -223,20 +234,25 @@ def sweep(
         p_s, p_t, gradient, spare = (buffer[: stop - start] for buffer in spares)
         into = statistics.rows(start, stop)
         s = student_shape.apply_(student[start:stop].to(work))
-        t = teacher_shape.apply_(teacher[start:stop].to(work))
         tiles = tile_maxima(s)
         ids, s_highest = top_candidates(s, k, tiles), tiles.amax(-1, keepdim=True)
-        t_highest = t.amax(-1, keepdim=True)
         into.candidates.copy_(ids)
         torch.gather(s, 1, ids, out=into.student_scores)
+        if temperature != 1.0:
+            s.mul_(1.0 / temperature)
+            s_highest.mul_(1.0 / temperature)
+        s_log_total = _normalise_(s, s_highest, p_s)
+        into.student_entropy.copy_(_dot(p_s, s, spare)[:, 0]).neg_()
+        if teacher is None:
+            continue
+        t = teacher_shape.apply_(teacher[start:stop].to(work))
+        t_highest = t.amax(-1, keepdim=True)
         torch.gather(t, 1, ids, out=into.teacher_scores)
         into.agreement.copy_(into.teacher_scores[:, 0] == t_highest[:, 0])
         if temperature != 1.0:
-            for tensor in (s, t, s_highest, t_highest):
-                tensor.mul_(1.0 / temperature)
-        s_log_total = _normalise_(s, s_highest, p_s)
+            t.mul_(1.0 / temperature)
+            t_highest.mul_(1.0 / temperature)
         _normalise_(t, t_highest, p_t)
-        into.student_entropy.copy_(_dot(p_s, s, spare)[:, 0]).neg_()
         into.teacher_entropy.copy_(_dot(p_t, t, spare)[:, 0]).neg_()
         into.divergence.copy_(_divergence(divergence, parameter, s, p_s, t, p_t, spare, gradient)[:, 0])
         if with_gradient:
@@ -256,18 +272,48 @@ def _through_shape_(gradient, log_p, log_total, shape: Shape, temperature: float
 
 def entropy_gradient(student: torch.Tensor, *, student_shape: Shape, temperature: float, work: torch.dtype) -> None:
     """Overwrite the student's products `[rows, vocab]` by ∂entropy/∂product = −p_S (log p_S + H_S) through the shape."""
+    for rows, s, log_total, p, gradient in _normalised_blocks(student, student_shape, temperature, work):
+        minus_entropy = _dot(p, s, gradient)
+        torch.sub(minus_entropy, s, out=gradient)
+        gradient.mul_(p)
+        _through_shape_(gradient, s, log_total, student_shape, temperature)
+        student[rows].copy_(gradient)
+
+
+def sampled_gradient(
+    student: torch.Tensor, ids: torch.Tensor, *, student_shape: Shape, temperature: float, work: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overwrite the student's products `[rows, vocab]` by ∂log p_S(id)/∂product, for one id a row.
+
+    Args:
+        ids: `[rows]`.
+
+    Returns:
+        log p_S(id) and the entropy of each row, `[rows]`.
+    """
+    log_p = torch.empty(len(ids), dtype=work, device=student.device)
+    entropy = torch.empty_like(log_p)
+    for rows, s, log_total, p, gradient in _normalised_blocks(student, student_shape, temperature, work):
+        column = ids[rows].unsqueeze(-1)
+        log_p[rows] = s.gather(1, column)[:, 0]
+        entropy[rows] = -_dot(p, s, gradient)[:, 0]
+        torch.neg(p, out=gradient)
+        gradient.scatter_add_(1, column, torch.ones_like(column, dtype=work))
+        _through_shape_(gradient, s, log_total, student_shape, temperature)
+        student[rows].copy_(gradient)
+    return log_p, entropy
+
+
+def _normalised_blocks(student: torch.Tensor, shape: Shape, temperature: float, work: torch.dtype) -> Iterator[tuple]:
+    """Blocks of rows: where, log-probabilities, log-normaliser `[rows, 1]`, probabilities, and a spare buffer."""
     rows, vocab = student.shape
     size = block_rows(vocab, student.device, rows)
     spares = [torch.empty(min(size, rows), vocab, dtype=work, device=student.device) for _ in range(2)]
     for start in range(0, rows, size):
         stop = min(start + size, rows)
-        p, gradient = (buffer[: stop - start] for buffer in spares)
-        s = student_shape.apply_(student[start:stop].to(work))
+        p, spare = (buffer[: stop - start] for buffer in spares)
+        s = shape.apply_(student[start:stop].to(work))
         if temperature != 1.0:
             s.mul_(1.0 / temperature)
         log_total = _normalise_(s, s.amax(-1, keepdim=True), p)
-        minus_entropy = _dot(p, s, gradient)
-        torch.sub(minus_entropy, s, out=gradient)
-        gradient.mul_(p)
-        _through_shape_(gradient, s, log_total, student_shape, temperature)
-        student[start:stop].copy_(gradient)
+        yield slice(start, stop), s, log_total, p, spare

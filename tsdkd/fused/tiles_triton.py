@@ -170,10 +170,11 @@ def _sums_and_gradient(
 
 
 @triton.jit
-def _entropy_rows(
-    s_ptr, s_bias, vocab: tl.constexpr, stride, s_scale, s_cap, inverse_tau,
-    S_BIAS: tl.constexpr, S_CAP: tl.constexpr, BLOCK: tl.constexpr, WORK: tl.constexpr,
+def _student_rows(
+    s_ptr, s_bias, ids_ptr, log_p_ptr, entropy_ptr, vocab: tl.constexpr, stride, s_scale, s_cap, inverse_tau,
+    S_BIAS: tl.constexpr, S_CAP: tl.constexpr, SAMPLED: tl.constexpr, BLOCK: tl.constexpr, WORK: tl.constexpr,
 ):  # fmt: skip
+    # The gradient of the entropy or, where SAMPLED, of the log-probability of one id a row.
     row = tl.program_id(0).to(tl.int64)
     highest = tl.full((), float("-inf"), WORK)
     total = tl.zeros((), WORK)
@@ -190,20 +191,31 @@ def _entropy_rows(
         s = _load_logits(s_ptr + row * stride, s_bias, columns, vocab, s_scale, s_cap, S_BIAS, S_CAP, WORK)
         s = (s - highest) * inverse_tau - log_total
         entropy -= tl.sum(tl.where(columns < vocab, tl.exp(s) * s, 0.0), axis=0)
+    if SAMPLED:
+        id = tl.load(ids_ptr + row)
+        log_p = tl.zeros((), WORK)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = _load_logits(s_ptr + row * stride, s_bias, columns, vocab, s_scale, s_cap, S_BIAS, S_CAP, WORK)
         s = (z - highest) * inverse_tau - log_total
-        gradient = -tl.exp(s) * (s + entropy) * (s_scale * inverse_tau)
+        if SAMPLED:
+            here = columns == id
+            log_p += tl.sum(tl.where(here, s, 0.0), axis=0)
+            gradient = (tl.where(here, 1.0, 0.0) - tl.exp(s)) * (s_scale * inverse_tau)
+        else:
+            gradient = -tl.exp(s) * (s + entropy) * (s_scale * inverse_tau)
         if S_CAP:
             gradient = gradient * (1.0 - (z / s_cap) * (z / s_cap))
         inside = columns < vocab
         tl.store(s_ptr + row * stride + columns, tl.where(inside, gradient, 0.0).to(s_ptr.dtype.element_ty), mask=inside)
+    if SAMPLED:
+        tl.store(log_p_ptr + row, log_p)
+        tl.store(entropy_ptr + row, entropy)
 
 
 _normalisers_kernel = _tuned(_normalisers, [])
 _sums_kernel = _tuned(_sums_and_gradient, ["s_ptr"])
-_entropy_kernel = _tuned(_entropy_rows, ["s_ptr"])
+_student_kernel = _tuned(_student_rows, ["s_ptr"])
 
 
 def _shape_arguments(shape: Shape, like: torch.Tensor) -> tuple[torch.Tensor, float, float, bool, bool]:
@@ -217,7 +229,7 @@ def _work(dtype: torch.dtype):
 
 def sweep(
     student: torch.Tensor,
-    teacher: torch.Tensor,
+    teacher: torch.Tensor | None,
     *,
     student_shape: Shape,
     teacher_shape: Shape,
@@ -231,6 +243,12 @@ def sweep(
     rows, vocab = student.shape
     if rows == 0:
         return
+    if teacher is None:  # the student stands in for it, and what would be the teacher's is thrown away
+        assert not with_gradient
+        teacher, teacher_shape = student, student_shape
+        unread = statistics.blank(rows)
+        unread.student_entropy, unread.candidates = statistics.student_entropy, statistics.candidates
+        unread.student_scores, statistics = statistics.student_scores, unread
     divergence = canonical(divergence, parameter)
     work = statistics.divergence.dtype
     s_bias, s_scale, s_cap, has_s_bias, has_s_cap = _shape_arguments(student_shape, student)
@@ -257,11 +275,25 @@ def sweep(
 
 def entropy_gradient(student: torch.Tensor, *, student_shape: Shape, temperature: float, work: torch.dtype) -> None:
     """As `tiles_torch.entropy_gradient`."""
+    _student_gradient(student, None, student_shape, temperature, work)
+
+
+def sampled_gradient(
+    student: torch.Tensor, ids: torch.Tensor, *, student_shape: Shape, temperature: float, work: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `tiles_torch.sampled_gradient`."""
+    return _student_gradient(student, ids, student_shape, temperature, work)
+
+
+def _student_gradient(
+    student: torch.Tensor, ids: torch.Tensor | None, shape: Shape, temperature: float, work: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows, vocab = student.shape
-    if rows == 0:
-        return
-    bias, scale, cap, has_bias, has_cap = _shape_arguments(student_shape, student)
-    _entropy_kernel[(rows,)](
-        student, bias, vocab, student.stride(0), scale, cap, 1.0 / temperature,
-        S_BIAS=has_bias, S_CAP=has_cap, WORK=_work(work), **_block(),
-    )  # fmt: skip
+    log_p, entropy = torch.zeros(2, rows, dtype=work, device=student.device)
+    if rows:
+        bias, scale, cap, has_bias, has_cap = _shape_arguments(shape, student)
+        _student_kernel[(rows,)](
+            student, bias, student if ids is None else ids, log_p, entropy, vocab, student.stride(0), scale, cap,
+            1.0 / temperature, S_BIAS=has_bias, S_CAP=has_cap, SAMPLED=ids is not None, WORK=_work(work), **_block(),
+        )  # fmt: skip
+    return log_p, entropy

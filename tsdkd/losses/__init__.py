@@ -12,8 +12,16 @@ from tsdkd.losses.divergence import (
     skew_forward_kl,
     skew_reverse_kl,
 )
-from tsdkd.losses.entropy import entropy_gap, token_entropy
-from tsdkd.losses.ranking import kendall_tau, plackett_luce_nll, student_candidates, teacher_order
+from tsdkd.losses.entropy import ENTROPY_TARGETS, entropy_penalty, token_entropy
+from tsdkd.losses.policy_gradient import clipped_surrogate, mean_of_rest
+from tsdkd.losses.ranking import (
+    STAGE_WEIGHTS,
+    kendall_tau,
+    plackett_luce_nll,
+    student_candidates,
+    teacher_mass,
+    teacher_order,
+)
 from tsdkd.losses.reduction import divide, response_coefficients, token_coefficients, weighted_sum
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
@@ -26,11 +34,15 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 
 __all__ = [
     "DIVERGENCES",
+    "ENTROPY_TARGETS",
+    "STAGE_WEIGHTS",
+    "clipped_surrogate",
     "divide",
-    "entropy_gap",
+    "entropy_penalty",
     "forward_kl",
     "generalized_jsd",
     "kendall_tau",
+    "mean_of_rest",
     "plackett_luce_nll",
     "response_coefficients",
     "reverse_kl",
@@ -38,6 +50,7 @@ __all__ = [
     "skew_forward_kl",
     "skew_reverse_kl",
     "student_candidates",
+    "teacher_mass",
     "teacher_order",
     "token_coefficients",
     "token_entropy",

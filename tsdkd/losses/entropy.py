@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from tsdkd.checks import check_choice
 from tsdkd.losses.divergence import log_probs
+
+ENTROPY_TARGETS = ("zero", "teacher")
 
 
 def token_entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -33,6 +36,30 @@ def token_entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tenso
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def entropy_gap(student_entropy: torch.Tensor, teacher_entropy: torch.Tensor) -> torch.Tensor:
-    """H_S − H_T: above 0 where the student is less certain than the teacher (Eq. 11, before the sigmoid)."""
-    return student_entropy - teacher_entropy
+def entropy_penalty(
+    student_entropy: torch.Tensor, teacher_entropy: torch.Tensor | None = None, target: str = "zero"
+) -> torch.Tensor:
+    """What entropy minimisation minimises at each token; the gradient flows through the student's entropy.
+
+    Formula: `H_S` for the target `"zero"` (Eq. 12), `max(0, H_S − H_T)` for `"teacher"`: no sharpening below the
+    teacher, an option of ours.
+
+    Args:
+        student_entropy, teacher_entropy: nats, equal shapes; the target `"zero"` needs no teacher.
+        target: `"zero"` or `"teacher"`.
+
+    Raises:
+        ValueError: an unknown target.
+
+    Example:
+        >>> entropy_penalty(torch.tensor([2.0, 1.0]), torch.tensor([1.5, 1.5]), "teacher").tolist()
+        [0.5, 0.0]
+
+    References:
+        TSD-KD Eq. 12.
+    """
+    check_choice("entropy_target", target, ENTROPY_TARGETS)
+    if target == "zero":
+        return student_entropy
+    assert teacher_entropy is not None, "the target 'teacher' reads the teacher's entropy"
+    return (student_entropy - teacher_entropy.detach()).clamp(min=0.0)

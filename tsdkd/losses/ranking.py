@@ -7,6 +7,9 @@ import torch
 from tsdkd.checks import check_candidates
 from tsdkd.losses.divergence import full_precision
 
+# Weights of the ranking's stages, by name: from the teacher's logits in its own order.
+STAGE_WEIGHTS = ("uniform", "teacher_mass")
+
 
 def student_candidates(student_logits: torch.Tensor, num_candidates: int = 10) -> torch.Tensor:
     """The ids of the student's highest logits, best first; of equal logits the lower id is the earlier candidate.
@@ -49,14 +52,35 @@ def teacher_order(teacher_scores: torch.Tensor) -> torch.Tensor:
     return teacher_scores.detach().sort(dim=-1, descending=True, stable=True).indices
 
 
-def plackett_luce_nll(ordered_scores: torch.Tensor) -> torch.Tensor:
+def teacher_mass(ordered_teacher_scores: torch.Tensor) -> torch.Tensor:
+    """How much of the teacher's probability the candidates hold that are not yet placed, stage by stage.
+
+    Formula: `m_i = Σ_{j≥i} q_j`, `q` the softmax of the teacher's untempered logits over the candidates. As stage weights
+    of the ranking loss they spare it the order of candidates that the teacher holds impossible; an option of ours.
+
+    Args:
+        ordered_teacher_scores: `[..., k]`, the teacher's logits of the candidates in its own order, favourite first.
+
+    Returns:
+        `[..., k]`, from 1 downwards, without gradient.
+
+    Example:
+        >>> teacher_mass(torch.zeros(4)).tolist()
+        [1.0, 0.75, 0.5, 0.25]
+    """
+    share = full_precision(ordered_teacher_scores.detach()).softmax(-1)
+    return share.flip(-1).cumsum(-1).flip(-1)
+
+
+def plackett_luce_nll(ordered_scores: torch.Tensor, stage_weights: torch.Tensor | None = None) -> torch.Tensor:
     """Minus the log-likelihood that a Plackett-Luce model with these scores ranks its items in the given order.
 
-    Formula: `Σ_i ( log Σ_{j≥i} exp(s_j) − s_i )`; the inner sum runs over the items **not yet placed**. k = 2 is
+    Formula: `Σ_i m_i ( log Σ_{j≥i} exp(s_j) − s_i )`; the inner sum runs over the items **not yet placed**. k = 2 is
     Bradley-Terry, `softplus(s_2 − s_1)`.
 
     Args:
         ordered_scores: `[..., k]`, the student's scores in the teacher's order (favourite first).
+        stage_weights: `[..., k]`, m; None is 1 (the paper), `teacher_mass` the option beside it.
 
     Returns:
         `[...]`, nats: log(k!) for equal scores, near 0 where the student agrees with certainty.
@@ -73,7 +97,8 @@ def plackett_luce_nll(ordered_scores: torch.Tensor) -> torch.Tensor:
     k = scores.shape[-1]
     placed = torch.ones(k, k, dtype=torch.bool, device=scores.device).tril(-1)  # row i: the items j < i
     remaining = scores.unsqueeze(-2).expand(*scores.shape, k).masked_fill(placed, float("-inf"))
-    return (remaining.logsumexp(-1) - scores).sum(-1)
+    stages = remaining.logsumexp(-1) - scores
+    return (stages if stage_weights is None else stages * stage_weights).sum(-1)
 
 
 def kendall_tau(teacher_ranks: torch.Tensor) -> torch.Tensor:
