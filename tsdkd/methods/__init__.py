@@ -6,10 +6,18 @@ import dataclasses
 from typing import Any
 
 from tsdkd.checks import check_choice
-from tsdkd.methods.base import Method
+from tsdkd.methods.base import DivergenceMethod, Method
+from tsdkd.methods.distillm import DistiLLM
+from tsdkd.methods.gkd import GKD
+from tsdkd.methods.minillm import MiniLLM
+from tsdkd.methods.seq_kd import SeqKD
+from tsdkd.methods.speculative_kd import SpeculativeKD
+from tsdkd.methods.supervised_kd import SupervisedKD
 from tsdkd.methods.tsd_kd import TSDKD, fused_tsd_kd_loss, tsd_kd_loss
 
-METHODS: dict[str, type] = {"tsd_kd": TSDKD}
+METHODS: dict[str, type] = {
+    method.name: method for method in (TSDKD, GKD, DistiLLM, MiniLLM, SpeculativeKD, SupervisedKD, SeqKD)
+}
 
 
 def resolve_method(method: str | Method, options: dict[str, Any] | None = None) -> Method:
@@ -35,4 +43,18 @@ def resolve_method(method: str | Method, options: dict[str, Any] | None = None) 
     return method
 
 
-__all__ = ["METHODS", "TSDKD", "Method", "fused_tsd_kd_loss", "resolve_method", "tsd_kd_loss"]
+__all__ = [
+    "GKD",
+    "METHODS",
+    "TSDKD",
+    "DistiLLM",
+    "DivergenceMethod",
+    "Method",
+    "MiniLLM",
+    "SeqKD",
+    "SpeculativeKD",
+    "SupervisedKD",
+    "fused_tsd_kd_loss",
+    "resolve_method",
+    "tsd_kd_loss",
+]

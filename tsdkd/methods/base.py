@@ -1,11 +1,16 @@
-"""What a method states: its loss, its terms and their weights, and the counts that normalise them."""
+"""What a method states: its loss, its terms and their weights, the counts that normalise them, and whose answers it reads."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from tsdkd.types import Counts, Head, LossTerms, TokenBatch
+from tsdkd import fused
+from tsdkd.checks import check_positive
+from tsdkd.selection import Gate, Selection, direct_count, resolve_gate, resolve_selection
+from tsdkd.types import Answers, Counts, Head, LossTerms, Objective, TokenBatch
 
 
 @runtime_checkable
@@ -15,6 +20,13 @@ class Method(Protocol):
     Attributes:
         name: how a config names it; an attribute `title`, where there is one, is its name in prose.
         paper: `title`, `id` (arXiv) and `citation` (BibTeX), for the model card.
+
+    A method may have more; a trainer that does not find them takes what stands in brackets:
+        answers: whose answers it trains on (`types.Answers()`: the student's own).
+        reads_teacher: whether its loss reads the teacher at all (True).
+        reads(length): how many of a response's first tokens its terms read (all of them); the rest is not run through any
+            model, and `loss` gets a batch that is `cut`.
+        state: what changes from step to step and belongs to a checkpoint, e.g. an `AdaptiveOpener` (None).
     """
 
     name: str
@@ -33,7 +45,80 @@ class Method(Protocol):
         ...
 
     def loss(
-        self, batch: TokenBatch, student_head: Head, teacher_head: Head, *, counts: Counts | None = None, **engine: Any
+        self, batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, counts: Counts | None = None, **engine: Any
     ) -> LossTerms:
         """The loss of packed tokens; `engine` is handed to `fused.evaluate` (`impl`, `chunk_tokens`)."""
         ...
+
+
+def step_counts(lengths: Sequence[int], selection: Selection | None = None, top_entropy: int = 0) -> Counts:
+    """What a step's terms are divided by, from its lengths; `top_entropy` tokens are selected by the entropy term."""
+    direct = None if selection is None else direct_count(selection, lengths)
+    return Counts(sum(lengths), top_entropy, sum(length > 0 for length in lengths), direct)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceMethod:
+    """What methods share whose loss is one divergence per token, weighed and selected: a base for a paper's file.
+
+    Attributes:
+        gate: a name in `selection.GATES` or a function of `TokenStatistics`; `"none"` is weight 1.
+        gate_sharpness: γ of a named gate.
+        selection: a name in `selection.SELECTIONS` or a function of `TokenStatistics`; `"none"` is all tokens.
+        selection_share: the share that a named selection keeps.
+        kd_temperature: τ of the divergence.
+    """
+
+    gate: str | Gate | None = "none"
+    gate_sharpness: float = 1.0
+    selection: str | Selection | None = "none"
+    selection_share: float = 0.5
+    kd_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("gate_sharpness", self.gate_sharpness)
+        check_positive("kd_temperature", self.kd_temperature)
+        resolve_gate(self.gate, self.gate_sharpness)
+        resolve_selection(self.selection, self.selection_share)
+
+    def divergence_of(self) -> tuple[str, float]:
+        """The divergence's name in `losses` and its parameter (0 of one without)."""
+        raise NotImplementedError
+
+    @property
+    def answers(self) -> Answers:
+        """The student's own, unless a paper's file says otherwise."""
+        return Answers()
+
+    def objective(self) -> Objective:
+        """The direct term, as an engine reads it."""
+        name, parameter = self.divergence_of()
+        return Objective(
+            divergence=name,
+            divergence_parameter=parameter,
+            gate=resolve_gate(self.gate, self.gate_sharpness),
+            selection=resolve_selection(self.selection, self.selection_share),
+            temperature=self.kd_temperature,
+        )
+
+    def counts(self, lengths: Sequence[int]) -> Counts:
+        return step_counts(lengths, resolve_selection(self.selection, self.selection_share))
+
+    def reads(self, length: int) -> int:
+        """How many of a response's first tokens the term reads: a prefix spares both models the rest."""
+        of_rule = getattr(resolve_selection(self.selection, self.selection_share), "reads", None)
+        return length if of_rule is None else of_rule(length)
+
+    def terms(self) -> dict[str, float]:
+        return {"direct": 1.0}
+
+    def only(self, term: str) -> DivergenceMethod:
+        return self
+
+    def loss(
+        self, batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, counts: Counts | None = None, **engine: Any
+    ) -> LossTerms:
+        objective = self.objective()
+        if batch.cut:
+            objective = dataclasses.replace(objective, selection=None)
+        return fused.evaluate(objective, batch, student_head, teacher_head, counts=counts, **engine)

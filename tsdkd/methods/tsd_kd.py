@@ -15,6 +15,7 @@ import torch
 from tsdkd import fused
 from tsdkd.checks import (
     check_candidates,
+    check_choice,
     check_count,
     check_finite,
     check_mask,
@@ -24,9 +25,19 @@ from tsdkd.checks import (
     check_weight,
 )
 from tsdkd.fused.reference import evaluate_logits
-from tsdkd.losses import shared_vocabulary
-from tsdkd.selection import Gate, Opener, TopEntropy, resolve_gate, top_count
-from tsdkd.types import Counts, Head, LossTerms, Objective, TokenBatch
+from tsdkd.losses import ENTROPY_TARGETS, STAGE_WEIGHTS, shared_vocabulary
+from tsdkd.methods.base import step_counts
+from tsdkd.selection import (
+    AdaptiveOpener,
+    Gate,
+    Opener,
+    Selection,
+    TopEntropy,
+    resolve_gate,
+    resolve_selection,
+    top_count,
+)
+from tsdkd.types import Answers, Counts, Head, LossTerms, Objective, TokenBatch
 
 TERMS = ("indirect", "direct", "entropy")
 
@@ -40,13 +51,21 @@ class TSDKD:
         direct_weight: weight of the gated divergence.
         entropy_weight: weight of the entropy term.
         beta: the divergence's β: 0 forward KL, 1 reverse KL (Eq. 1).
-        gate: `"entropy_gap"` (Eq. 11), `"none"` (weight 1; all else off, this is GKD) or a function of
-            `TokenStatistics`.
+        gate: `"entropy_gap"` (Eq. 11), `"none"` (weight 1; all else off, this is GKD), `"divergence_aware"` or a
+            function of `TokenStatistics`.
         gate_sharpness: γ.
         num_candidates: k, how many tokens the student proposes (section 3.1).
         opener_entropy_share: c, the share of a response's entropy that its opener holds.
         top_entropy_fraction: ρ, the share of a response's tokens whose entropy is minimised (Eq. 12).
         kd_temperature: τ of the divergence and the entropies; ranking scores are untempered.
+        ranking_stage_weights: `"uniform"` (the paper) or `"teacher_mass"`, an option of ours: a stage of the ranking
+            weighs what the teacher's probability of the candidates not yet placed is.
+        entropy_target: `"zero"` (the paper) or `"teacher"`, an option of ours: minimise max(0, H_S − H_T).
+        selection: which tokens the direct term takes: a name in `selection.SELECTIONS` or a function of
+            `TokenStatistics`; `"none"` is all, the paper's.
+        selection_share: the share that a named selection keeps.
+        adaptive_opener: choose c by each response's difficulty (A.7, Algorithm 2): True, or an `AdaptiveOpener`.
+        lmbda: the probability, drawn for each step, of the student's own answers; else the data set's (A.6: 0).
 
     References:
         TSD-KD section 3, A.9.
@@ -62,6 +81,12 @@ class TSDKD:
     opener_entropy_share: float = 0.1
     top_entropy_fraction: float = 0.1
     kd_temperature: float = 1.0
+    ranking_stage_weights: str = "uniform"
+    entropy_target: str = "zero"
+    selection: str | Selection | None = "none"
+    selection_share: float = 0.5
+    adaptive_opener: bool | AdaptiveOpener = False
+    lmbda: float = 1.0
 
     name = "tsd_kd"
     title = "TSD-KD"
@@ -82,12 +107,27 @@ class TSDKD:
     def __post_init__(self) -> None:
         for name in ("indirect_weight", "direct_weight", "entropy_weight"):
             check_weight(name, getattr(self, name))
-        for name in ("beta", "opener_entropy_share", "top_entropy_fraction"):
+        for name in ("beta", "opener_entropy_share", "top_entropy_fraction", "lmbda"):
             check_share(name, getattr(self, name))
         check_positive("gate_sharpness", self.gate_sharpness)
         check_positive("kd_temperature", self.kd_temperature)
         check_count("num_candidates", self.num_candidates, smallest=2)
         resolve_gate(self.gate, self.gate_sharpness)
+        resolve_selection(self.selection, self.selection_share)
+        check_choice("ranking_stage_weights", self.ranking_stage_weights, STAGE_WEIGHTS)
+        check_choice("entropy_target", self.entropy_target, ENTROPY_TARGETS)
+        if self.adaptive_opener is True:  # its history is the one thing here that changes
+            object.__setattr__(self, "adaptive_opener", AdaptiveOpener(fixed_share=self.opener_entropy_share))
+
+    @property
+    def answers(self) -> Answers:
+        """The student's own answers, or the data set's where `lmbda` says so."""
+        return Answers(share=self.lmbda, evaluate_on="student" if self.lmbda else "dataset")
+
+    @property
+    def state(self) -> AdaptiveOpener | None:
+        """What changes from step to step and belongs to a checkpoint."""
+        return self.adaptive_opener if isinstance(self.adaptive_opener, AdaptiveOpener) else None
 
     def objective(self) -> Objective:
         """The three terms, as an engine reads them."""
@@ -98,17 +138,20 @@ class TSDKD:
             divergence_parameter=self.beta,
             direct_weight=self.direct_weight,
             gate=resolve_gate(self.gate, self.gate_sharpness),
+            selection=resolve_selection(self.selection, self.selection_share),
             indirect_weight=self.indirect_weight,
             num_candidates=self.num_candidates,
-            opener=Opener(self.opener_entropy_share) if ranks else None,
+            opener=(self.state or Opener(self.opener_entropy_share)) if ranks else None,
+            ranking_stage_weights=self.ranking_stage_weights,
             entropy_weight=self.entropy_weight,
             top_entropy=TopEntropy(self.top_entropy_fraction) if sharpens else None,
+            entropy_target=self.entropy_target,
             temperature=self.kd_temperature,
         )
 
     def counts(self, lengths: Sequence[int]) -> Counts:
         selected = sum(top_count(length, self.top_entropy_fraction) for length in lengths)
-        return Counts(tokens=sum(lengths), selected=selected, responses=sum(length > 0 for length in lengths))
+        return step_counts(lengths, resolve_selection(self.selection, self.selection_share), selected)
 
     def terms(self) -> dict[str, float]:
         return {term: getattr(self, f"{term}_weight") for term in TERMS}
@@ -118,30 +161,11 @@ class TSDKD:
         return dataclasses.replace(self, **off)
 
     def loss(
-        self, batch: TokenBatch, student_head: Head, teacher_head: Head, *, counts: Counts | None = None, **engine: Any
+        self, batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, counts: Counts | None = None, **engine: Any
     ) -> LossTerms:
-        check_candidates(self.num_candidates, min(student_head.size, teacher_head.size))
+        if teacher_head is not None and self.objective().opener is not None:
+            check_candidates(self.num_candidates, min(student_head.size, teacher_head.size))
         return fused.evaluate(self.objective(), batch, student_head, teacher_head, counts=counts, **engine)
-
-
-def _spread(terms: LossTerms, mask: torch.Tensor) -> LossTerms:
-    """The per-token members laid out as the caller's `[batch, completion]` mask."""
-
-    def lay(values: Any) -> Any:
-        if not isinstance(values, torch.Tensor):
-            return values
-        return values.new_zeros(mask.shape).masked_scatter_(mask, values[terms.mask])
-
-    def lay_all(members: Any) -> Any:
-        return dataclasses.replace(members, **{f.name: lay(getattr(members, f.name)) for f in dataclasses.fields(members)})
-
-    return dataclasses.replace(
-        terms,
-        statistics=lay_all(terms.statistics),
-        weights=lay_all(terms.weights),
-        ranking_nll=lay(terms.ranking_nll),
-        candidate_tau=lay(terms.candidate_tau),
-    )
 
 
 def tsd_kd_loss(
@@ -159,6 +183,10 @@ def tsd_kd_loss(
     opener_entropy_share: float = 0.1,
     top_entropy_fraction: float = 0.1,
     temperature: float = 1.0,
+    ranking_stage_weights: str = "uniform",
+    entropy_target: str = "zero",
+    selection: str | Selection | None = "none",
+    selection_share: float = 0.5,
     counts: Counts | None = None,
 ) -> LossTerms:
     """TSD-KD's objective on logits, for any training loop.
@@ -175,13 +203,14 @@ def tsd_kd_loss(
             included, changes nothing.
         indirect_weight, direct_weight, entropy_weight: the terms' weights, 0 or more.
         beta: 0 is the forward KL, 1 the reverse KL.
-        gate: `"entropy_gap"`, `"none"` (weight 1) or a function of `TokenStatistics`.
+        gate: `"entropy_gap"`, `"none"` (weight 1), `"divergence_aware"` or a function of `TokenStatistics`.
         gate_sharpness: γ, above 0.
         num_candidates: k, from 2 to the shared vocabulary.
         opener_entropy_share, top_entropy_fraction: c and ρ in [0, 1]; 0 switches the term off.
         temperature: τ of divergence and entropies; ranking scores are untempered.
+        ranking_stage_weights, entropy_target, selection, selection_share: options beyond the paper, see `TSDKD`.
         counts: what the terms are divided by (tokens, selected, responses), to normalise over a larger step; default:
-            this mask's own.
+            this mask's own. With a selection also its count (`Counts.direct`).
 
     Returns:
         `LossTerms`: `.loss`, `.indirect`, `.direct`, `.entropy` (unweighted, with gradient; a term that is switched off
@@ -212,13 +241,17 @@ def tsd_kd_loss(
         opener_entropy_share=opener_entropy_share,
         top_entropy_fraction=top_entropy_fraction,
         kd_temperature=temperature,
+        ranking_stage_weights=ranking_stage_weights,
+        entropy_target=entropy_target,
+        selection=selection,
+        selection_share=selection_share,
     )
     check_positions(student_logits, teacher_logits, "logits")
     mask = check_mask(completion_mask, student_logits.shape[:2], student_logits.device)
     student, teacher = shared_vocabulary(student_logits, teacher_logits)
     check_candidates(num_candidates, student.shape[-1])
     lengths = mask.sum(-1).tolist()
-    return _spread(evaluate_logits(method.objective(), student[mask], teacher[mask], lengths, Counts.of(counts)), mask)
+    return evaluate_logits(method.objective(), student[mask], teacher[mask], lengths, Counts.of(counts)).spread(mask)
 
 
 def fused_tsd_kd_loss(
@@ -270,10 +303,11 @@ def fused_tsd_kd_loss(
     """
     if "temperature" in options:
         options["kd_temperature"] = options.pop("temperature")
-    known = [option.name for option in dataclasses.fields(TSDKD)]
+    known = [option.name for option in dataclasses.fields(TSDKD) if option.name not in ("adaptive_opener", "lmbda")]
     for option in options:
         if option not in known:
-            raise ValueError(f"fused_tsd_kd_loss has no option {option!r}; it has: temperature, {', '.join(known[:-1])}.")
+            named = ", ".join("temperature" if name == "kd_temperature" else name for name in known)
+            raise ValueError(f"fused_tsd_kd_loss has no option {option!r}; it has: {named}.")
     method = TSDKD(**options)
     check_positions(student_hidden, teacher_hidden, "hidden")
     mask = check_mask(completion_mask, student_hidden.shape[:2], student_hidden.device)
@@ -282,4 +316,4 @@ def fused_tsd_kd_loss(
     batch = TokenBatch(student_hidden[mask], teacher_hidden.detach()[mask], tuple(mask.sum(-1).tolist()))
     heads = Head.of(student_head), Head.of(teacher_head)
     engine: dict[str, Any] = {"impl": impl, "chunk_tokens": chunk_tokens, "gradient_filter": gradient_filter}
-    return _spread(method.loss(batch, *heads, counts=Counts.of(counts), **engine), mask)
+    return method.loss(batch, *heads, counts=Counts.of(counts), **engine).spread(mask)
