@@ -354,8 +354,8 @@ def test_named_options_build_the_method(tmp_path):
     trainer = make(tmp_path, cls=TokenDistillTrainer, args=args)
     assert trainer.method.beta == 0.5 and trainer.method.gate == "none"
     assert TSDKDConfig(output_dir=str(tmp_path), beta=0.3, use_cpu=True).build_method().beta == 0.3
-    with pytest.raises(ValueError, match="no option 'lmbda'"):
-        config(tmp_path, cls=TokenDistillConfig, method_options='{"lmbda": 1}')
+    with pytest.raises(ValueError, match="no option 'lambda'"):
+        config(tmp_path, cls=TokenDistillConfig, method_options='{"lambda": 1}')
     with pytest.raises(ValueError, match="TSDKDConfig is TSD-KD"):
         config(tmp_path, method_options={"beta": 0.5})
 

@@ -136,25 +136,39 @@ def load_prompts(name: str, *, config: str | None = None, split: str = "train", 
     return map_prompts(rows, **mapping)
 
 
-def map_prompts(rows: Any, *, prompt_column: str = "prompt", drop_duplicates: bool = False, as_chat: bool = False) -> Any:
-    """The prompts' column as `prompt`, and nothing else of the rows.
+def map_prompts(
+    rows: Any,
+    *,
+    prompt_column: str = "prompt",
+    completion_column: str = "completion",
+    drop_duplicates: bool = False,
+    as_chat: bool = False,
+) -> Any:
+    """The prompts' column as `prompt`, the answers' as `completion` where there is one, and nothing else of the rows.
 
     Args:
         rows: a `datasets.Dataset`.
         prompt_column: the column that holds the prompts.
+        completion_column: the column that holds given answers; its default may be missing.
         drop_duplicates: keep the first of equal prompts.
         as_chat: make each text a chat of one user message.
 
     Raises:
-        ValueError: the column is not there, or `as_chat` for prompts that are chats already.
+        ValueError: a named column is not there, or `as_chat` for prompts that are chats already.
     """
     if prompt_column not in rows.column_names:
         raise ValueError(
             f"no column {prompt_column!r} in the data set; it has: {', '.join(rows.column_names)}. Pass --prompt_column."
         )
-    rows = rows.select_columns(prompt_column)
-    if prompt_column != "prompt":
-        rows = rows.rename_column(prompt_column, "prompt")
+    kept = {prompt_column: "prompt"}
+    if completion_column in rows.column_names:
+        kept[completion_column] = "completion"
+    elif completion_column != "completion":
+        raise ValueError(
+            f"no column {completion_column!r} in the data set; it has: {', '.join(rows.column_names)}. Pass "
+            "--completion_column."
+        )
+    rows = rows.select_columns(list(kept)).rename_columns({old: new for old, new in kept.items() if old != new})
     if drop_duplicates:
         first: dict[str, int] = {}
         for row, prompt in enumerate(rows["prompt"]):
@@ -164,4 +178,6 @@ def map_prompts(rows: Any, *, prompt_column: str = "prompt", drop_duplicates: bo
         if len(rows) and not isinstance(rows[0]["prompt"], str):
             raise ValueError("prompt_as_chat makes chats of texts, but these prompts are chats already: leave it out.")
         rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+        if "completion" in rows.column_names and isinstance(rows[0]["completion"], str):
+            rows = rows.map(lambda row: {"completion": [{"role": "assistant", "content": row["completion"]}]})
     return rows

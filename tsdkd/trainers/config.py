@@ -12,6 +12,7 @@ from tsdkd.checks import check_choice, check_count, check_positive, check_weight
 from tsdkd.fused import ENGINES
 from tsdkd.methods import Method, resolve_method
 from tsdkd.methods.tsd_kd import TSDKD
+from tsdkd.selection import SELECTIONS
 
 
 def bf16_works_here() -> bool:
@@ -35,6 +36,12 @@ class TokenDistillConfig(DistillationConfig):
         teacher_batch_size: rows per forward pass of the teacher; None: `per_device_train_batch_size`.
         fused_impl: the loss engine, see `tsdkd.fused`.
         gradient_filter: see `tsdkd.fused.evaluate`; 0 is exact.
+        teacher_answers: the JSONL file of the answers that the teacher writes, once, for a method that trains on given ones
+            and a data set without; None: `teacher_answers.jsonl` in `output_dir`. Each process adds its number to the name.
+        teacher_answers_temperature: the temperature of that writing; 0 is greedy.
+        token_budget: stop after the step that brings the tokens of answers trained on, over all processes, to this many.
+        recording: a folder that `record` wrote: its rollouts and its teacher's hidden states are trained on, and no
+            teacher is loaded.
         term_grad_norm_steps: every that many steps, log the norm of each term's gradient with respect to the student's
             last hidden states, on one micro-batch; 0 is never.
     """
@@ -58,6 +65,14 @@ class TokenDistillConfig(DistillationConfig):
     gradient_filter: float = field(
         default=0.0, metadata={"help": "Skip vocabulary blocks whose gradient is nowhere this large; 0 is exact."}
     )
+    teacher_answers: str | None = field(default=None, metadata={"help": "JSONL file of the answers that the teacher writes."})
+    teacher_answers_temperature: float = field(
+        default=0.0, metadata={"help": "Temperature of the answers that the teacher writes; 0 is greedy."}
+    )
+    token_budget: int | None = field(
+        default=None, metadata={"help": "Stop after the step that brings the tokens trained on to this many; all processes'."}
+    )
+    recording: str | None = field(default=None, metadata={"help": "Train on this recording, without a teacher."})
     term_grad_norm_steps: int = field(
         default=0, metadata={"help": "Log each term's gradient norm every that many steps; 0 is never."}
     )
@@ -76,6 +91,9 @@ class TokenDistillConfig(DistillationConfig):
             check_count("teacher_batch_size", self.teacher_batch_size)
         check_choice("fused_impl", self.fused_impl, ENGINES)
         check_weight("gradient_filter", self.gradient_filter)
+        check_weight("teacher_answers_temperature", self.teacher_answers_temperature)
+        if self.token_budget is not None:
+            check_count("token_budget", self.token_budget)
         check_count("term_grad_norm_steps", self.term_grad_norm_steps, smallest=0)
         self.build_method()  # refuses unknown options before any model is loaded
 
@@ -111,7 +129,10 @@ class TSDKDConfig(TokenDistillConfig):
         default=0.9,
         metadata={"help": "0 forward KL, 1 reverse KL (paper, 4.1: 'we set 0.9 for JSD as suggested by GKD'; A.5)."},
     )
-    gate: str = field(default="entropy_gap", metadata={"help": "'entropy_gap' (paper, Eq. 11) or 'none' (weight 1)."})
+    gate: str = field(
+        default="entropy_gap",
+        metadata={"help": "'entropy_gap' (paper, Eq. 11), 'none' (weight 1) or 'divergence_aware' (ours)."},
+    )
     gate_sharpness: float = field(default=1.0, metadata={"help": "gamma of Eq. 11 (the paper gives none)."})
     num_candidates: int = field(default=10, metadata={"help": "k, tokens the student proposes (paper, A.3 and A.9: 10)."})
     opener_entropy_share: float = field(
@@ -121,6 +142,23 @@ class TSDKDConfig(TokenDistillConfig):
         default=0.1, metadata={"help": "rho, share of tokens whose entropy is minimised (paper, A.4 and A.9: 0.1)."}
     )
     kd_temperature: float = field(default=1.0, metadata={"help": "tau of the loss (paper, A.9: 'Temperature of KD 1.0')."})
+    ranking_stage_weights: str = field(
+        default="uniform", metadata={"help": "'uniform' (paper) or 'teacher_mass' (ours): what a stage of the ranking weighs."}
+    )
+    entropy_target: str = field(
+        default="zero", metadata={"help": "'zero' (paper, Eq. 12) or 'teacher' (ours): minimise max(0, H_S - H_T)."}
+    )
+    selection: str = field(
+        default="none", metadata={"help": f"Tokens of the direct term (paper: none): one of {', '.join(SELECTIONS)}."}
+    )
+    selection_share: float = field(default=0.5, metadata={"help": "The share that a selection keeps."})
+    adaptive_opener: bool = field(
+        default=False, metadata={"help": "Choose c by each response's difficulty (paper, A.7, Algorithm 2)."}
+    )
+    lmbda: float = field(
+        default=1.0,
+        metadata={"help": "Probability of the student's answers in a step, else the data set's (paper: 1; A.6: 0)."},
+    )
 
     def __post_init__(self) -> None:
         check_positive("kd_temperature", self.kd_temperature)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tsdkd.data.prompts import check_prompts, fitting_rows
 from tsdkd.methods import Method, resolve_method
-from tsdkd.teachers import LocalTeacher
+from tsdkd.provenance import provenance
+from tsdkd.teachers import LocalTeacher, RecordedTeacher, Recording, Teacher
 from tsdkd.teachers.heads import check_head, head_of, last_hidden_state, text_config
+from tsdkd.teachers.recorded import MANIFEST, write_manifest, write_shard
+from tsdkd.trainers.answering import AnsweringTrainer
 from tsdkd.trainers.config import TokenDistillConfig, TSDKDConfig
 from tsdkd.trainers.guard import Guard, NonFiniteError
 from tsdkd.trainers.recorder import Recorder, Stopwatch, peak_memory_gib
-from tsdkd.trainers.trl_seams import SeamTrainer
-from tsdkd.types import Counts, Head, Rollouts, TokenBatch
+from tsdkd.types import Answers, Counts, Head, LossTerms, Rollouts, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +44,12 @@ def name_of(model: Any) -> str:
     return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
-def check_same_tokens(student: Any, teacher: Any, vocab_size: int) -> None:
-    """Refuse two tokenizers that give one id to different tokens, or one token different ids, among the shared ids.
+def check_same_tokens(ours: dict[str, int], theirs: dict[str, int], vocab_size: int) -> None:
+    """Refuse two vocabularies that give one id to different tokens, or one token different ids, among the shared ids.
 
     Raises:
         ValueError: showing such a token.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
     our_ids = {i: token for token, i in ours.items() if i < vocab_size}
     for token, i in sorted(theirs.items(), key=lambda item: item[1]):
         if i < vocab_size and our_ids.get(i, token) != token:
@@ -60,7 +65,18 @@ def check_same_tokens(student: Any, teacher: Any, vocab_size: int) -> None:
             )
 
 
-class TokenDistillTrainer(SeamTrainer):
+class _Budget(TrainerCallback):
+    """Ends a run that has spent its tokens."""
+
+    def __init__(self, trainer: TokenDistillTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.trained_tokens >= args.token_budget:
+            control.should_training_stop = True
+
+
+class TokenDistillTrainer(AnsweringTrainer):
     """Trains a student on its own answers with any token-level method; a drop-in for TRL's `DistillationTrainer`.
 
     Args:
@@ -78,6 +94,7 @@ class TokenDistillTrainer(SeamTrainer):
     """
 
     config_class = TokenDistillConfig
+    teacher: Teacher | None
 
     def __init__(
         self,
@@ -99,18 +116,18 @@ class TokenDistillTrainer(SeamTrainer):
                 "DistillationConfig and the method's beside them."
             )
         self.method = args.build_method() if method is None else resolve_method(method)
+        self.answers = getattr(self.method, "answers", None) or Answers()
+        self._reads_teacher = getattr(self.method, "reads_teacher", True)
         if teacher_model is None:
             teacher_model = args.teacher_model_name_or_path
-        if teacher_model is None:
-            raise ValueError(
-                "no teacher was given: pass teacher_model=... (a name, a path or a model), or set teacher_model_name_or_path."
-            )
-        if teacher_model is model and not isinstance(model, str):
-            raise ValueError(
-                "the same object was passed as model and as teacher_model: its loss is always zero and training it would move "
-                "the teacher too. Load the teacher separately."
-            )
+        recording = Recording.open(args.recording) if args.recording is not None else None
+        self._refuse(model, teacher_model, recording, train_dataset, eval_dataset)
+        if recording is not None and train_dataset is None:
+            train_dataset = Dataset.from_list(recording.rows)
+        if recording is not None:
+            self.answers = dataclasses.replace(self.answers, writer="student", share=0.0, replay=None)
         chats = self._check_datasets(args, train_dataset, eval_dataset)
+        self.check_answers(train_dataset, eval_dataset, bool(kwargs.get("tools")))
 
         # transformers' filter replaces a NaN loss by an average and trains on; the guard stops instead.
         args.logging_nan_inf_filter = False
@@ -118,6 +135,8 @@ class TokenDistillTrainer(SeamTrainer):
         self._paper = self.method.paper
         self._tag_names = ["trl", "tsdkd", self.method.name]
         super().__init__(model, None, args, train_dataset, eval_dataset, **kwargs)
+        if args.token_budget is not None:
+            self.add_callback(_Budget(self))
 
         if chats and self._tokenizer.chat_template is None:
             raise ValueError(
@@ -125,21 +144,8 @@ class TokenDistillTrainer(SeamTrainer):
                 "tokenizer.chat_template, use an instruct model's tokenizer (processing_class=...), or pass the "
                 "prompts as text."
             )
-        if isinstance(teacher_model, str):
-            teacher_model = load_teacher(teacher_model, args)
-        self.vocab_size = self._shared_vocabulary(teacher_model)
-        if getattr(teacher_model, "hf_device_map", None) is None:
-            teacher_model = teacher_model.to(self.accelerator.device)
-        self.teacher_model = teacher_model
-        self.teacher = LocalTeacher(
-            teacher_model,
-            pad_id=0,
-            batch_size=args.teacher_batch_size or args.per_device_train_batch_size,
-            device=self.accelerator.device,
-            autocast=self.accelerator.autocast,
-        )
+        self._place_teacher(teacher_model, recording)
         check_head(self.model, "student", self.vocab_size)
-        check_head(teacher_model, "teacher", self.vocab_size)
         self.forbid_ids_from(self.vocab_size)
 
         self._recorders = {"train": Recorder(), "eval": Recorder()}
@@ -148,16 +154,74 @@ class TokenDistillTrainer(SeamTrainer):
         self._guard = Guard()
         self._trained_tokens = 0
         self._steps_in_window = 0
+        self._spent: torch.Tensor | None = None
+        self._observed: list[tuple[list[int], torch.Tensor]] = []
         self._prompt_limit, self._limit_reason = self._prompt_limits()
         self._dropped = 0
+        self.prepare_answers()
         if train_dataset is not None:
             self.train_dataset = self._fit_prompts(self.train_dataset, "train_dataset")
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {k: self._fit_prompts(v, f"eval_dataset[{k!r}]") for k, v in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
             self.eval_dataset = self._fit_prompts(self.eval_dataset, "eval_dataset")
+        if self.answers.replay is not None and self.eval_dataset is None:
+            logger.warning(
+                "%s without an eval_dataset: the share of the student's answers stays at %s.", self._name, self.source.share
+            )
 
     # ------------------------------------------------------------------ before training
+
+    def _refuse(
+        self, model: Any, teacher_model: Any, recording: Recording | None, train_dataset: Any, eval_dataset: Any
+    ) -> None:
+        """What no later check could explain as well."""
+        if recording is not None:
+            if self.answers.writer != "student":
+                raise ValueError(
+                    f"{self.method.name} has its answers written by student and teacher together, and a recording holds "
+                    "answers that stand: train it with the teacher itself (leave recording out)."
+                )
+            if eval_dataset is not None:
+                raise ValueError("a recorded teacher knows its own rows alone and cannot score an eval_dataset: leave it out.")
+            if teacher_model is not None or train_dataset is not None:
+                raise ValueError(
+                    "a recording brings its prompts and its teacher's hidden states: leave train_dataset and the teacher out, "
+                    "or leave recording out."
+                )
+        elif teacher_model is None and self._reads_teacher:
+            raise ValueError(
+                "no teacher was given: pass teacher_model=... (a name, a path or a model), or set teacher_model_name_or_path."
+            )
+        if teacher_model is model and model is not None and not isinstance(model, str):
+            raise ValueError(
+                "the same object was passed as model and as teacher_model: its loss is always zero and training it would move "
+                "the teacher too. Load the teacher separately."
+            )
+
+    def _place_teacher(self, teacher_model: Any, recording: Recording | None) -> None:
+        """`teacher_model`, `teacher` and `vocab_size`; without any teacher the student's own vocabulary."""
+        self.teacher_model, self.teacher = None, None
+        self.vocab_size = self.model.get_output_embeddings().weight.shape[0]
+        if recording is not None:
+            self.teacher = RecordedTeacher(recording, self.accelerator.device)
+            self.vocab_size = self._share_vocabulary(recording.head.size, recording.vocabulary)
+            recording.check_rows(self.tokenize)
+        elif teacher_model is not None:
+            if isinstance(teacher_model, str):
+                teacher_model = load_teacher(teacher_model, self.args)
+            self.vocab_size = self._shared_vocabulary(teacher_model)
+            if getattr(teacher_model, "hf_device_map", None) is None:
+                teacher_model = teacher_model.to(self.accelerator.device)
+            self.teacher_model = teacher_model
+            self.teacher = LocalTeacher(
+                teacher_model,
+                pad_id=0,
+                batch_size=self.args.teacher_batch_size or self.args.per_device_train_batch_size,
+                device=self.accelerator.device,
+                autocast=self.accelerator.autocast,
+            )
+            check_head(teacher_model, "teacher", self.vocab_size)
 
     def _check_datasets(self, args: TokenDistillConfig, train_dataset: Any, eval_dataset: Any) -> bool:
         chats = False
@@ -172,27 +236,31 @@ class TokenDistillTrainer(SeamTrainer):
 
     def _shared_vocabulary(self, teacher_model: Any) -> int:
         """How many ids both models have; refuse tokenizers that disagree on them."""
-        size = min(self.model.get_output_embeddings().weight.shape[0], teacher_model.get_output_embeddings().weight.shape[0])
-        candidates = getattr(self.method, "num_candidates", None)
-        if candidates is not None and candidates > size:
-            raise ValueError(f"num_candidates={candidates} but the two models share {size} tokens: pass {size} or fewer.")
         source = getattr(teacher_model.config, "_name_or_path", "")
         try:
             theirs = AutoTokenizer.from_pretrained(source, trust_remote_code=self.args.trust_remote_code) if source else None
         except (OSError, ValueError) as error:
             logger.warning("no tokenizer could be read from %r: %s", source, str(error).splitlines()[0])
             theirs = None
-        if theirs is None:
+        vocabulary = None if theirs is None else theirs.get_vocab()
+        return self._share_vocabulary(teacher_model.get_output_embeddings().weight.shape[0], vocabulary)
+
+    def _share_vocabulary(self, teacher_size: int, vocabulary: dict[str, int] | None) -> int:
+        size = min(self.model.get_output_embeddings().weight.shape[0], teacher_size)
+        candidates = getattr(self.method, "num_candidates", None)
+        if candidates is not None and candidates > size:
+            raise ValueError(f"num_candidates={candidates} but the two models share {size} tokens: pass {size} or fewer.")
+        if vocabulary is None:
             logger.warning("the teacher comes without a tokenizer: whether it agrees with the student's is not checked.")
         else:
-            check_same_tokens(self._tokenizer, theirs, size)
+            check_same_tokens(self._tokenizer.get_vocab(), vocabulary, size)
         return size
 
     def _prompt_limits(self) -> tuple[int, str]:
         """The longest prompt allowed, and why."""
         limits = {} if self.args.max_length is None else {f"max_length={self.args.max_length}": self.args.max_length}
         for role, model in (("student", self.model), ("teacher", self.teacher_model)):
-            context = getattr(text_config(model), "max_position_embeddings", None)
+            context = None if model is None else getattr(text_config(model), "max_position_embeddings", None)
             if context is not None:
                 limits[f"the {role}'s context of {context} tokens"] = context
         if not limits:
@@ -222,6 +290,7 @@ class TokenDistillTrainer(SeamTrainer):
                         "token."
                     )
                 lengths.append(len(ids))
+        self._check_given(dataset, role)
         rows = fitting_rows(lengths, self._prompt_limit, self._limit_reason, role, self.args.drop_long_prompts)
         dropped = len(lengths) - len(rows)
         if dropped:
@@ -238,6 +307,33 @@ class TokenDistillTrainer(SeamTrainer):
                 self._check_datasets(self.args, dataset, None)
         return dataset
 
+    def _check_given(self, dataset: Any, role: str) -> None:
+        """Refuse the data set's answers where they cannot be trained on; say how many are cut."""
+        if "completion" not in (dataset.column_names or []) or not self.answers.need_dataset:
+            return
+        cut = 0
+        for start in range(0, len(dataset), 1000):
+            rows = dataset[start : start + 1000]
+            try:
+                given = self.tokenize_answers(rows["prompt"], rows["completion"], self.max_completion_length)
+            except ValueError as error:
+                raise ValueError(f"{role}: {error}") from error
+            for row, (ids, was_cut) in enumerate(given, start):
+                cut += was_cut
+                if max(ids, default=0) >= self.vocab_size:
+                    raise ValueError(
+                        f"the completion of row {row} of {role} holds id {max(ids)}, {self._tokenizer.decode([max(ids)])!r}, "
+                        f"beyond the {self.vocab_size} ids that both models have. Remove that token."
+                    )
+        if cut:
+            logger.warning(
+                "%d of %d completions of %s are longer than max_completion_length=%d and lose their end.",
+                cut,
+                len(dataset),
+                role,
+                self.max_completion_length,
+            )
+
     # ------------------------------------------------------------------ the step
 
     @property
@@ -248,7 +344,46 @@ class TokenDistillTrainer(SeamTrainer):
         """As transformers' `Trainer.train`."""
         if self.train_dataset is None:
             raise ValueError("no train_dataset was given: pass rows with a 'prompt' column to the trainer before train().")
+        self.let_teacher_write()
         return super().train(*args, **kwargs)
+
+    def record(self, folder: str | Path) -> None:
+        """Write prompts, rollouts and the teacher's hidden states of a run's steps, without training: `max_steps` of them, or
+        those of an epoch. Any method trains on it later with `recording=folder`.
+
+        Raises:
+            ValueError: a folder that holds a recording, no data set or teacher, or answers that call tools.
+        """
+        folder = Path(folder)
+        if (folder / MANIFEST).exists():
+            raise ValueError(f"{folder} holds a recording already: name another folder, or remove it.")
+        if self.train_dataset is None or self.teacher_model is None or not self._reads_teacher or self.answers.replay:
+            raise ValueError(
+                "a recording takes a train_dataset, a live teacher and answers that do not depend on the run's evaluations: "
+                "record with tsd_kd or gkd."
+            )
+        if self.tools:
+            raise ValueError("answers that call tools cannot be recorded: leave tools out.")
+        self.let_teacher_write()
+        self.model.train()
+        self.state.max_steps = max(1, self.args.max_steps)
+        rank, shards = self.accelerator.process_index, []
+        for number, batch in enumerate(self.generation_batches()):
+            if number == self.args.max_steps:
+                break
+            prompts = [row["prompt"] for row in self.rows_in_hand]
+            name = f"step-{number:05d}-{rank}"
+            shards.append(write_shard(folder, name, prompts, self.rollouts_of(batch), batch["teacher_hidden"]))
+        every = gather_object(shards)
+        if self.accelerator.is_main_process:
+            about = {"method": self.method.name, "models": self._model_names(), **provenance(self.args.seed)}
+            assert self.teacher is not None
+            write_manifest(folder, every, self.teacher.head.cut(self.vocab_size), self._tokenizer.get_vocab(), about)
+        self.accelerator.wait_for_everyone()
+
+    def _model_names(self) -> dict[str, str]:
+        teacher = "a recording" if self.args.recording else "none"
+        return {"student": name_of(self.model), "teacher": name_of(self.teacher_model) if self.teacher_model else teacher}
 
     def _generate(self, prompts: list):
         with self._watch.section("rollout"):
@@ -270,6 +405,25 @@ class TokenDistillTrainer(SeamTrainer):
                 "rate, or go back to a checkpoint."
             ) from failure
 
+    def note_source(self, drawn: str) -> None:
+        if not self.answers.need_dataset:
+            return
+        for source in ("fresh", "dataset", "buffer"):
+            self._recorders["train"].add_host(f"answers/{source}", float(drawn == source))
+        if self.answers.replay is not None:
+            self._recorders["train"].add_host("answers/share", self.source.share)
+
+    def _read_part(self, rollouts: Rollouts) -> Rollouts:
+        """The rollouts without what no term reads: a prefix rule spares both models the rest, and the saving is logged."""
+        reads = getattr(self.method, "reads", None)
+        lengths = rollouts.lengths
+        if reads is None or (kept := [reads(length) for length in lengths]) == lengths:
+            return rollouts
+        short = rollouts.first(kept)
+        before, after = (sum(map(len, r.prompt_ids)) + sum(map(len, r.completion_ids)) for r in (rollouts, short))
+        self._recorders[self.mode].add_host("teacher/tokens_spared", before - after, before)
+        return short
+
     def prepare_step(self, rollouts: Rollouts) -> dict[str, Any]:
         """The step's counts over all processes, and the teacher's hidden states, once for all micro-batches."""
         mode = self.mode
@@ -278,56 +432,128 @@ class TokenDistillTrainer(SeamTrainer):
         recorder.add_host(
             "completions/empty", float(sum(length == 0 for length in lengths)), 1 / self.accelerator.num_processes
         )
+        if "accepted" in rollouts.recorded:
+            accepted = rollouts.trained(rollouts.recorded["accepted"])
+            recorder.add_host("speculative/acceptance", sum(accepted), len(accepted))
         own = self.method.counts(lengths)
-        local = torch.tensor([own.tokens, own.selected, own.responses], dtype=torch.float32, device=self.accelerator.device)
+        local = torch.tensor(
+            [own.tokens, own.selected, own.responses, own.of_direct], dtype=torch.float32, device=self.accelerator.device
+        )
         total = self.accelerator.reduce(local, reduction="sum") if mode == "train" else local
         if mode == "train":
             self._trained_tokens += sum(lengths)
-        with self._watch.section("teacher"):
-            hidden = self.teacher.score(rollouts)
-        return {
-            "teacher_hidden": hidden,
+            self._spent = total[0] if self._spent is None else self._spent + total[0]
+        read = self._read_part(rollouts)
+        first = (self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index) * len(lengths)
+        step: dict[str, Any] = {
+            "row_numbers": [first + row for row in range(len(lengths))],
+            "read_lengths": read.lengths,
             "count_tokens": total[0],
             "count_selected": total[1],
             "count_responses": total[2],
+            "count_direct": total[3],
         }
+        if self._reads_teacher and self.teacher is not None:
+            with self._watch.section("teacher"):
+                hidden = self.teacher.score(rollouts if isinstance(self.teacher, RecordedTeacher) else read)
+            step["teacher_hidden"] = [states[:length] for states, length in zip(hidden, read.lengths, strict=True)]
+        return step
 
     def token_loss(self, student: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         rollouts = self.rollouts_of(inputs)
+        cut = rollouts.lengths != inputs["read_lengths"]
+        if cut:
+            rollouts = rollouts.first(inputs["read_lengths"])
         device = self.accelerator.device
         ids, mask, where = rollouts.padded(self._tokenizer.pad_token_id, device)
-        counts = Counts(inputs["count_tokens"], inputs["count_selected"], inputs["count_responses"])
+        counts = Counts(*(inputs[f"count_{name}"] for name in ("tokens", "selected", "responses", "direct")))
         # TRL's own forward runs outside the autocast that accelerate put on `model.forward`.
         with self.accelerator.autocast():
             hidden = last_hidden_state(student, ids, mask).flatten(0, 1)[where]
-            batch = TokenBatch(hidden, torch.cat(inputs["teacher_hidden"]), tuple(rollouts.lengths))
-            with self._watch.section("loss"), self.gathered_heads(student, self.teacher_model):
-                head, teacher_head = head_of(student), self.teacher.head
-                terms = self.method.loss(batch, head, teacher_head, counts=counts, **self._engine)
+            teacher_hidden = torch.cat(inputs["teacher_hidden"]) if "teacher_hidden" in inputs else None
+            batch = TokenBatch(
+                hidden,
+                teacher_hidden,
+                tuple(rollouts.lengths),
+                token_ids=torch.tensor(rollouts.trained(rollouts.completion_ids), dtype=torch.long, device=device),
+                rows=tuple(inputs["row_numbers"]),
+                recorded={
+                    name: torch.tensor(rollouts.trained(column), device=device) for name, column in rollouts.recorded.items()
+                },
+                cut=cut,
+            )
+            with self._watch.section("loss"), self._gathered(student):
+                terms = self.method.loss(batch, head_of(student), self._teacher_head(), counts=counts, **self._engine)
             every = self.args.term_grad_norm_steps
             first = self._step % self.args.gradient_accumulation_steps == 0
             if every and first and self.mode == "train" and self.state.global_step % every == 0:
-                with self.gathered_heads(student, self.teacher_model):
-                    self._record_term_gradients(batch, head_of(student), self.teacher.head, counts)
+                with self._gathered(student):
+                    self._record_term_gradients(batch, head_of(student), self._teacher_head(), counts)
         self._recorders[self.mode].add(terms.sums)
         if self.mode == "eval":
             return terms.loss
+        self._observe(terms, inputs["row_numbers"], rollouts.lengths)
         self._guard.watch_tokens("the student's hidden states", hidden, rollouts)
-        self._guard.watch_tokens("the teacher's hidden states", batch.teacher_hidden, rollouts)
+        if teacher_hidden is not None:
+            self._guard.watch_tokens("the teacher's hidden states", teacher_hidden, rollouts)
         for term in self.method.terms():
-            self._guard.watch(f"the {term} term", terms.sums[f"loss/{term}"][0])
+            if f"loss/{term}" in terms.sums:
+                self._guard.watch(f"the {term} term", terms.sums[f"loss/{term}"][0])
         self._guard.watch("the loss", terms.loss)
         # Counts are the whole step's, while DDP averages gradients over processes.
         return terms.loss * self.accelerator.num_processes
 
-    def _record_term_gradients(self, batch: TokenBatch, head: Head, teacher_head: Head, counts: Counts) -> None:
+    def _gathered(self, student: nn.Module) -> AbstractContextManager:
+        return self.gathered_heads(*(model for model in (student, self.teacher_model) if model is not None))
+
+    def _teacher_head(self) -> Head | None:
+        return self.teacher.head if self._reads_teacher and self.teacher is not None else None
+
+    # ------------------------------------------------------------------ what changes from step to step
+
+    def _observe(self, terms: LossTerms, rows: list[int], lengths: list[int]) -> None:
+        """Keep the difficulties of a micro-batch's responses for a method whose state follows them."""
+        state = getattr(self.method, "state", None)
+        if state is not None:
+            kept = [row if length else -1 for row, length in zip(rows, lengths, strict=True)]
+            self._observed.append((kept, state.difficulty(terms.statistics)))
+
+    def _append_observed(self) -> None:
+        """Extend the method's state by the whole step, of all processes, in the order of the rollouts."""
+        if not self._observed:
+            return
+        device = self.accelerator.device
+        rows = torch.tensor([row for part, _ in self._observed for row in part], dtype=torch.float64, device=device)
+        values = torch.cat([values for _, values in self._observed])
+        self._observed.clear()
+        pairs = self.accelerator.gather(torch.stack([rows, values.double()], 1)).tolist()
+        self.method.state.append([value for row, value in sorted(pairs) if row >= 0])  # type: ignore[attr-defined]
+
+    def after_evaluation(self, metrics: dict[str, float]) -> None:
+        if "loss" in metrics:
+            self.source.evaluated(metrics["loss"])
+
+    def checkpoint_state(self) -> dict[str, Any] | None:
+        state = getattr(self.method, "state", None)
+        kept = {} if state is None else {"method": state.state_dict()}
+        if self.answers.replay is not None:
+            kept["answers"] = self.source.state_dict()
+        return kept or None
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        if "method" in state:
+            self.method.state.load_state_dict(state["method"])  # type: ignore[attr-defined]
+        if "answers" in state:
+            self.source.load_state_dict(state["answers"])
+
+    def _record_term_gradients(self, batch: TokenBatch, head: Head, teacher_head: Head | None, counts: Counts) -> None:
         """The norm of each weighted term's gradient with respect to the student's last hidden states."""
         frozen = Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.logit_scale, head.softcap)
         for term, weight in self.method.terms().items():
             if weight == 0:
                 continue
             hidden = batch.student_hidden.detach().requires_grad_()
-            alone = TokenBatch(hidden, batch.teacher_hidden, batch.lengths)
+            alone = dataclasses.replace(batch, student_hidden=hidden)
             with torch.enable_grad():
                 loss = self.method.only(term).loss(alone, frozen, teacher_head, counts=counts, **self._engine).loss
                 (gradient,) = torch.autograd.grad(loss, hidden)
@@ -340,12 +566,17 @@ class TokenDistillTrainer(SeamTrainer):
 
     def before_optimizer_step(self, grad_norm: torch.Tensor | float | None) -> None:
         self._steps_in_window += 1
-        names = {"student": name_of(self.model), "teacher": name_of(self.teacher_model)}
         # A loss scaler skips steps with infinite gradients by itself.
         norm = None if self.accelerator.scaler is not None else grad_norm
-        self._guard.check(self.accelerator, self.state.global_step + 1, names, norm)
+        self._guard.check(self.accelerator, self.state.global_step + 1, self._model_names(), norm)
+        self._append_observed()
 
     # ------------------------------------------------------------------ what is logged
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of answers trained on since construction, over all processes."""
+        return 0 if self._spent is None else int(self._spent.item())
 
     def window_metrics(self, mode: str) -> dict[str, float]:
         recorder = self._recorders[mode]

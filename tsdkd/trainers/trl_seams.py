@@ -6,14 +6,19 @@ TRL fails in one clear line.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from trl import DistillationTrainer
+from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from tsdkd.data.completions import answer_ids, answer_text
 from tsdkd.types import Rollouts
 
 
@@ -21,13 +26,32 @@ class SeamTrainer(DistillationTrainer):
     """TRL's generation, tools, PEFT, accumulation and logging, with the loss and its counts handed to hooks.
 
     Hooks:
+        choose_rows(rows): the data set's rows of a generation batch, or others in their place.
         write(prompt_ids, …): the completions' ids, one list a prompt.
+        recorded(): what the writer wrote down of each completion token since the last call, by name.
         prepare_step(rollouts): what joins the generation batch beside TRL's tensors, from this process's rollouts.
         after_writing(failure): called on every process; `failure` is sampling's error for logits that are not finite.
         token_loss(student, inputs): the micro-batch's loss, run inside the student's wrapper.
         before_optimizer_step(grad_norm): called once per optimizer step, before the weights change.
         window_metrics(mode): extra metrics at logging time.
+        after_evaluation(metrics): called with an evaluation's metrics.
+        checkpoint_state(), restore_state(state): what a checkpoint keeps of this process, as JSON; None is nothing.
     """
+
+    def choose_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def recorded(self) -> dict[str, list[list[float]]]:
+        raise NotImplementedError
+
+    def after_evaluation(self, metrics: dict[str, float]) -> None:
+        raise NotImplementedError
+
+    def checkpoint_state(self) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
 
     def prepare_step(self, rollouts: Rollouts) -> dict[str, Any]:
         raise NotImplementedError
@@ -51,6 +75,54 @@ class SeamTrainer(DistillationTrainer):
     def tokenize(self, prompts: list) -> list[list[int]]:
         """Prompts as TRL will tokenize them for generation."""
         return self._tokenize_prompts(prompts)[0]
+
+    def tokenize_answers(self, prompts: list, completions: list, limit: int) -> list[tuple[list[int], bool]]:
+        """The ids of given answers after their prompts, as `data.completions.answer_ids` gives them."""
+        texts = [answer_text(completion) for completion in completions]
+        alone = self.processing_class(text=texts, add_special_tokens=False)["input_ids"]
+        if isinstance(prompts[0], str):
+            whole = self.processing_class(text=[a + b for a, b in zip(prompts, texts, strict=True)])["input_ids"]
+        else:
+            turns = [[*p, {"role": "assistant", "content": text}] for p, text in zip(prompts, texts, strict=True)]
+            whole = self.processing_class.apply_chat_template(
+                conversation=turns,
+                chat_template=self.chat_template,
+                tokenize=True,
+                return_dict=True,
+                **self.chat_template_kwargs,
+            )["input_ids"]
+        parts = zip(self.tokenize(prompts), whole, alone, strict=True)
+        return [answer_ids(p, w, a, self.eos_token_ids, limit) for p, w, a in parts]
+
+    def generation_batches(self) -> Iterator[dict[str, Any]]:
+        """A run's generation batches with their rollouts and what `prepare_step` adds, one a step, of one epoch."""
+        for number, rows in enumerate(self.get_train_dataloader()):
+            if number % self.args.gradient_accumulation_steps == 0:
+                yield self._generate_and_score_completions(rows)
+
+    @contextmanager
+    def model_for_writing(self) -> Iterator[Any]:
+        """The student, whole and in evaluation mode, for a writer of our own."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as student,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            was_training = student.training
+            student.eval()
+            try:
+                yield student
+            finally:
+                student.train(was_training)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, "completion", "completion_ids", "recorded"]
 
     def forbid_ids_from(self, vocab_size: int) -> None:
         """Never sample an id from `vocab_size` on: the other model has no embedding for it."""
@@ -77,6 +149,7 @@ class SeamTrainer(DistillationTrainer):
     # None while the first turn of a generation is still to come.
     _empty_rows: set[int] | None
     _buffered_inputs: Any
+    _signature_columns: list[str]
     train_dataset: Any
     eval_dataset: Any
 
@@ -107,11 +180,15 @@ class SeamTrainer(DistillationTrainer):
         if self._empty_rows:
             masks = [[0] * len(mask) if row in self._empty_rows else mask for row, mask in enumerate(masks)]
             tool_mask = masks
-        self._rollouts = Rollouts(prompt_ids, completion_ids, masks)
+        recorded = {
+            name: [values or [0.0] for values in column]  # of a placeholder too
+            for name, column in self.recorded().items()
+        }
+        self._rollouts = Rollouts(prompt_ids, completion_ids, masks, recorded)
         return prompt_ids, completion_ids, tool_mask, images, tool_images
 
     def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
+        output = super()._generate_and_score_completions(self.choose_rows(inputs))
         rollouts = self._rollouts
         if self.mode == "eval":
             rollouts = self._without_repeats(rollouts)
@@ -119,6 +196,7 @@ class SeamTrainer(DistillationTrainer):
         output["rollout_prompts"] = rollouts.prompt_ids
         output["rollout_completions"] = rollouts.completion_ids
         output["rollout_masks"] = rollouts.completion_mask
+        output.update({f"recorded_{name}": column for name, column in rollouts.recorded.items()})
         output.update(self.prepare_step(rollouts))
         return output
 
@@ -129,7 +207,7 @@ class SeamTrainer(DistillationTrainer):
             return rollouts
         first = self.accelerator.process_index * len(rollouts)
         masks = [m if first + row < state.remainder else [0] * len(m) for row, m in enumerate(rollouts.completion_mask)]
-        return Rollouts(rollouts.prompt_ids, rollouts.completion_ids, masks)
+        return dataclasses.replace(rollouts, completion_mask=masks)
 
     def _prepare_inputs(self, generation_batch):
         fresh = self.mode == "train" and (
@@ -165,7 +243,8 @@ class SeamTrainer(DistillationTrainer):
     @staticmethod
     def rollouts_of(inputs: dict[str, Any]) -> Rollouts:
         """A micro-batch's rollouts."""
-        return Rollouts(inputs["rollout_prompts"], inputs["rollout_completions"], inputs["rollout_masks"])
+        recorded = {key.removeprefix("recorded_"): value for key, value in inputs.items() if key.startswith("recorded_")}
+        return Rollouts(inputs["rollout_prompts"], inputs["rollout_completions"], inputs["rollout_masks"], recorded)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student = self.accelerator.unwrap_model(model)
@@ -186,8 +265,34 @@ class SeamTrainer(DistillationTrainer):
         """Sums over the whole evaluation set divided by its counts, not transformers' mean of batch means."""
         self.window_metrics("eval")  # forget what an interrupted evaluation left
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self.window_metrics("eval").items()})
+        metrics = self.window_metrics("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self.after_evaluation(metrics)
         return output
+
+    def _state_file(self, checkpoint: str | Path) -> Path:
+        return Path(checkpoint) / f"tsdkd_state_{self.accelerator.process_index}.json"
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        state = self.checkpoint_state()
+        if state is not None:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._state_file(folder).write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        file = self._state_file(checkpoint)
+        if file.is_file():
+            self.restore_state(json.loads(file.read_text()))
+        elif self.checkpoint_state() is not None:
+            raise ValueError(
+                f"the checkpoint {checkpoint} has no {file.name}, which holds the method's state: it was written by another "
+                "method or with fewer processes. Resume with the method and the number of processes that wrote it."
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
