@@ -54,7 +54,7 @@ def test_provenance_names_no_strangers_commit(tmp_path, monkeypatch):
 
 def test_unknown_commands_and_bad_values_say_what_to_do(capsys):
     assert main(["trian"]) == 2
-    assert "unknown command 'trian'; the commands are: train, demo" in capsys.readouterr().err
+    assert "unknown command 'trian'; the commands are: train, compare, demo" in capsys.readouterr().err
     assert main(["demo", "--steps", "0"]) == 2
     assert "--steps 0: it must be 1 or more" in capsys.readouterr().err
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("tsdkd 0.")
@@ -106,7 +106,9 @@ def test_recipes_parse_into_the_config_and_map_their_columns(recipe):
     data, config, model = parse(["--config", str(recipe), "--use_cpu"])
     gpus = 8
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps * gpus == 128
-    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_steps) == (5e-6, "cosine", 0.1)
+    rate = {"gemma2-9b-to-2b": 1e-7, "qwen2.5-14b-to-1.5b-lora": 1e-4}.get(recipe.stem, 5e-6)
+    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_steps) == (rate, "cosine", 0.1)
+    assert model.use_peft == recipe.stem.endswith("lora")
     assert (config.num_train_epochs, config.max_length, config.beta, config.num_candidates) == (3, 1024, 0.9, 10)
     assert model.model_name_or_path and config.teacher_model_name_or_path
     made = Dataset.from_dict({"task": ["a"] * 5, "instruction": ["q1", "q2", "q1", "q3", "q2"], "response": ["r"] * 5})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -53,7 +54,6 @@ def test_readme_commands_exist():
 
 
 def test_readmes_train_command_runs_with_the_names_redirected(tmp_path):
-    import json
     import shlex
 
     line = next(line for line in README.splitlines() if line.startswith("tsdkd train --student"))
@@ -92,16 +92,40 @@ def test_example_01(capsys):
     assert len(losses) == 5 and losses[-1] < losses[0]
 
 
-def test_example_02(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "examples" / "02_tiny_distillation.py")
-    run = subprocess.run(
-        [sys.executable, script, str(tmp_path / "out")],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_example(name, folder, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    command = [sys.executable, str(ROOT / "examples" / name), str(folder / "out"), *arguments]
+    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_example_02(tmp_path):
+    run_example("02_tiny_distillation.py", tmp_path)
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_example_04_compares_and_goes_on_where_it_was(tmp_path):
+    few = ["--steps", "1", "--methods", "gkd,minillm,seq_kd", "--max_completion_length", "8"]
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"question": "Tom has 5 pens. Tom buys 2 more. How many pens now?", "answer": 7}\n')
+    few += ["--problems", str(problems)]
+    first = run_example("04_compare_methods.py", tmp_path, *few)
+    file = tmp_path / "out" / "comparison.jsonl"
+    whole = file.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["method"] for row in rows] == ["gkd", "minillm", "seq_kd"]
+    assert all(row["n"] == 1 and row["trained_tokens"] > 0 and "commit" in row["provenance"] for row in rows)
+    assert "| gkd |" in first and first.count("run ") == 3
+    lines = whole.splitlines(keepends=True)
+    file.write_text("".join(lines[:2]) + lines[2][:40])  # interrupted while it wrote
+    second = run_example("04_compare_methods.py", tmp_path, *few)
+    assert second.count("run 3 of 3") == 1 and "run 1" not in second
+    assert [json.loads(line)["method"] for line in file.read_text().splitlines()] == ["gkd", "minillm", "seq_kd"]
+
+
+def test_example_05(tmp_path):
+    out = run_example("05_your_own_method.py", tmp_path)
+    assert "selection/share" in out and out.count("loss/direct") == 2
+    body = (ROOT / "examples" / "05_your_own_method.py").read_text().splitlines()
+    assert len([line for line in body if line.strip() and not line.startswith(("import", "from"))]) < 50

@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "train": "distil a student from a YAML recipe and flags",
+    "compare": "train several methods from the same start and score each",
     "demo": "distil two shipped tiny models on this machine and show what changed",
 }
 

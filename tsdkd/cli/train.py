@@ -24,18 +24,41 @@ class DataArguments:
         default=False, metadata={"help": "Make each text prompt a chat of one user message, for models with a chat template."}
     )
     drop_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep the first of equal prompts."})
+    completion_column: str = field(
+        default="completion", metadata={"help": "The column of given answers, for methods that train on them."}
+    )
+    record: str | None = field(
+        default=None,
+        metadata={"help": "Write the rollouts and the teacher's hidden states of the run's steps into this folder, and stop."},
+    )
 
 
-def parse(arguments: list[str]):
+def _config_class(arguments: list[str]) -> type:
+    """TSD-KD's own configuration, or the general one where another method or its options are named."""
+    from tsdkd.trainers import TokenDistillConfig, TSDKDConfig
+
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    named = {flag: words[i + 1] for i, flag in enumerate(words[:-1]) if flag.startswith("--")}
+    recipe: dict = {}
+    if "--config" in named and Path(named["--config"]).is_file():
+        import yaml
+
+        recipe = yaml.safe_load(Path(named["--config"]).read_text()) or {}
+    method = named.get("--method", recipe.get("method", "tsd_kd"))
+    options = named.get("--method_options", recipe.get("method_options"))
+    return TSDKDConfig if method == "tsd_kd" and not options else TokenDistillConfig
+
+
+def parse(arguments: list[str], config_class: type | None = None):
     """Data, training and model options from flags and `--config FILE`; flags win."""
     from trl import ModelConfig, TrlParser
-
-    from tsdkd.trainers import TSDKDConfig
 
     about = (
         f"Aliases: {', '.join(f'{short} for {long}' for short, long in ALIASES.items())}. --config FILE reads a YAML recipe."
     )
-    parser = TrlParser((DataArguments, TSDKDConfig, ModelConfig), prog="tsdkd train", description=about)
+    parser = TrlParser(
+        (DataArguments, config_class or _config_class(arguments), ModelConfig), prog="tsdkd train", description=about
+    )
     spelled = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
@@ -46,29 +69,37 @@ def parse(arguments: list[str]):
     return parser.parse_args_and_config(spelled)
 
 
-def main(arguments: list[str]) -> int:
-    data, config, model = parse(arguments)
+def build(data: DataArguments, config, model):
+    """The trainer that the options describe.
+
+    Raises:
+        ValueError: no student, no teacher for a method that reads one, or no prompts.
+    """
     for role, name in (("student", model.model_name_or_path), ("teacher", config.teacher_model_name_or_path)):
         if name and name[0] in "./~" and not Path(name).expanduser().is_dir():
             raise ValueError(f"there is no folder {name} for the {role}: pass a folder with a model, or a model's name.")
     if model.model_name_or_path is None:
         raise ValueError("no student was given: pass --student NAME_OR_PATH (model_name_or_path in YAML).")
-    if config.teacher_model_name_or_path is None:
+    recorded = config.recording is not None
+    if config.teacher_model_name_or_path is None and not recorded and getattr(config.build_method(), "reads_teacher", True):
         raise ValueError("no teacher was given: pass --teacher NAME_OR_PATH (teacher_model_name_or_path in YAML).")
-    if data.dataset_name is None:
+    if data.dataset_name is None and not recorded:
         raise ValueError("no prompts were given: pass --dataset_name NAME_OR_FILE (a data set or a JSONL file).")
 
     from trl import get_peft_config, get_quantization_config
 
     from tsdkd.data.prompts import load_prompts
-    from tsdkd.trainers import TSDKDTrainer
+    from tsdkd.trainers import TokenDistillTrainer, TSDKDConfig, TSDKDTrainer
 
-    def load(name: str, split: str):
+    def load(name: str | None, split: str):
+        if name is None:
+            return None
         rows = load_prompts(
             name,
             config=data.dataset_config,
             split=split,
             prompt_column=data.prompt_column,
+            completion_column=data.completion_column,
             drop_duplicates=data.drop_duplicate_prompts,
             as_chat=data.prompt_as_chat,
         )
@@ -80,14 +111,24 @@ def main(arguments: list[str]) -> int:
     if model.dtype not in (None, "auto"):
         options["dtype"] = model.dtype
     config.model_init_kwargs = {**{k: v for k, v in options.items() if v is not None}, **(config.model_init_kwargs or {})}
-    trainer = TSDKDTrainer(
+    trainer_class = TSDKDTrainer if isinstance(config, TSDKDConfig) else TokenDistillTrainer
+    return trainer_class(
         model=model.model_name_or_path,
         args=config,
         train_dataset=load(data.dataset_name, data.dataset_train_split),
-        eval_dataset=load(data.eval_dataset_name, data.eval_dataset_split) if data.eval_dataset_name else None,
+        eval_dataset=load(data.eval_dataset_name, data.eval_dataset_split),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+
+
+def main(arguments: list[str]) -> int:
+    data, config, model = parse(arguments)
+    trainer = build(data, config, model)
+    if data.record is not None:
+        trainer.record(data.record)
+        trainer.accelerator.print(f"The recording is in {data.record}; train on it with --recording {data.record}")
+        return 0
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(config.output_dir)
     trainer.accelerator.print(f"The student is in {config.output_dir}")

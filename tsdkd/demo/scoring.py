@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -29,7 +30,9 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 
 @torch.no_grad()
-def answers(model, tokenizer, problems: list[Problem], batch_size: int = 250) -> list[str]:
+def answers(
+    model, tokenizer, problems: Sequence[Problem], batch_size: int = 250, max_new_tokens: int = MAX_NEW_TOKENS
+) -> list[str]:
     """The model's greedy answers, in the problems' order."""
     texts: list[str] = []
     for start in range(0, len(problems), batch_size):
@@ -37,12 +40,12 @@ def answers(model, tokenizer, problems: list[Problem], batch_size: int = 250) ->
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
         ).to(model.device)
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
         texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 
 
-def accuracy(model, tokenizer, problems: list[Problem]) -> dict[str, float]:
+def accuracy(model, tokenizer, problems: Sequence[Problem], max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, float]:
     """Share of problems answered right, with its 95 % Wilson interval.
 
     Returns:
@@ -50,7 +53,8 @@ def accuracy(model, tokenizer, problems: list[Problem]) -> dict[str, float]:
     """
     was_training = model.training
     model.eval()
-    right = sum(is_correct(text, p.answer) for text, p in zip(answers(model, tokenizer, problems), problems, strict=True))
+    texts = answers(model, tokenizer, problems, max_new_tokens=max_new_tokens)
+    right = sum(is_correct(text, problem.answer) for text, problem in zip(texts, problems, strict=True))
     model.train(was_training)
     low, high = wilson_interval(right, len(problems))
     return {"accuracy": right / len(problems), "low": low, "high": high, "n": len(problems)}

@@ -1,0 +1,1 @@
+"""Runs of more than one stage; a stage reads files and writes files."""

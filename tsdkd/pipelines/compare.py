@@ -1,0 +1,111 @@
+"""Several methods from one start, on the same prompts and the same budget, one row each; an interrupted comparison goes on."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tsdkd.provenance import provenance
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with its options and one seed; `label` is its name in the table."""
+
+    label: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        return f"{''.join(c if c.isalnum() or c in '._-' else '-' for c in self.label)}-seed{self.seed}"
+
+
+def _identity(row: dict[str, Any]) -> str:
+    return json.dumps([row["label"], row["method"], row["options"], row["seed"], row["settings"]], sort_keys=True)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file; a torn last line is left out.
+
+    Raises:
+        ValueError: a damaged line before the last.
+    """
+    rows = []
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}, line {number} is damaged ({error}): remove it, that run is then made again."
+                ) from error
+    return rows
+
+
+def compare(
+    runs: Sequence[Run],
+    train: Callable[[Run], tuple[Any, dict[str, Any]]],
+    score: Callable[[Any], dict[str, Any]],
+    out: Path,
+    settings: dict[str, Any],
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Train and score every run that `out` has no row of.
+
+    Args:
+        runs: in order.
+        train: from a run to what `score` takes and to facts of the training (`steps`, `trained_tokens`).
+        score: from a trained student to its figures.
+        out: JSONL, a row a run, appended as soon as the run is done.
+        settings: what all runs share; a row of other settings is another run's.
+
+    Returns:
+        the rows of these runs, in order.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = {_identity(row): row for row in read_rows(out)}
+    whole = [json.dumps(row) + "\n" for row in read_rows(out)]
+    if out.is_file() and out.read_text() != "".join(whole):
+        out.write_text("".join(whole))  # without the torn line
+    rows = []
+    for number, run in enumerate(runs, 1):
+        wanted = {"label": run.label, "method": run.method, "options": run.options, "seed": run.seed, "settings": settings}
+        row = done.get(_identity(wanted))
+        if row is None:
+            say(f"run {number} of {len(runs)}: {run.label}, seed {run.seed}")
+            began = time.perf_counter()
+            student, facts = train(run)
+            seconds = round(time.perf_counter() - began, 1)
+            row = {**wanted, **score(student), **facts, "seconds": seconds, "provenance": provenance(run.seed)}
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: each method's mean accuracy over its seeds, with its lowest and highest, tokens and seconds; best first."""
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_label.setdefault(row["label"], []).append(row)
+    means = {label: statistics.fmean(row["accuracy"] for row in group) for label, group in by_label.items()}
+    lines = ["| method | accuracy | lowest-highest | seeds | trained tokens | seconds |", "|---|---|---|---|---|---|"]
+    for label in sorted(means, key=lambda name: -means[name]):
+        group = by_label[label]
+        scores = [row["accuracy"] for row in group]
+        tokens = statistics.fmean(row["trained_tokens"] for row in group)
+        seconds = statistics.fmean(row["seconds"] for row in group)
+        lines.append(
+            f"| {label} | {means[label]:.3f} | {min(scores):.3f}-{max(scores):.3f} | {len(group)} | {tokens:,.0f} "
+            f"| {seconds:.0f} |"
+        )
+    return "\n".join(lines)
