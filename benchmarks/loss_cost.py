@@ -16,10 +16,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tsdkd import TSDKD, Head, TokenBatch
+from tsdkd.methods import GKD, SeqKD
 from tsdkd.provenance import provenance
 
 HERE = Path(__file__).parent
@@ -28,6 +30,10 @@ LABELS = {
     "tsdkd": "tsdkd, all three terms",
     "tsdkd_jsd": "tsdkd, JSD(0.9) alone",
     "tsdkd_frozen": "tsdkd, all three terms, frozen head",
+    "tsdkd_ranking": "tsdkd, ranking alone (k = 10, every token)",
+    "tsdkd_prefix": "tsdkd, JSD(0.9) on the first 30 %",
+    "tsdkd_top_entropy": "tsdkd, JSD(0.9) on the 50 % of highest entropy",
+    "tsdkd_seq_kd": "tsdkd, cross-entropy alone",
     "trl_jsd": "TRL, JSD(0.9) alone",
     "trl_reverse_kl": "TRL, reverse KL alone",
     "naive": "naive, all three terms on full logits",
@@ -58,9 +64,10 @@ class Inputs:
         self.h_s.grad = self.w_s.grad = None
 
 
-def tsdkd(x: Inputs, method: TSDKD | None = None, frozen: bool = False) -> None:
+def tsdkd(x: Inputs, method: Any = None, frozen: bool = False) -> None:
     weight = x.w_s.detach() if frozen else x.w_s
-    (method or TSDKD()).loss(TokenBatch(x.h_s, x.h_t, x.lengths), Head(weight), Head(x.w_t), impl="auto").loss.backward()
+    batch = TokenBatch(x.h_s, x.h_t, x.lengths, token_ids=torch.zeros(len(x.h_s), dtype=torch.long, device=x.device))
+    (method or TSDKD()).loss(batch, Head(weight), Head(x.w_t), impl="auto").loss.backward()
 
 
 def tsdkd_jsd(x: Inputs) -> None:
@@ -69,6 +76,22 @@ def tsdkd_jsd(x: Inputs) -> None:
 
 def tsdkd_frozen(x: Inputs) -> None:
     tsdkd(x, frozen=True)
+
+
+def tsdkd_ranking(x: Inputs) -> None:
+    tsdkd(x, TSDKD(direct_weight=0.0, entropy_weight=0.0, opener_entropy_share=1.0, ranking_stage_weights="teacher_mass"))
+
+
+def tsdkd_prefix(x: Inputs) -> None:
+    tsdkd(x, GKD(selection="prefix", selection_share=0.3))
+
+
+def tsdkd_top_entropy(x: Inputs) -> None:
+    tsdkd(x, GKD(selection="top_entropy", selection_share=0.5))
+
+
+def tsdkd_seq_kd(x: Inputs) -> None:
+    tsdkd(x, SeqKD())
 
 
 def _trl(x: Inputs, beta: float) -> None:

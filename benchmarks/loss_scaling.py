@@ -60,6 +60,8 @@ def main() -> None:
         axis.plot(xs, [medians[-1] * x / xs[-1] for x in xs], linestyle="--", color="0.5", label="in proportion")
         axis.set(xlabel=label, ylabel="seconds", xscale="log", yscale="log")
         axis.set_xticks(xs, [str(x) for x in xs])
+        ticks = [t for t in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32) if 0.5 * min(medians) < t < 2 * max(medians)]
+        axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.set_title(f"{'37 984 ids' if label == 'tokens' else '512 tokens'}, {torch.get_num_threads()} threads, {o.dtype}")
         axis.legend()
