@@ -170,6 +170,24 @@ def test_a_prefix_is_all_that_the_models_read(tmp_path):
     assert read[0] < 0.5 * read[1]
 
 
+@pytest.mark.parametrize(
+    "method", [GKD(selection="opener", selection_share=0.2), TSDKD(direct_weight=0.0, opener_entropy_share=0.2)]
+)
+def test_behind_an_opener_the_teacher_reads_nothing(tmp_path, method, monkeypatch):
+    flats, read = [], []
+    for name in ("spared", "whole"):
+        if name == "whole":
+            monkeypatch.setattr(type(method), "teacher_prefix", None)
+        seen = Gradients()
+        trainer = general(tmp_path / name, method, rollouts=by_prompt, callbacks=[seen], max_steps=1, max_grad_norm=1e9)
+        watch(trainer.teacher, "score", lambda rollouts: read.append(sum(map(len, rollouts.completion_ids))))
+        trainer.train()
+        flats.append(seen.flat)
+        assert ("teacher/tokens_spared" in rows(trainer)[-1]) == (name == "spared")
+    torch.testing.assert_close(flats[0], flats[1], rtol=1e-5, atol=1e-7)
+    assert read[0] < 0.6 * read[1]
+
+
 class _WholePrefix:
     """The first 30 %, by a rule that does not say that the rest need not be read."""
 
@@ -216,6 +234,65 @@ def test_minillm_reads_what_its_writer_recorded(tmp_path):
     torch.testing.assert_close(batch.recorded["student"], log_s, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(batch.recorded["teacher"], log_t, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(batch.recorded["mixture"], (0.5 * log_s.exp() + 0.5 * log_t.exp()).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_minillms_pretraining_loss_is_the_corpus_cross_entropy(tmp_path):
+    """Beside answers without weight its gradient alone remains, and no batching changes it."""
+    corpus = Dataset.from_dict({"text": QUESTIONS[:5]})
+    method = MiniLLM(direct_weight=0.0, sampled_weight=0.0, pretraining_weight=0.7)
+    flats = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        seen = Gradients()
+        folder = tmp_path / str(batch)
+        options = dict(max_steps=1, gradient_accumulation_steps=accumulation, max_grad_norm=1e9)
+        trainer = TokenDistillTrainer(
+            student(),
+            tiny_model(seed=2, hidden=48),
+            config(folder, TokenDistillConfig, per_device_train_batch_size=batch, **options),
+            prompts(8),
+            method=method,
+            pretraining_dataset=corpus,
+            processing_class=make_tokenizer(),
+            callbacks=[seen],
+        )
+        drawn = trainer.corpus.draw(8, 0, 0)
+        trainer.train()
+        flats.append(seen.flat)
+    torch.testing.assert_close(flats[0], flats[1], rtol=1e-4, atol=1e-7)
+    model, losses = student(), []
+    for ids in trainer._corpus_ids(drawn):
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"))
+    mean = torch.cat(losses).mean()
+    (0.7 * mean).backward()
+    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(flats[1], flat, rtol=1e-4, atol=1e-6)
+    assert rows(trainer)[-1]["loss/pretraining"] == pytest.approx(mean.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method,corpus,message",
+    [
+        (
+            MiniLLM(pretraining_weight=1.0),
+            None,
+            "takes a pretraining_dataset with a 'text' column; none was",
+        ),
+        (MiniLLM(pretraining_weight=1.0), Dataset.from_dict({"body": ["a"]}), "it has: body"),
+        (GKD(), Dataset.from_dict({"text": ["a"]}), "pretraining_dataset was given to gkd"),
+    ],
+)
+def test_a_corpus_and_its_weight_belong_together(tmp_path, method, corpus, message):
+    with pytest.raises(ValueError, match=message):
+        TokenDistillTrainer(
+            student(),
+            tiny_model(seed=2),
+            config(tmp_path, TokenDistillConfig),
+            prompts(8),
+            method=method,
+            pretraining_dataset=corpus,
+            processing_class=make_tokenizer(),
+        )
 
 
 def tiny_head(model):

@@ -502,6 +502,31 @@ def test_heads_are_projected_on_what_the_terms_read(objective, student_rows, tea
 
 
 @pytest.mark.parametrize("impl", ["reference", *ENGINES])
+@pytest.mark.parametrize("name", ["opener selected alone", "ranking on the opener"])
+def test_what_the_teacher_did_not_read_changes_nothing(impl, name):
+    """The opener is the student's to find; behind it the teacher's hidden states may be anything."""
+    batch, student, teacher = case(40, 40)
+    ranking = TSDKD(direct_weight=0.0, opener_entropy_share=0.4, top_entropy_fraction=0.4).objective()
+    objective = {**OBJECTIVES, "ranking on the opener": ranking}[name]
+    expected = fused.evaluate(objective, batch, student, teacher, impl=impl)
+    opener = expected.weights.selected if objective.direct_weight else expected.opener_mask
+    lengths = tuple(opener.sum(-1).tolist())
+    junk = torch.where(opener[expected.mask].unsqueeze(-1), batch.teacher_hidden, torch.full((), 1e3, dtype=torch.float64))
+    part = dataclasses.replace(batch, teacher_hidden=junk, teacher_lengths=lengths)
+    ours = fused.evaluate(objective, part, student, teacher, impl=impl)
+    torch.testing.assert_close(ours.loss.detach(), expected.loss.detach(), **EXACT)
+    wanted = gradients(expected.loss, batch, student)
+    for a, b in zip(gradients(ours.loss, part, student), wanted, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    fewer = dataclasses.replace(part, teacher_lengths=tuple(min(1, n) for n in lengths))
+    clipped = fused.evaluate(objective, fewer, student, teacher, impl=impl)
+    chosen = clipped.weights.selected if objective.direct_weight else clipped.opener_mask
+    assert chosen.sum(-1).tolist() == [min(1, n) for n in lengths]
+    with pytest.raises(ValueError, match="reads the teacher on every token"):
+        fused.evaluate(Objective(), part, student, teacher, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", *ENGINES])
 def test_a_loss_that_reads_no_teacher_needs_none(impl):
     batch, student, teacher = case(40, 40)
     objective = Objective(direct_weight=0.0, sampled_weight=1.0, sampled=lambda log_p, rows: -log_p)

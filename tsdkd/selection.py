@@ -136,10 +136,11 @@ def entropy_gap_gate(student_entropy: torch.Tensor, teacher_entropy: torch.Tenso
 
 @dataclass(frozen=True)
 class Opener:
-    """`opener_mask` as a rule."""
+    """`opener_mask` as a rule; with the student's statistics known, the teacher need not read what follows it."""
 
     share: float = 0.1
     needs = "student"
+    is_prefix = True
 
     def __post_init__(self) -> None:
         check_share("opener_entropy_share", self.share)

@@ -95,6 +95,8 @@ class TokenBatch:
         token_ids: `[tokens]`, the tokens themselves, for a method that reads them.
         rows: a number of each response that no batching changes, for rules that draw; None is 0, 1, 2, …
         recorded: `[tokens]` each, what was written down when the answers were (`Rollouts.recorded`).
+        teacher_lengths: the first tokens of each response that `teacher_hidden` was read on; what stands behind them counts
+            as not there for every term that reads the teacher. None is all.
         cut: the responses were cut to what the method `reads` of them: its selection has been applied.
     """
 
@@ -104,6 +106,7 @@ class TokenBatch:
     token_ids: torch.Tensor | None = None
     rows: tuple[int, ...] | None = None
     recorded: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    teacher_lengths: tuple[int, ...] | None = None
     cut: bool = False
 
     def __post_init__(self) -> None:
@@ -118,6 +121,14 @@ class TokenBatch:
     def mask(self) -> torch.Tensor:
         """`[responses, longest]`, True where a token stands."""
         return length_mask(self.lengths, self.student_hidden.device)
+
+    def readable(self) -> torch.Tensor:
+        """`[responses, longest]`, True where the teacher's hidden state was read."""
+        mask = self.mask()
+        if self.teacher_lengths is None:
+            return mask
+        ends = torch.tensor(self.teacher_lengths, device=mask.device).unsqueeze(-1)
+        return mask & (torch.arange(mask.shape[1], device=mask.device) < ends)
 
     def keep(self, index: torch.Tensor, lengths: Sequence[int]) -> TokenBatch:
         """Some of the tokens, `index` `[kept]` in order, as responses of the given lengths."""

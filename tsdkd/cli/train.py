@@ -27,6 +27,9 @@ class DataArguments:
     completion_column: str = field(
         default="completion", metadata={"help": "The column of given answers, for methods that train on them."}
     )
+    pretraining_dataset_name: str | None = field(
+        default=None, metadata={"help": "A corpus with a 'text' column, for a method with a loss on one (minillm)."}
+    )
     record: str | None = field(
         default=None,
         metadata={"help": "Write the rollouts and the teacher's hidden states of the run's steps into this folder, and stop."},
@@ -88,7 +91,7 @@ def build(data: DataArguments, config, model):
 
     from trl import get_peft_config, get_quantization_config
 
-    from tsdkd.data.prompts import load_prompts
+    from tsdkd.data.prompts import load_prompts, load_rows
     from tsdkd.trainers import TokenDistillTrainer, TSDKDConfig, TSDKDTrainer
 
     def load(name: str | None, split: str):
@@ -117,6 +120,7 @@ def build(data: DataArguments, config, model):
         args=config,
         train_dataset=load(data.dataset_name, data.dataset_train_split),
         eval_dataset=load(data.eval_dataset_name, data.eval_dataset_split),
+        pretraining_dataset=load_rows(data.pretraining_dataset_name) if data.pretraining_dataset_name else None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )

@@ -112,8 +112,24 @@ def fitting_rows(lengths: Sequence[int], limit: int, why: str, role: str, drop: 
     return [row for row in range(len(lengths)) if row not in excluded]
 
 
+def load_rows(name: str, *, config: str | None = None, split: str = "train") -> Any:
+    """A data set from the Hub or from a local JSONL, JSON, CSV or Parquet file.
+
+    Raises:
+        ValueError: the file is not there.
+    """
+    import datasets
+
+    path = Path(name)
+    if path.suffix not in _BUILDERS:
+        return datasets.load_dataset(name, config, split=split)
+    if not path.is_file():
+        raise ValueError(f"there is no file {name}: pass the path of one ({', '.join(_BUILDERS)}), or a data set's name.")
+    return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+
+
 def load_prompts(name: str, *, config: str | None = None, split: str = "train", **mapping: Any) -> Any:
-    """A data set of prompts, from the Hub or from a local JSONL, JSON, CSV or Parquet file.
+    """A data set of prompts, as `load_rows` takes it.
 
     Args:
         name: the data set's name or a file's path.
@@ -124,16 +140,7 @@ def load_prompts(name: str, *, config: str | None = None, split: str = "train", 
     Raises:
         ValueError: the file or the column is not there (the message lists what is).
     """
-    import datasets
-
-    path = Path(name)
-    if path.suffix in _BUILDERS:
-        if not path.is_file():
-            raise ValueError(f"there is no file {name}: pass the path of one ({', '.join(_BUILDERS)}), or a data set's name.")
-        rows = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
-    else:
-        rows = datasets.load_dataset(name, config, split=split)
-    return map_prompts(rows, **mapping)
+    return map_prompts(load_rows(name, config=config, split=split), **mapping)
 
 
 def map_prompts(

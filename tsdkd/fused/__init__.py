@@ -128,6 +128,7 @@ def evaluate(
         counts,
         token_ids=batch.token_ids,
         rows=batch.rows,
+        readable=None if batch.teacher_lengths is None else batch.readable(),
     )
 
 
@@ -138,6 +139,8 @@ def _check_needs(objective: Objective, batch: TokenBatch, teacher_head: Head | N
     reads_teacher = objective.opener is not None or reference.teacher_scope(objective) != "none"
     if reads_teacher and (batch.teacher_hidden is None or teacher_head is None):
         raise ValueError("the objective reads the teacher, but no hidden states or no head of one were given: pass both.")
+    if batch.teacher_lengths is not None and reference.teacher_scope(objective) == "all":
+        raise ValueError("the objective reads the teacher on every token, but teacher_lengths says that it was not read there.")
     if objective.sampled is not None and batch.token_ids is None:
         raise ValueError("the objective reads the sampled tokens, but TokenBatch.token_ids is None: pass their ids.")
     if counts is not None and counts.direct is None and objective.selection is not None:
@@ -211,7 +214,10 @@ def skew_reverse_kl(
 
 @torch.no_grad()
 def token_statistics(
-    batch: TokenBatch, student_head: Head, teacher_head: Head, *, objective: Objective | None = None, **options: Any
+    batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, objective: Objective | None = None, **options: Any
 ) -> TokenStatistics:
-    """Entropies, divergence and agreement of every token, `[responses, longest]`, without any gradient's arithmetic."""
+    """Entropies, divergence and agreement of every token, `[responses, longest]`, without any gradient's arithmetic.
+
+    `objective` says what is read (`Objective(direct_weight=0.0)`: the student alone, without a teacher).
+    """
     return evaluate(objective or Objective(), batch, student_head, teacher_head, **options).statistics

@@ -124,6 +124,7 @@ class _Run:
         self.statistics = RowStatistics.empty(self.tokens, k, like)
         self.sampled = self.statistics.divergence.clone()
         self.layout = Layout(self.lengths, self.device)
+        self.readable = None if call.batch.teacher_lengths is None else call.batch.readable()
         self.static = _static_count(self.objective.top_entropy, self.lengths)
         self.static_direct = _static_count(self.objective.selection, self.lengths)
         self.divisors = call.counts
@@ -197,7 +198,7 @@ class _Run:
         if not objective.direct_weight:
             self.selected = torch.zeros_like(self.layout.mask)
             return
-        self.selected = self.layout.mask if seen is None else select(objective, seen)
+        self.selected = self.layout.mask if seen is None else select(objective, seen, self.readable)
         if self.ahead == "both" and not self.wanted:
             return
         gate_ahead = None
@@ -258,7 +259,7 @@ class _Run:
         scope = teacher_scope(objective)
         scored = {"all": self.layout.mask, "selected": self.selected, "none": None}[scope]
         padded = unread(self.padded(), scored)
-        weights = decide(objective, padded, self.selected)
+        weights = decide(objective, padded, self.selected, self.readable)
         own = local_counts(objective, weights, self.layout.mask)
         if self.static is not None and (objective.selection is None or self.static_direct is not None):
             # Known on the host: nothing is read back.

@@ -63,21 +63,28 @@ def teacher_scope(objective: Objective) -> str:
     return "selected" if objective.direct_weight else "none"
 
 
-def select(objective: Objective, statistics: TokenStatistics) -> torch.Tensor:
-    """The direct term's tokens, a bool mask; a selection sees the teacher's statistics only if it needs them."""
+def select(objective: Objective, statistics: TokenStatistics, readable: torch.Tensor | None) -> torch.Tensor:
+    """The direct term's tokens, a bool mask; a selection sees the teacher's statistics only if it needs them.
+
+    Args:
+        readable: `TokenBatch.readable`; None is the whole mask.
+    """
+    readable = statistics.mask if readable is None else readable
     if not objective.direct_weight:
         return torch.zeros_like(statistics.mask)
     if objective.selection is None:
-        return statistics.mask
+        return readable
     seen = statistics if needs_of(objective.selection, "both") == "both" else statistics.of_student()
-    return objective.selection(seen).bool() & statistics.mask
+    return objective.selection(seen).bool() & readable
 
 
-def decide(objective: Objective, statistics: TokenStatistics, selected: torch.Tensor) -> TokenWeights:
+def decide(
+    objective: Objective, statistics: TokenStatistics, selected: torch.Tensor, readable: torch.Tensor | None
+) -> TokenWeights:
     """What the objective's gate and selections say of these tokens; `selected` as `select` gave it."""
     mask = statistics.mask
     none = torch.zeros_like(mask)
-    opener = none if objective.opener is None else objective.opener(statistics) & mask
+    opener = none if objective.opener is None else objective.opener(statistics) & (mask if readable is None else readable)
     top = none if objective.top_entropy is None else objective.top_entropy(statistics) & mask
     gate = torch.ones_like(statistics.student_entropy)
     if objective.gate is not None and objective.direct_weight:
@@ -204,6 +211,7 @@ def evaluate_logits(
     *,
     token_ids: torch.Tensor | None = None,
     rows: tuple[int, ...] | None = None,
+    readable: torch.Tensor | None = None,
 ) -> LossTerms:
     """An objective from packed logits, `[tokens, vocab]` each, already cut to the shared vocabulary."""
     student = full_precision(student_logits)
@@ -229,10 +237,10 @@ def evaluate_logits(
             "top1_agreement": layout.pad(agreement),
         }
     statistics = TokenStatistics(layout.mask, layout.pad(entropy.detach()), rows=rows, **read)
-    selected = select(objective, statistics)
+    selected = select(objective, statistics, readable)
     scored = {"all": layout.mask, "selected": selected, "none": None}[scope]
     statistics = unread(statistics, scored)
-    weights = decide(objective, statistics, selected)
+    weights = decide(objective, statistics, selected, readable)
 
     nll = student.new_zeros(student.shape[0])
     candidate_tau = torch.zeros_like(nll)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from tsdkd import fused
 from tsdkd.checks import check_positive
 from tsdkd.selection import Gate, Selection, direct_count, resolve_gate, resolve_selection
@@ -26,6 +28,10 @@ class Method(Protocol):
         reads_teacher: whether its loss reads the teacher at all (True).
         reads(length): how many of a response's first tokens its terms read (all of them); the rest is not run through any
             model, and `loss` gets a batch that is `cut`.
+        teacher_prefix: a selection on the student's statistics, the first tokens of a response, outside of which no term reads
+            the teacher: then the student reads first, and the teacher the prefix alone (None).
+        pretraining_weight, pretraining_loss(batch, student_head, counts): a language-model loss on a corpus beside the answers,
+            and its weight (0).
         state: what changes from step to step and belongs to a checkpoint, e.g. an `AdaptiveOpener` (None).
     """
 
@@ -51,10 +57,21 @@ class Method(Protocol):
         ...
 
 
+def cross_entropy(log_probs: torch.Tensor, rows: slice) -> torch.Tensor:
+    """−log p_S(y_t), as an objective's term on the tokens that stand."""
+    return -log_probs
+
+
 def step_counts(lengths: Sequence[int], selection: Selection | None = None, top_entropy: int = 0) -> Counts:
     """What a step's terms are divided by, from its lengths; `top_entropy` tokens are selected by the entropy term."""
     direct = None if selection is None else direct_count(selection, lengths)
     return Counts(sum(lengths), top_entropy, sum(length > 0 for length in lengths), direct)
+
+
+def prefix_of(selection: Selection | None) -> Selection | None:
+    """The selection, where it keeps first tokens that the student's statistics tell; else None."""
+    is_prefix = getattr(selection, "is_prefix", False) and getattr(selection, "needs", "both") == "student"
+    return selection if is_prefix else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +125,11 @@ class DivergenceMethod:
         """How many of a response's first tokens the term reads: a prefix spares both models the rest."""
         of_rule = getattr(resolve_selection(self.selection, self.selection_share), "reads", None)
         return length if of_rule is None else of_rule(length)
+
+    @property
+    def teacher_prefix(self) -> Selection | None:
+        """The selection, where it is a prefix that the student's statistics tell."""
+        return prefix_of(resolve_selection(self.selection, self.selection_share))
 
     def terms(self) -> dict[str, float]:
         return {"direct": 1.0}

@@ -10,7 +10,7 @@ from typing import Any
 from tsdkd import fused
 from tsdkd.checks import check_positive, check_share, check_weight
 from tsdkd.losses import clipped_surrogate, mean_of_rest
-from tsdkd.methods.base import step_counts
+from tsdkd.methods.base import cross_entropy, step_counts
 from tsdkd.types import Answers, Counts, Head, LossTerms, Objective, TokenBatch
 
 TERMS = ("direct", "sampled")
@@ -30,6 +30,8 @@ class MiniLLM:
         clip: ε of the clipping, 0.2.
         length_normalisation: the mean, not the sum, over the later tokens.
         direct_weight, sampled_weight: weights of the single step and of what follows it; both 1 is the paper.
+        pretraining_weight: weight of the language-model loss on a corpus (the trainer's `pretraining_dataset`), which the
+            paper adds to keep what the student knew; 0 is off.
         kd_temperature: τ of both distributions in the loss.
 
     References:
@@ -41,6 +43,7 @@ class MiniLLM:
     length_normalisation: bool = True
     direct_weight: float = 1.0
     sampled_weight: float = 1.0
+    pretraining_weight: float = 0.0
     kd_temperature: float = 1.0
 
     name = "minillm"
@@ -62,7 +65,7 @@ class MiniLLM:
     def __post_init__(self) -> None:
         for name in ("alpha", "clip"):
             check_share(name, getattr(self, name))
-        for name in ("direct_weight", "sampled_weight"):
+        for name in ("direct_weight", "sampled_weight", "pretraining_weight"):
             check_weight(name, getattr(self, name))
         check_positive("kd_temperature", self.kd_temperature)
 
@@ -101,3 +104,10 @@ class MiniLLM:
             temperature=self.kd_temperature,
         )
         return fused.evaluate(objective, batch, student_head, teacher_head, counts=counts, **engine)
+
+    def pretraining_loss(
+        self, batch: TokenBatch, student_head: Head, *, counts: Counts | None = None, **engine: Any
+    ) -> LossTerms:
+        """−log p_S of a corpus's tokens, the mean over them, untempered."""
+        objective = Objective(direct_weight=0.0, sampled_weight=1.0, sampled=cross_entropy)
+        return fused.evaluate(objective, batch, student_head, None, counts=counts, **engine)

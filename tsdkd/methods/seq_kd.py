@@ -6,17 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from tsdkd import fused
 from tsdkd.checks import check_positive
-from tsdkd.methods.base import step_counts
+from tsdkd.methods.base import cross_entropy, step_counts
 from tsdkd.types import Answers, Counts, Head, LossTerms, Objective, TokenBatch
-
-
-def cross_entropy(log_probs: torch.Tensor, rows: slice) -> torch.Tensor:
-    """−log p_S(y_t)."""
-    return -log_probs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from tsdkd.checks import (
 )
 from tsdkd.fused.reference import evaluate_logits
 from tsdkd.losses import ENTROPY_TARGETS, STAGE_WEIGHTS, shared_vocabulary
-from tsdkd.methods.base import step_counts
+from tsdkd.methods.base import prefix_of, step_counts
 from tsdkd.selection import (
     AdaptiveOpener,
     Gate,
@@ -123,6 +123,12 @@ class TSDKD:
     def answers(self) -> Answers:
         """The student's own answers, or the data set's where `lmbda` says so."""
         return Answers(share=self.lmbda, evaluate_on="student" if self.lmbda else "dataset")
+
+    @property
+    def teacher_prefix(self) -> Selection | None:
+        """The opener, where the ranking on it is all that reads the teacher."""
+        objective = self.objective()
+        return prefix_of(objective.opener) if fused.reference.teacher_scope(objective) == "none" else None
 
     @property
     def state(self) -> AdaptiveOpener | None:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from tsdkd.teachers.local import LocalTeacher
+from tsdkd.teachers.local import LocalTeacher, hidden_of
 from tsdkd.teachers.recorded import RecordedTeacher, Recording
 from tsdkd.types import Head, Rollouts
 
@@ -24,4 +24,4 @@ class Teacher(Protocol):
         ...
 
 
-__all__ = ["LocalTeacher", "RecordedTeacher", "Recording", "Teacher"]
+__all__ = ["LocalTeacher", "RecordedTeacher", "Recording", "Teacher", "hidden_of"]

@@ -12,6 +12,36 @@ from tsdkd.teachers.heads import head_of, last_hidden_state
 from tsdkd.types import Head, Rollouts
 
 
+@torch.no_grad()
+def hidden_of(
+    model: Any,
+    rollouts: Rollouts,
+    pad_id: int,
+    batch_size: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[torch.Tensor]:
+    """For each row `[L, hidden]`, a model's hidden states that predict the trained tokens.
+
+    In order of length, so that a batch's rows are alike and little padding is computed; the number of batches depends on
+    the number of rows alone, so that processes that gather a sharded model stay in step.
+    """
+    sizes = [len(p) + len(c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
+    order = sorted(range(len(rollouts)), key=sizes.__getitem__)
+    hidden: list[torch.Tensor] = [torch.empty(0)] * len(rollouts)
+    model_device = model.get_input_embeddings().weight.device
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = rollouts.rows(rows)
+        ids, mask, where = batch.padded(pad_id, model_device)
+        with autocast():
+            states = last_hidden_state(model, ids, mask)
+        packed = states.flatten(0, 1)[where.to(states.device)].to(device)
+        for row, states_of_row in zip(rows, packed.split(batch.lengths), strict=True):
+            hidden[row] = states_of_row.clone()  # a view would keep the whole batch alive
+    return hidden
+
+
 class LocalTeacher:
     """Scores rollouts with a model of this process: frozen, in evaluation mode, in the dtype it was loaded in.
 
@@ -42,21 +72,5 @@ class LocalTeacher:
     def head(self) -> Head:
         return head_of(self.model)
 
-    @torch.no_grad()
     def score(self, rollouts: Rollouts) -> list[torch.Tensor]:
-        # In order of length, so that a batch's rows are alike and little padding is computed; the number of batches
-        # depends on the number of rows alone, so that processes that gather a sharded teacher stay in step.
-        sizes = [len(p) + len(c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
-        order = sorted(range(len(rollouts)), key=sizes.__getitem__)
-        hidden: list[torch.Tensor] = [torch.empty(0)] * len(rollouts)
-        model_device = self.model.get_input_embeddings().weight.device
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            batch = rollouts.rows(rows)
-            ids, mask, where = batch.padded(self.pad_id, model_device)
-            with self.autocast():
-                states = last_hidden_state(self.model, ids, mask)
-            packed = states.flatten(0, 1)[where.to(states.device)].to(self.device)
-            for row, states_of_row in zip(rows, packed.split(batch.lengths), strict=True):
-                hidden[row] = states_of_row.clone()  # a view would keep the whole batch alive
-        return hidden
+        return hidden_of(self.model, rollouts, self.pad_id, self.batch_size, self.device, self.autocast)

@@ -147,6 +147,33 @@ class AnsweringTrainer(SeamTrainer):
         )
         return writer.write(self.teacher_model, prompt_ids)[0]
 
+    def check_given(self, dataset: Any, role: str) -> None:
+        """Refuse the data set's answers where they cannot be trained on; say how many are cut."""
+        if "completion" not in (dataset.column_names or []) or not self.answers.need_dataset:
+            return
+        cut = 0
+        for start in range(0, len(dataset), 1000):
+            rows = dataset[start : start + 1000]
+            try:
+                given = self.tokenize_answers(rows["prompt"], rows["completion"], self.max_completion_length)
+            except ValueError as error:
+                raise ValueError(f"{role}: {error}") from error
+            for row, (ids, was_cut) in enumerate(given, start):
+                cut += was_cut
+                if max(ids, default=0) >= self.vocab_size:
+                    raise ValueError(
+                        f"the completion of row {row} of {role} holds id {max(ids)}, {self._tokenizer.decode([max(ids)])!r}, "
+                        f"beyond the {self.vocab_size} ids that both models have. Remove that token."
+                    )
+        if cut:
+            logger.warning(
+                "%d of %d completions of %s are longer than max_completion_length=%d and lose their end.",
+                cut,
+                len(dataset),
+                role,
+                self.max_completion_length,
+            )
+
     # ------------------------------------------------------------------ in a step
 
     def given_answers(self, rows: list[dict[str, Any]]) -> list[list[int]]:

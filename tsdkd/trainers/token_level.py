@@ -9,60 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from tsdkd.data.prompts import check_prompts, fitting_rows
+from tsdkd.fused import token_statistics
 from tsdkd.methods import Method, resolve_method
 from tsdkd.provenance import provenance
-from tsdkd.teachers import LocalTeacher, RecordedTeacher, Recording, Teacher
+from tsdkd.teachers import LocalTeacher, RecordedTeacher, Recording, Teacher, hidden_of
 from tsdkd.teachers.heads import check_head, head_of, last_hidden_state, text_config
-from tsdkd.teachers.recorded import MANIFEST, write_manifest, write_shard
 from tsdkd.trainers.answering import AnsweringTrainer
 from tsdkd.trainers.config import TokenDistillConfig, TSDKDConfig
+from tsdkd.trainers.corpus import Corpus
 from tsdkd.trainers.guard import Guard, NonFiniteError
+from tsdkd.trainers.models import check_same_tokens, load_teacher, name_of
 from tsdkd.trainers.recorder import Recorder, Stopwatch, peak_memory_gib
-from tsdkd.types import Answers, Counts, Head, LossTerms, Rollouts, TokenBatch
+from tsdkd.trainers.recording import check_recordable, write_recording
+from tsdkd.types import Answers, Counts, Head, LossTerms, Objective, Rollouts, TokenBatch
 
 logger = logging.getLogger(__name__)
-
-
-def load_teacher(name: str, args: TokenDistillConfig) -> Any:
-    """A teacher in the dtype of its checkpoint, unless `teacher_model_init_kwargs` says otherwise."""
-    kwargs = dict(args.teacher_model_init_kwargs or {})
-    kwargs.setdefault("dtype", "auto")
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if args.teacher_model_revision is not None:
-        kwargs.setdefault("revision", args.teacher_model_revision)
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-
-
-def name_of(model: Any) -> str:
-    """A model's name for messages."""
-    return getattr(model.config, "_name_or_path", "") or type(model).__name__
-
-
-def check_same_tokens(ours: dict[str, int], theirs: dict[str, int], vocab_size: int) -> None:
-    """Refuse two vocabularies that give one id to different tokens, or one token different ids, among the shared ids.
-
-    Raises:
-        ValueError: showing such a token.
-    """
-    our_ids = {i: token for token, i in ours.items() if i < vocab_size}
-    for token, i in sorted(theirs.items(), key=lambda item: item[1]):
-        if i < vocab_size and our_ids.get(i, token) != token:
-            raise ValueError(
-                f"the tokenizers disagree: id {i} is {our_ids[i]!r} for the student but {token!r} for the teacher. "
-                "Distillation compares next-token distributions id by id, so both models must share one tokenizer: pick a "
-                "teacher of the student's family."
-            )
-        if token in ours and ours[token] != i and min(i, ours[token]) < vocab_size:
-            raise ValueError(
-                f"the tokenizers disagree: {token!r} is id {ours[token]} for the student but {i} for the teacher. Pick a "
-                "teacher of the student's family."
-            )
 
 
 class _Budget(TrainerCallback):
@@ -85,6 +51,7 @@ class TokenDistillTrainer(AnsweringTrainer):
         args: a `TokenDistillConfig`.
         train_dataset: rows with a `prompt`, text or chat messages.
         method: a method's object, in place of `args.method`.
+        pretraining_dataset: rows with a `text`, for a method with a loss on a corpus beside the answers (MiniLLM).
         others: as TRL's trainer takes them (`eval_dataset`, `processing_class`, `callbacks`, `optimizers`,
             `quantization_config`, `peft_config`, `tools`).
 
@@ -95,6 +62,7 @@ class TokenDistillTrainer(AnsweringTrainer):
 
     config_class = TokenDistillConfig
     teacher: Teacher | None
+    _recording = False
 
     def __init__(
         self,
@@ -105,6 +73,7 @@ class TokenDistillTrainer(AnsweringTrainer):
         eval_dataset: Any = None,
         *,
         method: str | Method | None = None,
+        pretraining_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -117,11 +86,12 @@ class TokenDistillTrainer(AnsweringTrainer):
             )
         self.method = args.build_method() if method is None else resolve_method(method)
         self.answers = getattr(self.method, "answers", None) or Answers()
-        self._reads_teacher = getattr(self.method, "reads_teacher", True)
+        self.reads_teacher = getattr(self.method, "reads_teacher", True)
         if teacher_model is None:
             teacher_model = args.teacher_model_name_or_path
         recording = Recording.open(args.recording) if args.recording is not None else None
         self._refuse(model, teacher_model, recording, train_dataset, eval_dataset)
+        self.corpus = Corpus.of(pretraining_dataset, self.method, args.seed)
         if recording is not None and train_dataset is None:
             train_dataset = Dataset.from_list(recording.rows)
         if recording is not None:
@@ -189,7 +159,7 @@ class TokenDistillTrainer(AnsweringTrainer):
                     "a recording brings its prompts and its teacher's hidden states: leave train_dataset and the teacher out, "
                     "or leave recording out."
                 )
-        elif teacher_model is None and self._reads_teacher:
+        elif teacher_model is None and self.reads_teacher:
             raise ValueError(
                 "no teacher was given: pass teacher_model=... (a name, a path or a model), or set teacher_model_name_or_path."
             )
@@ -290,7 +260,7 @@ class TokenDistillTrainer(AnsweringTrainer):
                         "token."
                     )
                 lengths.append(len(ids))
-        self._check_given(dataset, role)
+        self.check_given(dataset, role)
         rows = fitting_rows(lengths, self._prompt_limit, self._limit_reason, role, self.args.drop_long_prompts)
         dropped = len(lengths) - len(rows)
         if dropped:
@@ -306,33 +276,6 @@ class TokenDistillTrainer(AnsweringTrainer):
             if role == "train_dataset":
                 self._check_datasets(self.args, dataset, None)
         return dataset
-
-    def _check_given(self, dataset: Any, role: str) -> None:
-        """Refuse the data set's answers where they cannot be trained on; say how many are cut."""
-        if "completion" not in (dataset.column_names or []) or not self.answers.need_dataset:
-            return
-        cut = 0
-        for start in range(0, len(dataset), 1000):
-            rows = dataset[start : start + 1000]
-            try:
-                given = self.tokenize_answers(rows["prompt"], rows["completion"], self.max_completion_length)
-            except ValueError as error:
-                raise ValueError(f"{role}: {error}") from error
-            for row, (ids, was_cut) in enumerate(given, start):
-                cut += was_cut
-                if max(ids, default=0) >= self.vocab_size:
-                    raise ValueError(
-                        f"the completion of row {row} of {role} holds id {max(ids)}, {self._tokenizer.decode([max(ids)])!r}, "
-                        f"beyond the {self.vocab_size} ids that both models have. Remove that token."
-                    )
-        if cut:
-            logger.warning(
-                "%d of %d completions of %s are longer than max_completion_length=%d and lose their end.",
-                cut,
-                len(dataset),
-                role,
-                self.max_completion_length,
-            )
 
     # ------------------------------------------------------------------ the step
 
@@ -352,34 +295,13 @@ class TokenDistillTrainer(AnsweringTrainer):
         those of an epoch. Any method trains on it later with `recording=folder`.
 
         Raises:
-            ValueError: a folder that holds a recording, no data set or teacher, or answers that call tools.
+            ValueError: a folder that holds a recording, no data set or teacher, or answers that cannot be recorded.
         """
-        folder = Path(folder)
-        if (folder / MANIFEST).exists():
-            raise ValueError(f"{folder} holds a recording already: name another folder, or remove it.")
-        if self.train_dataset is None or self.teacher_model is None or not self._reads_teacher or self.answers.replay:
-            raise ValueError(
-                "a recording takes a train_dataset, a live teacher and answers that do not depend on the run's evaluations: "
-                "record with tsd_kd or gkd."
-            )
-        if self.tools:
-            raise ValueError("answers that call tools cannot be recorded: leave tools out.")
+        check_recordable(self, Path(folder))
         self.let_teacher_write()
-        self.model.train()
-        self.state.max_steps = max(1, self.args.max_steps)
-        rank, shards = self.accelerator.process_index, []
-        for number, batch in enumerate(self.generation_batches()):
-            if number == self.args.max_steps:
-                break
-            prompts = [row["prompt"] for row in self.rows_in_hand]
-            name = f"step-{number:05d}-{rank}"
-            shards.append(write_shard(folder, name, prompts, self.rollouts_of(batch), batch["teacher_hidden"]))
-        every = gather_object(shards)
-        if self.accelerator.is_main_process:
-            about = {"method": self.method.name, "models": self._model_names(), **provenance(self.args.seed)}
-            assert self.teacher is not None
-            write_manifest(folder, every, self.teacher.head.cut(self.vocab_size), self._tokenizer.get_vocab(), about)
-        self.accelerator.wait_for_everyone()
+        self._recording = True  # whole answers, for methods that read more than this one
+        about = {"method": self.method.name, "models": self._model_names(), **provenance(self.args.seed)}
+        write_recording(self, Path(folder), about)
 
     def _model_names(self) -> dict[str, str]:
         teacher = "a recording" if self.args.recording else "none"
@@ -415,14 +337,30 @@ class TokenDistillTrainer(AnsweringTrainer):
 
     def _read_part(self, rollouts: Rollouts) -> Rollouts:
         """The rollouts without what no term reads: a prefix rule spares both models the rest, and the saving is logged."""
-        reads = getattr(self.method, "reads", None)
+        reads = None if self._recording else getattr(self.method, "reads", None)
         lengths = rollouts.lengths
         if reads is None or (kept := [reads(length) for length in lengths]) == lengths:
             return rollouts
-        short = rollouts.first(kept)
+        return self._spared(rollouts, rollouts.first(kept))
+
+    def _spared(self, rollouts: Rollouts, short: Rollouts) -> Rollouts:
         before, after = (sum(map(len, r.prompt_ids)) + sum(map(len, r.completion_ids)) for r in (rollouts, short))
         self._recorders[self.mode].add_host("teacher/tokens_spared", before - after, before)
         return short
+
+    def _read_by_teacher(self, rollouts: Rollouts) -> Rollouts:
+        """The rollouts up to the prefix outside of which no term reads the teacher; the student reads them first."""
+        rule = None if self._recording else getattr(self.method, "teacher_prefix", None)
+        if rule is None:
+            return rollouts
+        size = self.args.teacher_batch_size or self.args.per_device_train_batch_size
+        with self._watch.section("teacher"), self.model_for_writing() as student:
+            hidden = hidden_of(student, rollouts, 0, size, self.accelerator.device, self.accelerator.autocast)
+            batch = TokenBatch(torch.cat(hidden), None, tuple(rollouts.lengths))
+            student_alone = Objective(direct_weight=0.0, temperature=getattr(self.method, "kd_temperature", 1.0))
+            head = head_of(student).cut(self.vocab_size)
+            statistics = token_statistics(batch, head, None, objective=student_alone, impl=self.args.fused_impl)
+        return self._spared(rollouts, rollouts.first(rule(statistics).sum(-1).tolist()))
 
     def prepare_step(self, rollouts: Rollouts) -> dict[str, Any]:
         """The step's counts over all processes, and the teacher's hidden states, once for all micro-batches."""
@@ -453,11 +391,45 @@ class TokenDistillTrainer(AnsweringTrainer):
             "count_responses": total[2],
             "count_direct": total[3],
         }
-        if self._reads_teacher and self.teacher is not None:
+        if self.corpus is not None and mode == "train":
+            step.update(self._corpus_step(len(lengths)))
+        if self.reads_teacher and self.teacher is not None:
+            scored = self._read_by_teacher(read)
             with self._watch.section("teacher"):
-                hidden = self.teacher.score(rollouts if isinstance(self.teacher, RecordedTeacher) else read)
-            step["teacher_hidden"] = [states[:length] for states, length in zip(hidden, read.lengths, strict=True)]
+                hidden = self.teacher.score(rollouts if isinstance(self.teacher, RecordedTeacher) else scored)
+            step["teacher_hidden"] = [states[:length] for states, length in zip(hidden, scored.lengths, strict=True)]
         return step
+
+    def _corpus_ids(self, texts: list[str]) -> list[list[int]]:
+        """Texts of the corpus, cut to the context; a text of one token predicts nothing and is left empty."""
+        longest = self._prompt_limit + self.max_completion_length
+        cut = [row[:longest] for row in self.processing_class(text=texts)["input_ids"]]
+        return [row if len(row) > 1 else [] for row in cut]
+
+    def _corpus_step(self, rows: int) -> dict[str, Any]:
+        """This step's texts, and how many tokens all processes predict."""
+        assert self.corpus is not None
+        ids = self._corpus_ids(self.corpus.draw(rows, self.state.global_step, self.accelerator.process_index))
+        tokens = torch.tensor(float(sum(len(row) - 1 for row in ids if row)), device=self.accelerator.device)
+        return {"corpus": ids, "count_corpus": self.accelerator.reduce(tokens, reduction="sum")}
+
+    def _corpus_loss(self, student: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """The weighted loss of a micro-batch's texts, every token but the first predicted."""
+        assert self.corpus is not None
+        texts = [row for row in inputs["corpus"] if row]
+        if not texts:
+            return torch.zeros((), device=self.accelerator.device)
+        rows = Rollouts([row[:1] for row in texts], [row[1:] for row in texts], [[1] * (len(row) - 1) for row in texts])
+        ids, mask, where = rows.padded(self._tokenizer.pad_token_id, self.accelerator.device)
+        hidden = last_hidden_state(student, ids, mask).flatten(0, 1)[where]
+        targets = torch.tensor(rows.trained(rows.completion_ids), device=hidden.device)
+        batch = TokenBatch(hidden, None, tuple(rows.lengths), token_ids=targets)
+        with self._watch.section("loss"), self._gathered(student):
+            counts = Counts(inputs["count_corpus"], 0, 1)
+            terms = self.corpus.loss(batch, head_of(student), counts=counts, **self._engine)
+        self._recorders["train"].add({"loss/pretraining": terms.sums["loss/sampled"]})
+        self._guard.watch("the pretraining term", terms.loss)
+        return self.corpus.weight * terms.loss
 
     def token_loss(self, student: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         rollouts = self.rollouts_of(inputs)
@@ -470,7 +442,13 @@ class TokenDistillTrainer(AnsweringTrainer):
         # TRL's own forward runs outside the autocast that accelerate put on `model.forward`.
         with self.accelerator.autocast():
             hidden = last_hidden_state(student, ids, mask).flatten(0, 1)[where]
-            teacher_hidden = torch.cat(inputs["teacher_hidden"]) if "teacher_hidden" in inputs else None
+            teacher_hidden, read_lengths = None, None
+            if "teacher_hidden" in inputs:
+                states, lengths = inputs["teacher_hidden"], rollouts.lengths
+                if [len(part) for part in states] != lengths:  # zeros stand where the teacher did not read
+                    read_lengths = tuple(len(part) for part in states)
+                    states = [nn.functional.pad(s, (0, 0, 0, n - len(s))) for s, n in zip(states, lengths, strict=True)]
+                teacher_hidden = torch.cat(states)
             batch = TokenBatch(
                 hidden,
                 teacher_hidden,
@@ -480,6 +458,7 @@ class TokenDistillTrainer(AnsweringTrainer):
                 recorded={
                     name: torch.tensor(rollouts.trained(column), device=device) for name, column in rollouts.recorded.items()
                 },
+                teacher_lengths=read_lengths,
                 cut=cut,
             )
             with self._watch.section("loss"), self._gathered(student):
@@ -492,6 +471,10 @@ class TokenDistillTrainer(AnsweringTrainer):
         self._recorders[self.mode].add(terms.sums)
         if self.mode == "eval":
             return terms.loss
+        loss = terms.loss
+        if "corpus" in inputs:
+            with self.accelerator.autocast():
+                loss = loss + self._corpus_loss(student, inputs)
         self._observe(terms, inputs["row_numbers"], rollouts.lengths)
         self._guard.watch_tokens("the student's hidden states", hidden, rollouts)
         if teacher_hidden is not None:
@@ -499,15 +482,15 @@ class TokenDistillTrainer(AnsweringTrainer):
         for term in self.method.terms():
             if f"loss/{term}" in terms.sums:
                 self._guard.watch(f"the {term} term", terms.sums[f"loss/{term}"][0])
-        self._guard.watch("the loss", terms.loss)
+        self._guard.watch("the loss", loss)
         # Counts are the whole step's, while DDP averages gradients over processes.
-        return terms.loss * self.accelerator.num_processes
+        return loss * self.accelerator.num_processes
 
     def _gathered(self, student: nn.Module) -> AbstractContextManager:
         return self.gathered_heads(*(model for model in (student, self.teacher_model) if model is not None))
 
     def _teacher_head(self) -> Head | None:
-        return self.teacher.head if self._reads_teacher and self.teacher is not None else None
+        return self.teacher.head if self.reads_teacher and self.teacher is not None else None
 
     # ------------------------------------------------------------------ what changes from step to step
 
