@@ -1,9 +1,8 @@
-"""A method and a selection of your own in the trainer: `python examples/05_your_own_method.py [output_dir]`."""
+"""A method and a selection of your own: `python examples/05_your_own_method.py [output_dir]`."""
 
 import sys
 from dataclasses import dataclass
 
-import torch
 from datasets import Dataset
 
 from tsdkd import TokenDistillConfig, TokenDistillTrainer
@@ -13,40 +12,28 @@ from tsdkd.methods import DivergenceMethod
 
 
 def disagreements(statistics):
-    """The tokens where the two models favour different words; a rule says with `needs` what it reads."""
-    return (statistics.top1_agreement == 0) & statistics.mask
-
-
-disagreements.needs = "both"
+    """The tokens where the two models favour different words."""
+    return statistics.top1_agreement == 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReverseKLWhereTheyDisagree(DivergenceMethod):
-    """Reverse KL, on the student's answers, where it would have chosen another word than its teacher."""
+class Mine(DivergenceMethod):
+    """Reverse KL on the student's answers; gate, selection, counts and engines come with the base."""
 
-    selection: object = disagreements
-    name = "reverse_kl_where_they_disagree"
+    name = "mine"
     paper = {"title": "Mine", "id": "none", "citation": ""}  # noqa: RUF012
 
     def divergence_of(self):
         return "reverse_kl", 0.0
 
 
-torch.manual_seed(0)
-problems = make_problems(64, seed=1, levels=(2, 3))
 trainer = TokenDistillTrainer(
     model=shipped("student"),
     teacher_model=shipped("teacher"),
-    method=ReverseKLWhereTheyDisagree(),
+    method=Mine(selection=disagreements),
     args=TokenDistillConfig(
-        output_dir=sys.argv[1] if len(sys.argv) > 1 else "own-method",
-        per_device_train_batch_size=32,
-        max_steps=2,
-        max_length=128,
-        max_completion_length=48,
-        logging_steps=1,
-        report_to="none",
+        sys.argv[1] if len(sys.argv) > 1 else "mine", max_steps=2, max_completion_length=48, logging_steps=1
     ),
-    train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": p.question}] for p in problems]}),
+    train_dataset=Dataset.from_dict({"prompt": [p.question for p in make_problems(64, seed=1, levels=(2, 3))]}),
 )
 trainer.train()

@@ -299,6 +299,27 @@ def tiny_head(model):
     return model.get_output_embeddings().weight.detach().T
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_a_lora_student(tmp_path, name):
+    from peft import LoraConfig
+
+    model = student()
+    frozen = model.model.embed_tokens.weight.detach().clone()
+    trainer = TokenDistillTrainer(
+        model,
+        tiny_model(seed=2, hidden=48),
+        config(tmp_path, TokenDistillConfig, method=name, max_completion_length=20),
+        answered(8),
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert all("lora" in n for n in before)
+    assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+    assert torch.equal(frozen, trainer.model.get_input_embeddings().weight)
+
+
 # ---------------------------------------------------------------------- what changes from step to step
 
 

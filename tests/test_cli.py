@@ -132,3 +132,42 @@ def test_mapping_refuses_what_is_not_there():
     chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": "a"}]]})
     with pytest.raises(ValueError, match="chats already"):
         map_prompts(chats, as_chat=True)
+
+
+def test_another_method_and_a_recording_from_the_command_line(tmp_path, capsys, monkeypatch):
+    """Record once, then train and compare methods on the recording without the teacher."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": q}) + "\n" for q in QUESTIONS[:8]))
+    student, teacher = save_tiny(tmp_path / "s", seed=1), save_tiny(tmp_path / "t", seed=2, hidden=48)
+    short = ["--use_cpu", "--per_device_train_batch_size", "4", "--max_completion_length", "8", "--report_to", "none"]
+    short += ["--max_length", "64", "--save_strategy", "no"]
+    folder = str(tmp_path / "recording")
+    given = ["--student", student, *short]
+    data = ["--teacher", teacher, "--dataset_name", str(tmp_path / "p.jsonl"), "--output_dir", str(tmp_path / "r")]
+    assert main(["train", *given, *data, "--record", folder]) == 0
+    assert "The recording is in" in capsys.readouterr().out
+    away = (tmp_path / "t").rename(tmp_path / "away")
+    options = ["--method", "gkd", "--method_options", '{"beta": 0.5}', "--output_dir", str(tmp_path / "g")]
+    assert main(["train", *given, "--recording", folder, *options]) == 0
+    assert (tmp_path / "g" / "model.safetensors").exists() and "GKD" in (tmp_path / "g" / "README.md").read_text()
+    recipe, out = tmp_path / "c.yaml", tmp_path / "c.jsonl"
+    recipe.write_text(f"model_name_or_path: {student}\nrecording: {folder}\noutput_dir: {tmp_path / 'c'}\n")
+    (tmp_path / "q.jsonl").write_text('{"question": "How many?", "answer": 3}\n')
+    compared = ["compare", "--config", str(recipe), "--methods", "gkd,seq_kd", "--out", str(out)]
+    assert main([*compared, "--problems", str(tmp_path / "q.jsonl"), *short]) == 0
+    assert [json.loads(line)["method"] for line in out.read_text().splitlines()] == ["gkd", "seq_kd"]
+    away.rename(tmp_path / "t")
+    capsys.readouterr()
+    for wrong, message in [
+        (["train", *given, *data, "--record", folder], "holds a recording already"),
+        (["train", *given, "--recording", str(tmp_path)], "holds no finished recording"),
+        (["train", *given, *data, "--method", "dpo"], "method='dpo' is unknown; choose one of: distillm"),
+        (["train", *given, *data, "--method", "gkd", "--method_options", '{"k": 1}'], "method 'gkd' has no option 'k'"),
+        (["compare", "--config", str(recipe), "--methods", "gkd,dpo"], "method 'dpo' is unknown"),
+        (["compare", "--config", str(recipe)], "no methods were given"),
+        (["compare", "--config", str(recipe), "--methods", "gkd", "--seeds", "0"], "--seeds 0: it must be 1 or more"),
+        (["compare", "--config", str(recipe), "--methods", "gkd", "--problems", str(tmp_path / "p.jsonl")], "'question' and"),
+        ([*compared[:-1], str(tmp_path / "d.jsonl"), "--methods", "minillm"], "written by student and teacher together"),
+    ]:
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
