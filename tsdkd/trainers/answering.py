@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tsdkd.rollouts import AnswerSource, InterleavedWriter, mixed, speculative, write_once
+from tsdkd.rollouts import AnswerSource, InterleavedWriter, VLLMWriter, mixed, speculative, write_once
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.trl_seams import SeamTrainer
 from tsdkd.types import Answers
@@ -119,17 +119,47 @@ class AnsweringTrainer(SeamTrainer):
             "seed": self.args.seed if self.args.teacher_answers_temperature else None,
         }
         logger.info("the teacher's answers to %s are in %s", role, path.parent)
-        answers = write_once(
-            path,
-            prompts,
-            self._teacher_writes,
-            settings=settings,
-            batch_size=self.args.teacher_batch_size or self.args.per_device_train_batch_size,
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-            barrier=self.accelerator.wait_for_everyone,
-        )
+        shared: dict[str, Any] = {
+            "settings": settings,
+            "batch_size": self.args.teacher_batch_size or self.args.per_device_train_batch_size,
+            "process": self.accelerator.process_index,
+            "processes": self.accelerator.num_processes,
+            "barrier": self.accelerator.wait_for_everyone,
+        }
+        if self.args.teacher_answers_engine == "transformers":
+            answers = write_once(path, prompts, self._teacher_writes, **shared)
+        else:
+            answers = self._written_by_vllm(path, prompts, settings)
         return dataset.add_column("completion_ids", answers)
+
+    def _written_by_vllm(self, path: Path, prompts: list[list[int]], settings: dict[str, Any]) -> list[list[int]]:
+        """One engine, on the first process, writes everything in one batch a thousand; the others read it."""
+        alone: dict[str, Any] = {"settings": settings, "batch_size": 1000}
+        if self.accelerator.is_main_process:
+            writers: list[VLLMWriter] = []
+
+            def write(prompt_ids: list[list[int]]) -> list[list[int]]:
+                if not writers:  # no engine where all is written already
+                    writers.append(
+                        VLLMWriter(
+                            settings["teacher"],
+                            temperature=self.args.teacher_answers_temperature,
+                            max_new_tokens=self.max_completion_length,
+                            ends=self.eos_token_ids,
+                            vocab_size=self.vocab_size,
+                            gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
+                            max_model_len=max(map(len, prompts)) + self.max_completion_length,
+                            trust_remote_code=self.args.trust_remote_code,
+                            seed=self.args.seed,
+                        )
+                    )
+                return writers[0](prompt_ids)
+
+            write_once(path, prompts, write, **alone)
+            for writer in writers:
+                writer.close()
+        self.accelerator.wait_for_everyone()
+        return write_once(path, prompts, _refuse_to_write, **alone)
 
     @torch.no_grad()
     def _teacher_writes(self, prompt_ids: list[list[int]]) -> list[list[int]]:
@@ -231,3 +261,7 @@ class AnsweringTrainer(SeamTrainer):
 
 def _greedy(logits: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return logits.argmax(-1), {}
+
+
+def _refuse_to_write(prompt_ids: list[list[int]]) -> list[list[int]]:
+    raise AssertionError(f"{len(prompt_ids)} answers are missing after all were written")

@@ -39,6 +39,8 @@ class TokenDistillConfig(DistillationConfig):
         teacher_answers: the JSONL file of the answers that the teacher writes, once, for a method that trains on given ones
             and a data set without; None: `teacher_answers.jsonl` in `output_dir`. Each process adds its number to the name.
         teacher_answers_temperature: the temperature of that writing; 0 is greedy.
+        teacher_answers_engine: `transformers`, or `vllm`: an engine of its own on the first process, with
+            `vllm_gpu_memory_utilization` of the memory, as long as the writing lasts.
         token_budget: stop after the step that brings the tokens of answers trained on, over all processes, to this many.
         recording: a folder that `record` wrote: its rollouts and its teacher's hidden states are trained on, and no
             teacher is loaded.
@@ -69,6 +71,9 @@ class TokenDistillConfig(DistillationConfig):
     teacher_answers_temperature: float = field(
         default=0.0, metadata={"help": "Temperature of the answers that the teacher writes; 0 is greedy."}
     )
+    teacher_answers_engine: str = field(
+        default="transformers", metadata={"help": "What writes them: 'transformers' or 'vllm'."}
+    )
     token_budget: int | None = field(
         default=None, metadata={"help": "Stop after the step that brings the tokens trained on to this many; all processes'."}
     )
@@ -91,6 +96,7 @@ class TokenDistillConfig(DistillationConfig):
             check_count("teacher_batch_size", self.teacher_batch_size)
         check_choice("fused_impl", self.fused_impl, ENGINES)
         check_weight("gradient_filter", self.gradient_filter)
+        check_choice("teacher_answers_engine", self.teacher_answers_engine, ("transformers", "vllm"))
         check_weight("teacher_answers_temperature", self.teacher_answers_temperature)
         if self.token_budget is not None:
             check_count("token_budget", self.token_budget)

@@ -105,6 +105,7 @@ class TokenDistillTrainer(AnsweringTrainer):
         self._paper = self.method.paper
         self._tag_names = ["trl", "tsdkd", self.method.name]
         super().__init__(model, None, args, train_dataset, eval_dataset, **kwargs)
+        self.reload_vllm_whole()
         if args.token_budget is not None:
             self.add_callback(_Budget(self))
 

@@ -138,6 +138,21 @@ class SeamTrainer(DistillationTrainer):
         self.generation_kwargs["suppress_tokens"] = suppressed
         self.generation_config.suppress_tokens = suppressed
 
+    def reload_vllm_whole(self) -> None:
+        """On a CPU vLLM repacks its layers once they are loaded, and TRL's load of one parameter after another fails: there
+        the weights go through vLLM's own reload. Elsewhere TRL's way stays."""
+        if not self.use_vllm or self.vllm_generation.mode != "colocate" or self.accelerator.device.type != "cpu":
+            return
+        generation = self.vllm_generation
+
+        def sync_weights() -> None:
+            # Copies, since vLLM may take them after a merged adapter has been taken out again.
+            weights = ((name, parameter.detach().clone()) for name, parameter in generation._iter_named_params())
+            generation.llm.llm_engine.model_executor.driver_worker.model_runner.reload_weights(weights_iterator=weights)
+            generation.llm.reset_prefix_cache()
+
+        generation.sync_weights = sync_weights
+
     def set_max_completion_length(self, tokens: int) -> None:
         """The longest completion, for TRL's own generation and for vLLM's."""
         self.max_completion_length = tokens

@@ -1,0 +1,55 @@
+"""Answers by a real vLLM, in this process on a CPU: what it writes, and that its weights follow the student's."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engines
+MAX_NEW = 24
+
+
+def run(kind: str, folder: Path) -> dict:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(Path(__file__).parent / "vllm_run.py"), kind, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540, cwd=folder)
+    assert (folder / "result.json").exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+def flat(rows):
+    return [value for row in rows for value in row]
+
+
+def distance(one, other):
+    return statistics.fmean(abs(a - b) for a, b in zip(flat(one), flat(other), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+def test_vllm_writes_with_the_students_weights_of_each_step(tmp_path, kind):
+    result = run(kind, tmp_path)
+    assert len(result["written"]) == 3
+    for step in result["written"]:
+        for completion in step["completions"]:
+            assert 1 <= len(completion) <= MAX_NEW
+            assert not set(completion[:-1]) & set(result["ends"])
+            assert len(completion) == MAX_NEW or completion[-1] in result["ends"]
+            assert max(completion) < result["vocab_size"]  # the sixteen ids beyond are as likely as sixteen below
+        # Its log-probabilities are the student's of this step, to the rounding of bf16 that vLLM computes in.
+        assert distance(step["vllm"], step["student"]) < 0.05
+    # By the end the weights have moved by far more than that.
+    first = result["written"][0]
+    assert distance(result["moved"], first["vllm"]) > 0.3
+
+
+def test_the_teacher_writes_by_vllm_what_it_writes_by_transformers(tmp_path):
+    """Greedily; rounding to bf16 may turn a near tie, after which the two answers are different texts."""
+    result = run("teacher", tmp_path)
+    equal = sum(a == b for a, b in zip(result["vllm"], result["transformers"], strict=True))
+    assert len(result["vllm"]) == 16 and equal >= 14

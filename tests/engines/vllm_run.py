@@ -1,0 +1,124 @@
+"""A run with vLLM in this process, for test_vllm.py: `python vllm_run.py KIND FOLDER` writes FOLDER/result.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import torch
+
+MAX_NEW = 24
+
+
+def wider_student(folder: Path) -> str:
+    """The demo's student with sixteen ids more than its teacher, each as likely as an ordinary one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tsdkd.demo.run import shipped
+
+    model = AutoModelForCausalLM.from_pretrained(shipped("student"), dtype=torch.float32)
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 16, mean_resizing=False)
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        weight[size:] = weight[size - 16 : size]
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(shipped("student")).save_pretrained(folder)
+    return str(folder)
+
+
+def vllm_log_probs(trainer, prompts, completions):
+    """log p of each completion's ids by the engine that wrote them."""
+    from vllm import SamplingParams
+
+    whole = [{"prompt_token_ids": p + c} for p, c in zip(prompts, completions, strict=True)]
+    outputs = trainer.vllm_generation.llm.generate(whole, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    rows = []
+    for output, prompt, completion in zip(outputs, prompts, completions, strict=True):
+        at = output.prompt_logprobs[len(prompt) :]
+        rows.append([at[t][token].logprob for t, token in enumerate(completion)])
+    return rows
+
+
+@torch.no_grad()
+def student_log_probs(model, prompts, completions):
+    """The same by the student itself, in float32; adapters are active."""
+    rows = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        rows.append(logits.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist())
+    return rows
+
+
+def rollouts(folder: Path, lora: bool) -> dict:
+    from peft import LoraConfig
+    from tiny import config, prompts
+
+    from tsdkd import TSDKDConfig, TSDKDTrainer
+    from tsdkd.demo.run import shipped
+
+    options = dict(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=128, max_length=128, max_steps=3)
+    options.update(max_completion_length=MAX_NEW, learning_rate=3e-2 if lora else 3e-3, temperature=0.7)
+    options.update(lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1e9)
+    trainer = TSDKDTrainer(
+        wider_student(folder / "student"),
+        shipped("teacher"),
+        config(folder / "out", TSDKDConfig, **options),
+        prompts(16, chat=True),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0) if lora else None,
+    )
+    written = []
+    write = type(trainer).write
+
+    def watched(prompt_ids, *args, **kwargs):
+        completions = write(trainer, prompt_ids, *args, **kwargs)
+        row = {"prompts": prompt_ids, "completions": completions}
+        row["student"] = student_log_probs(trainer.model, prompt_ids, completions)
+        row["vllm"] = vllm_log_probs(trainer, prompt_ids, completions)
+        written.append(row)
+        return completions
+
+    trainer.write = watched
+    trainer.train()
+    # The first step's answers by the trained student: how far the weights have moved since.
+    moved = student_log_probs(trainer.model, written[0]["prompts"], written[0]["completions"])
+    return {"written": written, "moved": moved, "ends": trainer.eos_token_ids, "vocab_size": trainer.vocab_size}
+
+
+def teacher_writes(folder: Path) -> dict:
+    from tiny import config, prompts
+
+    from tsdkd import TokenDistillConfig, TokenDistillTrainer
+    from tsdkd.demo.run import shipped
+
+    texts = {}
+    for engine in ("transformers", "vllm"):
+        trainer = TokenDistillTrainer(
+            shipped("student"),
+            shipped("teacher"),
+            config(
+                folder / engine,
+                TokenDistillConfig,
+                method="seq_kd",
+                max_length=128,
+                max_completion_length=48,
+                teacher_answers_engine=engine,
+            ),
+            prompts(16, chat=True),
+        )
+        trainer.train()
+        texts[engine] = trainer.train_dataset["completion_ids"][:]
+    return texts
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    kind, folder = sys.argv[1], Path(sys.argv[2])
+    result = teacher_writes(folder) if kind == "teacher" else rollouts(folder, lora=kind == "lora")
+    (folder / "result.json").write_text(json.dumps(result))
+    os._exit(0)  # vLLM's threads have nothing left to do
