@@ -14,6 +14,10 @@ import torch
 from test_trainer import Gradients, by_prompt, make
 from tiny import prompts
 
+from tsdkd import TSDKD
+from tsdkd.methods import GKD
+from tsdkd.selection import AdaptiveOpener
+
 torch.set_num_threads(1)
 
 
@@ -23,9 +27,14 @@ def main(folder: Path, scenario: str) -> None:
     rollouts = by_prompt
     if scenario == "one rank is empty":  # whichever rows a process gets, half of all answers are empty
         rollouts = lambda ids: [] if os.environ.get("RANK", "0") == "1" else by_prompt(ids)  # noqa: E731
+    method = {
+        "random selection": GKD(selection="random", selection_share=0.4, gate="entropy_gap"),
+        "adaptive opener": TSDKD(adaptive_opener=AdaptiveOpener(warmup=4)),
+    }.get(scenario)
     trainer = make(
         folder,
         rollouts=rollouts,
+        method=method,
         eval_dataset=prompts(7),
         callbacks=[gradients],
         per_device_train_batch_size=4 // world,
@@ -48,6 +57,8 @@ def main(folder: Path, scenario: str) -> None:
         result["train"] = next(row for row in trainer.state.log_history if "loss" in row)
         result["gradient"] = gradients.flat.tolist()
         result["evaluation"] = trainer.evaluate()
+        result["tokens"] = trainer.trained_tokens
+        result["state"] = trainer.checkpoint_state()
     except FloatingPointError as error:
         result["stopped"] = str(error)
     (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))

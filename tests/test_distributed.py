@@ -39,6 +39,22 @@ def test_two_processes_give_the_loss_gradient_and_evaluation_of_one(tmp_path):
             assert result["evaluation"][name] == pytest.approx(one["evaluation"][name], rel=5e-6), name
 
 
+def test_draws_and_histories_do_not_depend_on_the_processes(tmp_path):
+    """A random selection takes the same tokens of the same rows, and the adaptive opener sees the rollouts in one order."""
+    for scenario in ("random selection", "adaptive opener"):
+        folder = tmp_path / scenario.split()[0]
+        folder.mkdir()
+        (one,) = launch(folder / "one", 1, scenario)
+        for result in launch(folder / "two", 2, scenario):
+            largest = max(map(abs, one["gradient"]))
+            assert result["gradient"] == pytest.approx(one["gradient"], rel=1e-4, abs=1e-5 * largest)
+            assert result["train"]["loss/direct"] == pytest.approx(one["train"]["loss/direct"], rel=5e-6)
+            assert result["tokens"] == one["tokens"] > 0
+            if scenario == "adaptive opener":
+                ours, theirs = (r["state"]["method"]["smoothed"] for r in (result, one))
+                assert len(ours) == 8 and ours == pytest.approx(theirs, abs=1e-5)
+
+
 def test_a_process_whose_answers_are_all_empty_holds_nobody_up(tmp_path):
     first, second = launch(tmp_path / "run", 2, "one rank is empty")
     assert first["train"]["completions/empty"] == second["train"]["completions/empty"] == 4
