@@ -12,9 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from test_trainer import Gradients, by_prompt, make
-from tiny import prompts
+from tiny import config, prompts
 
-from tsdkd import TSDKD
+from tsdkd import TSDKD, TokenDistillConfig, TokenDistillTrainer, TSDKDTrainer
 from tsdkd.methods import GKD
 from tsdkd.selection import AdaptiveOpener
 
@@ -31,12 +31,7 @@ def main(folder: Path, scenario: str) -> None:
         "random selection": GKD(selection="random", selection_share=0.4, gate="entropy_gap"),
         "adaptive opener": TSDKD(adaptive_opener=AdaptiveOpener(warmup=4)),
     }.get(scenario)
-    trainer = make(
-        folder,
-        rollouts=rollouts,
-        method=method,
-        eval_dataset=prompts(7),
-        callbacks=[gradients],
+    options = dict(
         per_device_train_batch_size=4 // world,
         per_device_eval_batch_size=2,
         gradient_accumulation_steps=2,
@@ -44,6 +39,15 @@ def main(folder: Path, scenario: str) -> None:
         max_grad_norm=0.0,
         term_grad_norm_steps=1,
         ddp_find_unused_parameters=False,
+    )
+    trainer = make(
+        folder,
+        rollouts=rollouts,
+        method=method,
+        cls=TSDKDTrainer if method is None else TokenDistillTrainer,
+        args=config(folder, None if method is None else TokenDistillConfig, **options),
+        eval_dataset=prompts(7),
+        callbacks=[gradients],
     )
     if scenario == "one rank is poisoned" and os.environ.get("RANK") == "1":
 

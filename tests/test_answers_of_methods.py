@@ -16,8 +16,10 @@ from trl import DistillationConfig, DistillationTrainer
 from tsdkd import TSDKD, TokenDistillConfig, TokenDistillTrainer
 from tsdkd.demo.recreate import make_tokenizer
 from tsdkd.methods import GKD, METHODS, DistiLLM, MiniLLM, SeqKD, SpeculativeKD, SupervisedKD
+from tsdkd.rollouts import AnswerSource
 from tsdkd.selection import AdaptiveOpener
 from tsdkd.teachers import Recording
+from tsdkd.types import Answers, Rollouts
 
 
 def general(folder, method, /, **kwargs):
@@ -171,7 +173,12 @@ def test_a_prefix_is_all_that_the_models_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", [GKD(selection="opener", selection_share=0.2), TSDKD(direct_weight=0.0, opener_entropy_share=0.2)]
+    "method",
+    [
+        GKD(selection="opener", selection_share=0.2),
+        TSDKD(direct_weight=0.0, opener_entropy_share=0.2),
+        TSDKD(selection="opener", selection_share=0.1, opener_entropy_share=0.2),
+    ],
 )
 def test_behind_an_opener_the_teacher_reads_nothing(tmp_path, method, monkeypatch):
     flats, read = [], []
@@ -362,7 +369,7 @@ def test_the_methods_state_is_part_of_the_checkpoint(tmp_path):
     trainer = general(tmp_path, TSDKD(adaptive_opener=True), rollouts=by_prompt, **options, data=prompts(16))
     trainer.train()
     whole = trainer.method.adaptive_opener.state_dict()
-    saved = json.loads((tmp_path / "checkpoint-2" / "tsdkd_state_0.json").read_text())["method"]
+    saved = json.loads((tmp_path / "checkpoint-2" / "tsdkd_state_0.json").read_text())["state"]
     assert len(saved["smoothed"]) == 8 and len(whole["smoothed"]) == 12
     resumed = general(tmp_path, TSDKD(adaptive_opener=True), rollouts=by_prompt, **options, data=prompts(16))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -397,6 +404,68 @@ def test_distillm_raises_its_share_and_replays(tmp_path):
     assert state["answers"]["share"] == pytest.approx(1.0) and len(state["answers"]["buffer"]) == 4
 
 
+def test_distillm_resumes_where_it_was(tmp_path):
+    """Share, buffer and previous loss: an interrupted run draws and trains as the whole one does."""
+    method = DistiLLM(initial_share=0.6, loss_tolerance=0.0, replay_capacity=8, schedule="constant")
+    shared = dict(
+        max_steps=6, save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=1, max_completion_length=20
+    )
+    runs = {}
+    for name in ("whole", "resumed"):
+        trainer = general(tmp_path, method, student=student(), data=answered(24), eval_dataset=answered(4), **shared)
+        sources = []
+        watch(trainer, "note_source", sources.append)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if name == "resumed" else None)
+        runs[name] = (sources, trainer.source.state_dict(), rows(trainer)[-1]["loss"])
+    assert runs["resumed"][0] == runs["whole"][0][3:] and len(set(runs["whole"][0])) > 1
+    assert runs["resumed"][1]["share"] == runs["whole"][1]["share"] > 0.6
+    assert runs["resumed"][2] == pytest.approx(runs["whole"][2], rel=1e-3)
+    state = tmp_path / "checkpoint-3" / "tsdkd_state_0.json"
+    kept = json.loads(state.read_text())
+    state.write_text(json.dumps({**kept, "processes": 2}))
+    with pytest.raises(ValueError, match="a state of processes 2, and this run has 1"):
+        general(tmp_path, method, student=student(), data=answered(24), eval_dataset=answered(4), **shared).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+        )
+
+
+def test_of_several_evaluation_sets_the_first_decides(tmp_path):
+    sets = {"a": answered(4), "b": answered(8).select(range(4, 8))}
+    trainer = general(
+        tmp_path,
+        DistiLLM(loss_tolerance=0.05, replay_capacity=4),
+        student=student(),
+        data=answered(8),
+        eval_dataset=sets,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.0,
+        max_completion_length=20,
+    )
+    trainer.train()
+    assert trainer.source.share == 0.0 and trainer.source.deciding == "eval_a"
+    trainer.source.previous_loss = -1.0
+    trainer.evaluate()
+    assert trainer.source.share == 0.0  # outside of training nothing moves
+
+
+def test_the_teacher_answers_every_evaluation_set(tmp_path):
+    trainer = general(tmp_path, SeqKD(), eval_dataset={"one": prompts(4), "two": prompts(8)}, max_steps=1)
+    before = trainer.evaluate()
+    assert all("completion_ids" in rows.column_names for rows in trainer.eval_dataset.values())
+    alone = general(tmp_path / "alone", SeqKD(), eval_dataset=trainer.eval_dataset["one"])
+    assert alone.evaluate()["eval_loss"] == pytest.approx(before["eval_one_loss"], rel=1e-5)
+
+
+def test_a_budget_goes_on_after_a_resumption(tmp_path):
+    options = dict(max_steps=9, token_budget=200, save_strategy="steps", save_steps=2)
+    general(tmp_path, GKD(), rollouts=lambda ids: [5] * 10, **options).train()
+    trainer = general(tmp_path, GKD(), rollouts=lambda ids: [5] * 10, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 5 and trainer.trained_tokens == 200
+
+
 def test_distillm_without_an_evaluation_says_that_its_share_stays(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="tsdkd"):
         general(tmp_path, DistiLLM(replay_capacity=8, initial_share=0.25), data=answered(8))
@@ -412,10 +481,24 @@ def test_a_token_budget_ends_the_run(tmp_path):
 # ---------------------------------------------------------------------- recordings
 
 
-def recorded(tmp_path, **options):
-    trainer = general(tmp_path / "r", TSDKD(), student=student(), max_steps=2, data=prompts(8))
+def recorded(tmp_path, method=None, data=None, **options):
+    options = {"max_steps": 2, **options}
+    trainer = general(tmp_path / "r", method or TSDKD(), student=student(), data=data or prompts(8), **options)
     trainer.record(tmp_path / "recording")
     return tmp_path / "recording"
+
+
+def test_a_recording_draws_its_sources_as_training_would(tmp_path):
+    data = answered(32)
+    folder = recorded(tmp_path, GKD(lmbda=0.5), data, max_steps=8, max_completion_length=20)
+    tokenizer, given = make_tokenizer(), {row["prompt"]: row["completion"] for row in data}
+    drawn = []
+    for shard in sorted(folder.glob("step-*.jsonl")):
+        lines = [json.loads(line) for line in shard.read_text().splitlines()]
+        from_data = [tokenizer.decode(row["completion_ids"][:-1]).strip() == given[row["prompt"]] for row in lines]
+        drawn.append("dataset" if all(from_data) else "fresh")
+    source = AnswerSource(Answers(share=0.5), seed=42, rows=4)
+    assert drawn == [source.draw(step, 8) for step in range(8)] and set(drawn) == {"fresh", "dataset"}
 
 
 def from_recording(tmp_path, folder, method, seed=1, **options):
@@ -479,9 +562,17 @@ def test_a_recording_of_something_else_or_damaged_is_refused_before_training(tmp
         general(tmp_path / "again", GKD()).record(folder)
     with pytest.raises(ValueError, match="leave train_dataset and the teacher out"):
         general(tmp_path / "both", GKD(), recording=str(folder))
-    short = from_recording(tmp_path / "short", folder, GKD(), max_completion_length=2)
+    with pytest.raises(ValueError, match="answers of up to 12 tokens, but max_completion_length=2 would cut them: pass 12"):
+        from_recording(tmp_path / "short", folder, GKD(), max_completion_length=2)
+    with pytest.raises(ValueError, match=r"was made with another student.*any_recording=True"):
+        from_recording(tmp_path / "other", folder, GKD(), seed=7)
+    from_recording(tmp_path / "meant", folder, GKD(), seed=7, any_recording=True).train()
+    (changed / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        from_recording(tmp_path, changed, GKD())
+    stranger = from_recording(tmp_path / "stranger", folder, GKD())
     with pytest.raises(ValueError, match="are not in the recording"):
-        short.train()
+        stranger.teacher.score(Rollouts([[5, 6]], [[7]], [[1]]))
 
 
 # ---------------------------------------------------------------------- refusals
@@ -495,11 +586,60 @@ def test_a_recording_of_something_else_or_damaged_is_refused_before_training(tmp
         (DistiLLM(replay_capacity=3), answered(8), {}, "replay_capacity=3 over 1 processes is 3 rows each, but a step takes 4"),
         (SpeculativeKD(), prompts(8), {"top_p": 0.9}, "top_p, top_k and min_p would change the distributions"),
         (MiniLLM(), prompts(8), {"top_k": 5}, "written by both models, token by token, but"),
+        (MiniLLM(), prompts(8), {"temperature": 0.0}, r"temperature=0\.0 leaves no distribution to draw from"),
+        (
+            SpeculativeKD(),
+            prompts(8),
+            {"repetition_penalty": 1.3},
+            "repetition_penalty and generation_kwargs are options of one",
+        ),
+        (
+            SeqKD(),
+            Dataset.from_dict({"prompt": ["a"] * 4, "completion": ["b", None, "", "c"]}),
+            {},
+            "2 completions .* in row 1",
+        ),
+        (SeqKD(), Dataset.from_dict({"prompt": ["a"] * 4, "completion_ids": [[70]] * 4}), {}, "the completion of row 0"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_at_construction(tmp_path, method, data, options, message):
     with pytest.raises(ValueError, match=message):
         general(tmp_path, method, data=data, **options)
+
+
+def test_an_evaluation_set_without_answers_is_refused_where_answers_are_scored(tmp_path):
+    with pytest.raises(ValueError, match="eval_dataset has no 'completion' column"):
+        general(tmp_path, DistiLLM(replay_capacity=8), data=answered(8), eval_dataset=prompts(4))
+
+
+def test_options_that_would_be_lost_are_refused_or_applied(tmp_path):
+    trainer = general(tmp_path, "gkd", data=answered(8), method_options={"lmbda": 0.0})
+    assert trainer.method == GKD(lmbda=0.0)
+    with pytest.raises(ValueError, match="method_options were given beside a method object"):
+        general(tmp_path, GKD(), method_options={"lmbda": 0.0}, data=answered(8))
+    with pytest.raises(ValueError, match=r"method='gkd' was given with a TSDKDConfig"):
+        make(tmp_path, method="gkd")
+    with pytest.raises(ValueError, match="given twice"):
+        make(tmp_path, method=TSDKD(), beta=0.5)
+    with pytest.raises(ValueError, match=r"beta=1\.0 is an option of the method"):
+        config(tmp_path, TokenDistillConfig, method="gkd", beta=1.0)
+    with pytest.raises(ValueError, match=r"method_options=\[1\]: pass the method's options by name"):
+        config(tmp_path, TokenDistillConfig, method_options=[1])
+
+
+def test_a_gate_that_reads_other_tokens_makes_the_models_read_them(tmp_path):
+    class Relative:
+        needs = "both"
+
+        def __call__(self, statistics):
+            return torch.sigmoid(statistics.divergence - statistics.divergence.mean(-1, keepdim=True))
+
+    for selection in ("opener", "prefix", "random"):
+        method = GKD(selection=selection, selection_share=0.4, gate=Relative())
+        assert method.teacher_prefix is None and method.reads(10) == 10
+        trainer = general(tmp_path / selection, method, rollouts=by_prompt, max_steps=1)
+        trainer.train()
+        assert "teacher/tokens_spared" not in rows(trainer)[-1]
 
 
 def test_tools_and_given_answers_do_not_go_together(tmp_path):

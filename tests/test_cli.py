@@ -119,6 +119,39 @@ def test_recipes_parse_into_the_config_and_map_their_columns(recipe):
     assert check_prompts(rows, "train_dataset") is True
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_take_every_method_with_the_same_training(recipe):
+    from tsdkd.methods import METHODS
+
+    settings = set()
+    for method in METHODS:
+        _, config, _ = parse(["--config", str(recipe), "--use_cpu", "--method", method])
+        assert config.build_method().name == method
+        settings.add((config.learning_rate, config.lr_scheduler_type, config.warmup_steps, config.num_train_epochs))
+    assert len(settings) == 1
+
+
+def test_a_comparison_is_made_again_when_its_data_change(tmp_path):
+    from tsdkd.pipelines.compare import Run, compare, digest
+
+    made = []
+
+    def train(run):
+        made.append(run)
+        return object(), {"trained_tokens": 1}
+
+    file, out = tmp_path / "p.jsonl", tmp_path / "rows.jsonl"
+    for content, runs in (("a", 2), ("a", 2), ("b", 4)):
+        file.write_text(content)
+        settings = {"contents": digest(["x"], [str(file), None])}
+        rows = compare(
+            [Run("one", "gkd"), Run("two", "gkd")], train, lambda s: {"accuracy": 0.5}, out, settings, say=lambda t: None
+        )
+        assert len(made) == runs and [row["label"] for row in rows] == ["one", "two"]
+    compare([Run("three", "gkd")], train, lambda s: {"accuracy": 1.0}, out, settings, writes=False, say=lambda t: None)
+    assert len(out.read_text().splitlines()) == 4
+
+
 def test_mapping_refuses_what_is_not_there():
     from datasets import Dataset
 
@@ -165,6 +198,9 @@ def test_another_method_and_a_recording_from_the_command_line(tmp_path, capsys, 
         (["train", *given, *data, "--method", "gkd", "--method_options", '{"k": 1}'], "method 'gkd' has no option 'k'"),
         (["compare", "--config", str(recipe), "--methods", "gkd,dpo"], "method 'dpo' is unknown"),
         (["compare", "--config", str(recipe)], "no methods were given"),
+        (["compare", "--config", str(recipe), "--methods", "gkd", "--seed", "7"], "--seed: a comparison runs seeds 0, 1"),
+        (["train", *given, *data, "--method", "gkd", "--method_options", "[1]"], "pass the method's options by name"),
+        (["train", *given, *data, "--method", "gkd", "--beta", "1.0"], "beta=1.0 is an option of the method"),
         (["compare", "--config", str(recipe), "--methods", "gkd", "--seeds", "0"], "--seeds 0: it must be 1 or more"),
         (["compare", "--config", str(recipe), "--methods", "gkd", "--problems", str(tmp_path / "p.jsonl")], "'question' and"),
         ([*compared[:-1], str(tmp_path / "d.jsonl"), "--methods", "minillm"], "written by student and teacher together"),

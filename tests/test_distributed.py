@@ -51,7 +51,7 @@ def test_draws_and_histories_do_not_depend_on_the_processes(tmp_path):
             assert result["train"]["loss/direct"] == pytest.approx(one["train"]["loss/direct"], rel=5e-6)
             assert result["tokens"] == one["tokens"] > 0
             if scenario == "adaptive opener":
-                ours, theirs = (r["state"]["method"]["smoothed"] for r in (result, one))
+                ours, theirs = (r["state"]["state"]["smoothed"] for r in (result, one))
                 assert len(ours) == 8 and ours == pytest.approx(theirs, abs=1e-5)
 
 

@@ -182,6 +182,11 @@ def test_answers_are_written_once_and_an_interruption_loses_a_batch_at_most(tmp_
     assert once(path, prompts, calls) == expected and calls == []
     shard = path.with_name("answers-0.jsonl")
     text = shard.read_text()
+    for torn in ("", text[:9]):  # interrupted in the header
+        shard.write_text(torn)
+        assert once(path, prompts, calls) == expected and sum(map(len, calls)) == 3
+        assert once(path, prompts, []) == expected and shard.read_text() == text
+        calls.clear()
     shard.write_text(text[:-5])  # torn in its last line
     assert once(path, [*prompts, [9]], calls) == [*expected, [1, 9]]
     assert sum(map(len, calls)) == 2 and once(path, prompts, []) == expected

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+# What a recipe names whose contents a row depends on.
+FILES = (
+    "model_name_or_path",
+    "teacher_model_name_or_path",
+    "dataset_name",
+    "eval_dataset_name",
+    "pretraining_dataset_name",
+    "recording",
+)
 
-def _labelled(named: dict[str, Any], wanted: str | None) -> dict[str, dict[str, Any]]:
+
+def _labelled(named: dict[str, Any] | list[str], wanted: str | None) -> dict[str, dict[str, Any]]:
     """Each run's label with its method and options, from the recipe's `methods` and `--methods`."""
     from tsdkd.methods import METHODS
 
-    labels = wanted.split(",") if wanted else list(named)
+    if isinstance(named, list):
+        named = {name: {} for name in named}
+    labels = [label.strip() for label in wanted.split(",")] if wanted else list(named)
     if not labels:
         raise ValueError("no methods were given: pass --methods tsd_kd,gkd or a 'methods' mapping in the recipe.")
     made = {}
@@ -47,6 +60,7 @@ def _problems(path: Path | None) -> list:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tsdkd compare",
+        allow_abbrev=False,
         description="Train several methods from the same start with the same prompts and budget, score each by the accuracy of "
         "its greedy answers, and write a row a run. Interrupted, it goes on where it stopped. Flags that are not listed "
         "here are tsdkd train's.",
@@ -58,7 +72,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method, with seeds 0, 1, … (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("comparison.jsonl"), help="rows go here (default: %(default)s)")
     parser.add_argument("--problems", type=Path, help="JSONL of 'question' and 'answer' to score on; default: the demo's")
+    parser.add_argument("--output_dir", type=Path, help="each run gets a folder in it; default: the recipe's, or beside --out")
     own, rest = parser.parse_known_args(arguments)
+    if any(flag.partition("=")[0] == "--seed" for flag in rest):
+        raise ValueError("--seed: a comparison runs seeds 0, 1, …; pass --seeds, how many.")
     if own.seeds < 1:
         raise ValueError(f"--seeds {own.seeds}: it must be 1 or more.")
 
@@ -70,11 +87,13 @@ def main(arguments: list[str]) -> int:
 
     from tsdkd.cli.train import build, parse
     from tsdkd.demo.scoring import accuracy
-    from tsdkd.pipelines.compare import Run, compare, table
+    from tsdkd.pipelines.compare import Run, compare, digest, table
     from tsdkd.trainers import TokenDistillConfig
 
     problems = _problems(own.problems)
-    folder = Path(recipe.get("output_dir", own.out.with_suffix("")))
+    folder = own.output_dir or Path(recipe.get("output_dir", own.out.with_suffix("")))
+    if "teacher_answers" not in recipe and not recipe.get("teacher_answers_temperature"):
+        recipe["teacher_answers"] = str(folder / "teacher_answers.jsonl")  # greedy: the same for all runs
 
     def options_of(run: Run) -> tuple:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
@@ -94,12 +113,12 @@ def main(arguments: list[str]) -> int:
     runs = [Run(label, seed=seed, **method) for seed in range(own.seeds) for label, method in labelled.items()]
     for run in runs[: len(labelled)]:
         options_of(run)  # refuses what does not fit before the first run starts
-    settings = {
-        **{key: value for key, value in recipe.items() if key != "output_dir"},
-        "flags": rest,
-        "problems": len(problems),
-    }
-    rows = compare(runs, train, score, own.out, settings)
-    print(table(rows))
-    print(f"The rows are in {own.out}")
+    shared = {key: value for key, value in recipe.items() if key not in ("output_dir", "teacher_answers")}
+    contents = digest([repr(problems)], [recipe.get(key) for key in FILES])
+    settings = {**shared, "flags": rest, "problems": len(problems), "contents": contents}
+    first = os.environ.get("RANK", "0") == "0"
+    rows = compare(runs, train, score, own.out, settings, writes=first, say=print if first else lambda text: None)
+    if first:
+        print(table(rows))
+        print(f"The rows are in {own.out}")
     return 0

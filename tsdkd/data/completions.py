@@ -24,6 +24,14 @@ def answer_text(completion: Any) -> str:
     )
 
 
+def has_text(completion: Any) -> bool:
+    """Whether a completion is one, with something in it."""
+    try:
+        return bool(answer_text(completion).strip())
+    except ValueError:
+        return False
+
+
 def answer_ids(
     prompt: Sequence[int], whole: Sequence[int], alone: Sequence[int], ends: Collection[int], limit: int
 ) -> tuple[list[int], bool]:

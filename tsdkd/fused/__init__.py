@@ -157,7 +157,8 @@ def _selected_ahead(objective: Objective, batch: TokenBatch) -> tuple[torch.Tens
     """
     selection = objective.selection
     others = (objective.opener, objective.top_entropy, objective.sampled)
-    alone = objective.direct_weight and not any(other is not None for other in others)
+    own_token = reference.needs_of(objective.gate, "token") in ("token", "lengths")
+    alone = objective.direct_weight and own_token and not any(other is not None for other in others)
     count = getattr(selection, "count", None)
     if selection is None or count is None or reference.needs_of(selection, "both") != "lengths" or not alone:
         return None

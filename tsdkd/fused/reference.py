@@ -129,17 +129,18 @@ def metric_sums(
     indirect, direct, entropy, sampled = (term.detach() for term in terms)
     opener, kept = weights.opener.sum(), weights.selected.sum()
     scored = statistics.mask if statistics.scored is None else statistics.scored
-    sums = {
-        "loss/indirect": (indirect, responses),
-        "loss/direct": (direct, divisor),
-        "loss/entropy": (entropy, selected),
-        "student/entropy": (like.sum(), tokens),
-        "gate/mean": (weights.gate.sum(), kept),
-        "opener/tokens": (opener, responses),
-        "opener/share": (opener, tokens),
-        "entropy_selection/mean": ((like * weights.top_entropy).sum(), selected),
-        "candidates/tau": (candidate_tau.sum(), opener),
-    }
+    sums = {"student/entropy": (like.sum(), tokens)}
+    if objective.direct_weight:
+        sums["loss/direct"] = (direct, divisor)
+        sums["gate/mean"] = (weights.gate.sum(), kept)
+    if objective.opener is not None:
+        sums["loss/indirect"] = (indirect, responses)
+        sums["opener/tokens"] = (opener, responses)
+        sums["opener/share"] = (opener, tokens)
+        sums["candidates/tau"] = (candidate_tau.sum(), opener)
+    if objective.top_entropy is not None:
+        sums["loss/entropy"] = (entropy, selected)
+        sums["entropy_selection/mean"] = ((like * weights.top_entropy).sum(), selected)
     if objective.sampled is not None:
         sums["loss/sampled"] = (sampled, tokens)
     if objective.selection is not None:

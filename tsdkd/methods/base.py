@@ -68,6 +68,17 @@ def step_counts(lengths: Sequence[int], selection: Selection | None = None, top_
     return Counts(sum(lengths), top_entropy, sum(length > 0 for length in lengths), direct)
 
 
+def reads_own_token(gate: str | Gate | None) -> bool:
+    """Whether a gate reads nothing of other tokens; every named one does not."""
+    return not callable(gate) or getattr(gate, "needs", "token") == "token"
+
+
+def reads_of(selection: str | Selection | None, share: float, gate: str | Gate | None, length: int) -> int:
+    """How many of a response's first tokens a direct term reads, where lengths tell."""
+    of_rule = getattr(resolve_selection(selection, share), "reads", None) if reads_own_token(gate) else None
+    return length if of_rule is None else of_rule(length)
+
+
 def prefix_of(selection: Selection | None) -> Selection | None:
     """The selection, where it keeps first tokens that the student's statistics tell; else None."""
     is_prefix = getattr(selection, "is_prefix", False) and getattr(selection, "needs", "both") == "student"
@@ -123,13 +134,12 @@ class DivergenceMethod:
 
     def reads(self, length: int) -> int:
         """How many of a response's first tokens the term reads: a prefix spares both models the rest."""
-        of_rule = getattr(resolve_selection(self.selection, self.selection_share), "reads", None)
-        return length if of_rule is None else of_rule(length)
+        return reads_of(self.selection, self.selection_share, self.gate, length)
 
     @property
     def teacher_prefix(self) -> Selection | None:
         """The selection, where it is a prefix that the student's statistics tell."""
-        return prefix_of(resolve_selection(self.selection, self.selection_share))
+        return prefix_of(resolve_selection(self.selection, self.selection_share)) if reads_own_token(self.gate) else None
 
     def terms(self) -> dict[str, float]:
         return {"direct": 1.0}

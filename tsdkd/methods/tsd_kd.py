@@ -6,6 +6,7 @@ loss = α · indirect + direct + entropy (Eq. 13), every term on tokens of its o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from tsdkd.checks import (
 )
 from tsdkd.fused.reference import evaluate_logits
 from tsdkd.losses import ENTROPY_TARGETS, STAGE_WEIGHTS, shared_vocabulary
-from tsdkd.methods.base import prefix_of, step_counts
+from tsdkd.methods.base import prefix_of, reads_of, reads_own_token, step_counts
 from tsdkd.selection import (
     AdaptiveOpener,
     Gate,
@@ -124,11 +125,24 @@ class TSDKD:
         """The student's own answers, or the data set's where `lmbda` says so."""
         return Answers(share=self.lmbda, evaluate_on="student" if self.lmbda else "dataset")
 
+    def reads(self, length: int) -> int:
+        """How many of a response's first tokens any term reads: a prefix, where the direct term is alone."""
+        objective = self.objective()
+        alone = objective.direct_weight and objective.opener is None and objective.top_entropy is None
+        return reads_of(self.selection, self.selection_share, self.gate, length) if alone else length
+
     @property
     def teacher_prefix(self) -> Selection | None:
-        """The opener, where the ranking on it is all that reads the teacher."""
+        """The longest of the openers outside of which no term reads the teacher."""
         objective = self.objective()
-        return prefix_of(objective.opener) if fused.reference.teacher_scope(objective) == "none" else None
+        if fused.reference.teacher_scope(objective) == "all" or not reads_own_token(self.gate):
+            return None
+        rules = [objective.selection] if objective.direct_weight else []
+        rules += [objective.opener] if objective.opener is not None else []
+        prefixes = [rule for rule in map(prefix_of, rules) if rule is not None]
+        if not rules or len(prefixes) < len(rules):
+            return None
+        return lambda statistics: functools.reduce(torch.logical_or, (rule(statistics) for rule in prefixes))
 
     @property
     def state(self) -> AdaptiveOpener | None:
@@ -169,9 +183,12 @@ class TSDKD:
     def loss(
         self, batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, counts: Counts | None = None, **engine: Any
     ) -> LossTerms:
-        if teacher_head is not None and self.objective().opener is not None:
+        objective = self.objective()
+        if batch.cut:
+            objective = dataclasses.replace(objective, selection=None)
+        if teacher_head is not None and objective.opener is not None:
             check_candidates(self.num_candidates, min(student_head.size, teacher_head.size))
-        return fused.evaluate(self.objective(), batch, student_head, teacher_head, counts=counts, **engine)
+        return fused.evaluate(objective, batch, student_head, teacher_head, counts=counts, **engine)
 
 
 def tsd_kd_loss(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import statistics
 import time
@@ -32,6 +34,18 @@ def _identity(row: dict[str, Any]) -> str:
     return json.dumps([row["label"], row["method"], row["options"], row["seed"], row["settings"]], sort_keys=True)
 
 
+def digest(texts: Sequence[str], paths: Sequence[str | None]) -> str:
+    """What a row depends on beside its settings: texts, files' contents, and of folders each file's name, size and time."""
+    made = hashlib.sha256("\0".join(texts).encode())
+    for path in (Path(name) for name in paths if name):
+        if path.is_file():
+            made.update(path.read_bytes())
+        elif path.is_dir():
+            for file in sorted(path.iterdir()):
+                made.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    return made.hexdigest()[:16]
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a results file; a torn last line is left out.
 
@@ -57,6 +71,8 @@ def compare(
     score: Callable[[Any], dict[str, Any]],
     out: Path,
     settings: dict[str, Any],
+    *,
+    writes: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Train and score every run that `out` has no row of.
@@ -67,6 +83,7 @@ def compare(
         score: from a trained student to its figures.
         out: JSONL, a row a run, appended as soon as the run is done.
         settings: what all runs share; a row of other settings is another run's.
+        writes: whether this process writes the rows, one of several.
 
     Returns:
         the rows of these runs, in order.
@@ -74,7 +91,7 @@ def compare(
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {_identity(row): row for row in read_rows(out)}
     whole = [json.dumps(row) + "\n" for row in read_rows(out)]
-    if out.is_file() and out.read_text() != "".join(whole):
+    if writes and out.is_file() and out.read_text() != "".join(whole):
         out.write_text("".join(whole))  # without the torn line
     rows = []
     for number, run in enumerate(runs, 1):
@@ -86,8 +103,11 @@ def compare(
             student, facts = train(run)
             seconds = round(time.perf_counter() - began, 1)
             row = {**wanted, **score(student), **facts, "seconds": seconds, "provenance": provenance(run.seed)}
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            del student  # two runs' models need not fit beside each other
+            gc.collect()
+            if writes:
+                with out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
         rows.append(row)
     return rows
 

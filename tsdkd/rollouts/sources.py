@@ -41,6 +41,7 @@ class AnswerSource:
         self.answers, self.seed = answers, seed
         self.share = answers.share
         self.previous_loss: float | None = None
+        self.deciding: str | None = None  # of several evaluation sets the first
         self.buffer: deque[dict[str, Any]] = deque()
         if answers.replay is not None:
             self.share = answers.replay.start
@@ -72,10 +73,11 @@ class AnswerSource:
         """Rows of the buffer, drawn without replacement."""
         return random.Random(f"{self.seed}/{step}/{process}").sample(list(self.buffer), rows)
 
-    def evaluated(self, loss: float) -> None:
-        """Raise φ where an evaluation's loss is worse than the one before."""
+    def evaluated(self, loss: float, name: str = "eval") -> None:
+        """Raise φ where an evaluation's loss is worse than the one before; of several evaluation sets the first decides."""
         replay = self.answers.replay
-        if replay is None:
+        self.deciding = self.deciding or name
+        if replay is None or name != self.deciding:
             return
         if self.previous_loss is not None and loss >= self.previous_loss + replay.tolerance:
             self.share = min(1.0, self.share + replay.increase)
@@ -83,10 +85,11 @@ class AnswerSource:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"share": self.share, "previous_loss": self.previous_loss, "buffer": list(self.buffer)}
+        kept = {"share": self.share, "previous_loss": self.previous_loss, "deciding": self.deciding}
+        return {**kept, "buffer": list(self.buffer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.share, self.previous_loss = state["share"], state["previous_loss"]
+        self.share, self.previous_loss, self.deciding = state["share"], state["previous_loss"], state["deciding"]
         self.buffer.clear()
         self.buffer.extend(state["buffer"])

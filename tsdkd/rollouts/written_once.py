@@ -18,8 +18,8 @@ def key_of(ids: Sequence[int]) -> str:
     return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()[:24]
 
 
-def _read(path: Path, settings: dict[str, Any]) -> dict[str, list[int]]:
-    """The answers of a file by prompt; a torn last line is left out.
+def _read(path: Path, settings: dict[str, Any], mend: bool = False) -> dict[str, list[int]]:
+    """The answers of a file by prompt; a torn last line is left out, and taken out where its owner reads (`mend`).
 
     Raises:
         ValueError: a file that was written with other settings.
@@ -47,8 +47,10 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, list[int]]:
                 )
             continue
         answers[row["prompt"]] = row["completion_ids"]
-    if len(kept) < len(lines) or (kept and not kept[-1].endswith("\n")):
-        path.write_text("".join(line if line.endswith("\n") else line + "\n" for line in kept))
+    if mend and (len(kept) < len(lines) or (kept and not kept[-1].endswith("\n"))):
+        whole = path.with_suffix(".partial")
+        whole.write_text("".join(line if line.endswith("\n") else line + "\n" for line in kept))
+        whole.rename(path)
     return answers
 
 
@@ -85,12 +87,12 @@ def write_once(
     own = path.with_name(f"{path.stem}-{process}{path.suffix}")
     written: dict[str, list[int]] = {}
     for shard in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}")):
-        written.update(_read(shard, settings))
+        written.update(_read(shard, settings, mend=shard == own))
     barrier()  # nobody writes before all have read
     by_key = {key_of(ids): ids for ids in prompts}
     missing = [key for key in sorted(by_key) if key not in written][process::processes]
     missing.sort(key=lambda key: len(by_key[key]))
-    if not own.exists():
+    if not own.exists() or not own.stat().st_size:
         own.write_text(json.dumps(settings) + "\n")
     began, told = time.monotonic(), time.monotonic()
     with own.open("a") as file:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tsdkd.types import Head, Rollouts
@@ -98,7 +99,10 @@ class Recording:
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise ValueError(f"{folder} holds no finished recording (no {MANIFEST}): write one with tsdkd train --record DIR.")
-        manifest = json.loads((folder / MANIFEST).read_text())
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{folder / MANIFEST} is damaged ({error}): record again, or restore it.") from error
         if manifest.get("format") != _FORMAT:
             raise ValueError(f"{folder} is a recording of format {manifest.get('format')}; this version reads {_FORMAT}.")
         sums = {"head.safetensors": manifest["head"]["sha256"]}
@@ -110,6 +114,28 @@ class Recording:
                     f"{folder / name} is missing or damaged (its checksum is not the manifest's): record again, or restore it."
                 )
         return cls(folder, manifest)
+
+    def check_student(self, fingerprint: str, longest: int) -> None:
+        """Refuse another student than the one that wrote the answers, and a limit that would cut them.
+
+        Raises:
+            ValueError: saying what to do.
+        """
+        wrote = self.about.get("student_fingerprint")
+        if wrote != fingerprint:
+            raise ValueError(
+                f"the recording {self.folder} was made with another student ({self.about.get('models', {}).get('student')}) or "
+                "other weights of it: its answers would be a stranger's. Record again with this student, or say that it "
+                "is meant: "
+                "any_recording=True."
+            )
+        recorded = max((len(row["completion_ids"]) for row in self.rows), default=0)
+        if recorded > longest:
+            raise ValueError(
+                f"the recording {self.folder} has answers of up to {recorded} tokens, but "
+                f"max_completion_length={longest} would cut "
+                f"them: pass {recorded} or more."
+            )
 
     def check_rows(self, tokenize: Callable[[list], list[list[int]]]) -> None:
         """Refuse a student whose tokenizer or chat template reads the recorded prompts otherwise."""
@@ -136,11 +162,12 @@ class Recording:
                 "a recorded teacher knows its own rows alone. Keep max_completion_length and the prompts of the recording, and "
                 "evaluate with a live teacher."
             )
-        return self._shard(place[0])[place[1]]
+        return self._shard(place[0]).get_tensor(place[1])
 
-    @lru_cache(maxsize=4)  # noqa: B019  (a recording lives as long as its trainer)
-    def _shard(self, name: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / f"{name}.safetensors")
+    @lru_cache(maxsize=64)  # noqa: B019  (a recording lives as long as its trainer)
+    def _shard(self, name: str) -> Any:
+        """A shard opened, not read: rows come one by one, in any order."""
+        return safe_open(self.folder / f"{name}.safetensors", framework="pt")
 
 
 class RecordedTeacher:

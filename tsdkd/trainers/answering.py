@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tsdkd.data.completions import has_text
 from tsdkd.rollouts import AnswerSource, InterleavedWriter, VLLMWriter, mixed, speculative, write_once
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.trl_seams import SeamTrainer
@@ -34,9 +35,8 @@ class AnsweringTrainer(SeamTrainer):
     rows_in_hand: list[dict[str, Any]]
     _writer: InterleavedWriter | None = None
 
-    def check_answers(self, train_dataset: Any, eval_dataset: Any, has_tools: bool) -> None:
+    def check_answers(self, train_dataset: Any, eval_dataset: Any, has_tools: bool, has_teacher: bool) -> None:
         """Refuse, before any model is loaded, what the method cannot get its answers from."""
-        columns = getattr(train_dataset, "column_names", None) or []
         if not self.answers.need_dataset:
             return
         if has_tools:
@@ -44,11 +44,27 @@ class AnsweringTrainer(SeamTrainer):
                 "tools were given to a method that trains on the data set's answers: those call no tools. Use a method that "
                 "trains on the student's own answers, or leave tools out."
             )
-        if columns and "completion" not in columns and "completion_ids" not in columns and not self.answers.teacher_may_write:
+        sets = {"train_dataset": train_dataset}
+        if self.answers.evaluate_on == "dataset":
+            many = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+            sets.update({f"eval_dataset[{name!r}]" if name else "eval_dataset": rows for name, rows in many.items()})
+        for role, rows in sets.items():
+            columns = getattr(rows, "column_names", None) or []
+            if not columns or {"completion", "completion_ids"} & set(columns):
+                continue
+            if self.answers.teacher_may_write and has_teacher:
+                continue
+            if self.answers.teacher_may_write:
+                raise ValueError(
+                    f"{role} has no 'completion' column and there is no teacher to write one; it has: "
+                    f"{', '.join(columns)}. Pass "
+                    "teacher_model, or rename the column that holds the answers to 'completion'."
+                )
             raise ValueError(
-                f"the method trains on the data set's answers, but train_dataset has no 'completion' column; it has: "
-                f"{', '.join(columns)}. Rename the one that holds the answers to 'completion', or train on the student's own "
-                "answers (lmbda=1)."
+                f"the method trains on the data set's answers, but {role} has no 'completion' column; it has: "
+                f"{', '.join(columns)}. Rename the one that holds the answers to 'completion', or use a method that "
+                "trains on the "
+                "student's own answers."
             )
 
     def prepare_answers(self) -> None:
@@ -84,8 +100,12 @@ class AnsweringTrainer(SeamTrainer):
             why = "tools need answers of one model: leave tools out"
         elif any(hasattr(p, "ds_status") for p in self.teacher_model.parameters()):
             why = "a teacher under ZeRO-3 cannot write token by token while processes end at different lengths: keep it whole"
+        elif self.args.temperature <= 0:
+            why = f"temperature={self.args.temperature} leaves no distribution to draw from: pass one above 0"
         elif self.args.top_p != 1.0 or self.args.top_k or self.args.min_p:
             why = "top_p, top_k and min_p would change the distributions that are mixed: leave them at their defaults"
+        elif self.args.repetition_penalty != 1.0 or self.args.generation_kwargs:
+            why = "repetition_penalty and generation_kwargs are options of one model's generation: leave them out"
         if why:
             raise ValueError(f"the method's answers are written by both models, token by token, but {why}.")
 
@@ -95,9 +115,17 @@ class AnsweringTrainer(SeamTrainer):
         """The teacher's answers to a data set that has none; those written before are read."""
         if not (self.answers.need_dataset and self.answers.teacher_may_write):
             return
-        self.train_dataset = self._written("train_dataset", self.train_dataset)
-        if self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
+        if self.train_dataset is not None:
+            self.train_dataset = self._written("train_dataset", self.train_dataset)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {k: self._written(f"eval_dataset[{k!r}]", v) for k, v in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
             self.eval_dataset = self._written("eval_dataset", self.eval_dataset)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers' `Trainer.evaluate`."""
+        self.let_teacher_write()
+        return super().evaluate(*args, **kwargs)
 
     def _written(self, role: str, dataset: Any) -> Any:
         if {"completion", "completion_ids"} & set(dataset.column_names or []):
@@ -106,8 +134,6 @@ class AnsweringTrainer(SeamTrainer):
             raise ValueError(
                 f"{role} is a stream without a 'completion' column: the teacher can only answer a data set of rows."
             )
-        if self.teacher_model is None:
-            raise ValueError(f"{role} has no 'completion' column and there is no teacher to write one: pass teacher_model.")
         prompts = [
             ids for start in range(0, len(dataset), 1000) for ids in self.tokenize(dataset[start : start + 1000]["prompt"])
         ]
@@ -179,15 +205,24 @@ class AnsweringTrainer(SeamTrainer):
 
     def check_given(self, dataset: Any, role: str) -> None:
         """Refuse the data set's answers where they cannot be trained on; say how many are cut."""
-        if "completion" not in (dataset.column_names or []) or not self.answers.need_dataset:
+        columns = set(dataset.column_names or [])
+        if not self.answers.need_dataset or not columns & {"completion", "completion_ids"}:
             return
+        if "completion_ids" not in columns:
+            empty = [row for row, completion in enumerate(dataset["completion"]) if not has_text(completion)]
+            if empty:
+                raise ValueError(
+                    f"{role} has {len(empty)} completions without text, the first in row {empty[0]}: an answer is a "
+                    "text or a list "
+                    "of one assistant message with a text. Remove or mend those rows."
+                )
         cut = 0
         for start in range(0, len(dataset), 1000):
             rows = dataset[start : start + 1000]
-            try:
+            if "completion_ids" in columns:
+                given = [(list(ids), len(ids) > self.max_completion_length) for ids in rows["completion_ids"]]
+            else:
                 given = self.tokenize_answers(rows["prompt"], rows["completion"], self.max_completion_length)
-            except ValueError as error:
-                raise ValueError(f"{role}: {error}") from error
             for row, (ids, was_cut) in enumerate(given, start):
                 cut += was_cut
                 if max(ids, default=0) >= self.vocab_size:

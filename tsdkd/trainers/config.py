@@ -24,7 +24,8 @@ def bf16_works_here() -> bool:
 class TokenDistillConfig(DistillationConfig):
     """Options of `TokenDistillTrainer`: TRL's `DistillationConfig`, with these beside them.
 
-    `temperature` is the sampling temperature only; the loss has its own. `bf16` defaults to what the machine has.
+    `temperature` is the sampling temperature only; the loss has its own. `bf16` defaults to what the machine has. Learning
+    rate, schedule, warm-up and epochs default to the paper's, for every method alike.
 
     Args:
         method: the method's name; its own options are `method_options`.
@@ -44,14 +45,27 @@ class TokenDistillConfig(DistillationConfig):
         token_budget: stop after the step that brings the tokens of answers trained on, over all processes, to this many.
         recording: a folder that `record` wrote: its rollouts and its teacher's hidden states are trained on, and no
             teacher is loaded.
+        any_recording: take a recording that another student, or other weights of this one, wrote.
         term_grad_norm_steps: every that many steps, log the norm of each term's gradient with respect to the student's
             last hidden states, on one micro-batch; 0 is never.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DistillationConfig._VALID_DICT_FIELDS, "method_options"]
 
+    learning_rate: float = field(
+        default=5e-6, metadata={"help": "AdamW (paper, A.9: 'Learning rate 5e-6 (Qwen2.5), 1e-7 (Gemma2)')."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Paper, A.9: 'Learning rate scheduler Cosine'."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Below 1 a share of the steps (paper, A.9: 'Warmup ratio 0.1')."}
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Paper, A.9: 'Epochs 3'."})
+
     method: str = field(default="tsd_kd", metadata={"help": "The distillation method's name."})
     method_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "The method's options, by name."})
+    beta: float | None = field(  # TRL's field, which no method here reads
+        default=None, metadata={"help": "Not read: an option of the method, --method_options '{\"beta\": 0.5}'."}
+    )
     max_length: int | None = field(
         default=1024,
         metadata={"help": "Prompt plus response, tokens (paper, A.9: 'Max Sequence Length 1024')."},
@@ -78,6 +92,9 @@ class TokenDistillConfig(DistillationConfig):
         default=None, metadata={"help": "Stop after the step that brings the tokens trained on to this many; all processes'."}
     )
     recording: str | None = field(default=None, metadata={"help": "Train on this recording, without a teacher."})
+    any_recording: bool = field(
+        default=False, metadata={"help": "Train on a recording that another student, or other weights of this one, wrote."}
+    )
     term_grad_norm_steps: int = field(
         default=0, metadata={"help": "Log each term's gradient norm every that many steps; 0 is never."}
     )
@@ -87,7 +104,9 @@ class TokenDistillConfig(DistillationConfig):
             self.bf16 = bf16_works_here()
         elif self.bf16 is None:
             self.bf16 = False
+        given, self.beta = self.beta, 1.0 if self.beta is None else self.beta  # TRL checks it as a number
         super().__post_init__()
+        self.beta = given
         if self.max_length is not None:
             check_count("max_length", self.max_length, smallest=2)
         if self.max_completion_length is not None:
@@ -105,11 +124,24 @@ class TokenDistillConfig(DistillationConfig):
 
     def build_method(self) -> Method:
         """The method that these options name."""
-        if self.beta != 1.0:  # TRL's default of a field that no method here reads
+        if self.beta is not None:
             raise ValueError(f"beta={self.beta} is an option of the method: pass method_options={{'beta': {self.beta}}}.")
-        options = self.method_options
-        assert not isinstance(options, str), "TRL's config parses JSON options before this"
-        return resolve_method(self.method, options)
+        return resolve_method(self.method, self.options_by_name())
+
+    def options_by_name(self) -> dict[str, Any]:
+        """`method_options` as a dict.
+
+        Raises:
+            ValueError: something else was given.
+        """
+        options = self.method_options or {}
+        if not isinstance(options, dict):
+            raise ValueError(
+                f"method_options={options!r}: pass the method's options by name, a dict in Python and YAML or JSON on "
+                "the command "
+                "line, e.g. '{\"lmbda\": 0.5}'."
+            )
+        return options
 
 
 @dataclass
@@ -118,15 +150,6 @@ class TSDKDConfig(TokenDistillConfig):
 
     `temperature` of the loss is `kd_temperature` here; the inherited `temperature` is that of sampling.
     """
-
-    learning_rate: float = field(
-        default=5e-6, metadata={"help": "AdamW (paper, A.9: 'Learning rate 5e-6 (Qwen2.5), 1e-7 (Gemma2)')."}
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Paper, A.9: 'Learning rate scheduler Cosine'."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Below 1 a share of the steps (paper, A.9: 'Warmup ratio 0.1')."}
-    )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Paper, A.9: 'Epochs 3'."})
 
     indirect_weight: float = field(default=0.1, metadata={"help": "alpha of Eq. 13 (paper, A.9: 0.1); 0 is off."})
     direct_weight: float = field(default=1.0, metadata={"help": "Weight of the gated JSD (paper, Eq. 13: 1); 0 is off."})

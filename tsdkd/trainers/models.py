@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from transformers import AutoModelForCausalLM
@@ -17,6 +19,15 @@ def load_teacher(name: str, args: TokenDistillConfig) -> Any:
     if args.teacher_model_revision is not None:
         kwargs.setdefault("revision", args.teacher_model_revision)
     return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+
+def fingerprint_of(model: Any) -> str:
+    """A short digest of a model's shape and of some of its weights."""
+    weight = model.get_input_embeddings().weight.detach()
+    config = model.config.get_text_config()
+    shape = [config.model_type, list(weight.shape), getattr(config, "num_hidden_layers", None)]
+    some = weight[:: max(1, len(weight) // 16), :8].float().cpu().numpy().tobytes()
+    return hashlib.sha256(json.dumps(shape).encode() + some).hexdigest()[:16]
 
 
 def name_of(model: Any) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from tsdkd.data.prompts import check_prompts, fitting_rows
 from tsdkd.fused import token_statistics
-from tsdkd.methods import Method, resolve_method
+from tsdkd.methods import TSDKD, Method, resolve_method
 from tsdkd.provenance import provenance
 from tsdkd.teachers import LocalTeacher, RecordedTeacher, Recording, Teacher, hidden_of
 from tsdkd.teachers.heads import check_head, head_of, last_hidden_state, text_config
@@ -23,7 +23,7 @@ from tsdkd.trainers.answering import AnsweringTrainer
 from tsdkd.trainers.config import TokenDistillConfig, TSDKDConfig
 from tsdkd.trainers.corpus import Corpus
 from tsdkd.trainers.guard import Guard, NonFiniteError
-from tsdkd.trainers.models import check_same_tokens, load_teacher, name_of
+from tsdkd.trainers.models import check_same_tokens, fingerprint_of, load_teacher, name_of
 from tsdkd.trainers.recorder import Recorder, Stopwatch, peak_memory_gib
 from tsdkd.trainers.recording import check_recordable, write_recording
 from tsdkd.types import Answers, Counts, Head, LossTerms, Objective, Rollouts, TokenBatch
@@ -60,7 +60,7 @@ class TokenDistillTrainer(AnsweringTrainer):
         NonFiniteError: in `train()`, before the step that a NaN or Inf would have spoilt.
     """
 
-    config_class = TokenDistillConfig
+    config_class: type[TokenDistillConfig] = TokenDistillConfig
     teacher: Teacher | None
     _recording = False
 
@@ -84,7 +84,7 @@ class TokenDistillTrainer(AnsweringTrainer):
                 f"args is a {type(args).__name__}; pass a {self.config_class.__name__}: it has every field of TRL's "
                 "DistillationConfig and the method's beside them."
             )
-        self.method = args.build_method() if method is None else resolve_method(method)
+        self.method = self._chosen_method(args, method)
         self.answers = getattr(self.method, "answers", None) or Answers()
         self.reads_teacher = getattr(self.method, "reads_teacher", True)
         if teacher_model is None:
@@ -97,7 +97,7 @@ class TokenDistillTrainer(AnsweringTrainer):
         if recording is not None:
             self.answers = dataclasses.replace(self.answers, writer="student", share=0.0, replay=None)
         chats = self._check_datasets(args, train_dataset, eval_dataset)
-        self.check_answers(train_dataset, eval_dataset, bool(kwargs.get("tools")))
+        self.check_answers(train_dataset, eval_dataset, bool(kwargs.get("tools")), teacher_model is not None)
 
         # transformers' filter replaces a NaN loss by an average and trains on; the guard stops instead.
         args.logging_nan_inf_filter = False
@@ -129,6 +129,9 @@ class TokenDistillTrainer(AnsweringTrainer):
         self._observed: list[tuple[list[int], torch.Tensor]] = []
         self._prompt_limit, self._limit_reason = self._prompt_limits()
         self._dropped = 0
+        if recording is not None:
+            fingerprint = recording.about["student_fingerprint"] if args.any_recording else fingerprint_of(self.model)
+            recording.check_student(fingerprint, self.max_completion_length)
         self.prepare_answers()
         if train_dataset is not None:
             self.train_dataset = self._fit_prompts(self.train_dataset, "train_dataset")
@@ -142,6 +145,24 @@ class TokenDistillTrainer(AnsweringTrainer):
             )
 
     # ------------------------------------------------------------------ before training
+
+    @staticmethod
+    def _chosen_method(args: TokenDistillConfig, method: str | Method | None) -> Method:
+        """The config's method, or the one given beside it; options that would be lost are refused."""
+        if method is None:
+            return args.build_method()
+        if isinstance(args, TSDKDConfig):
+            given = resolve_method(method)
+            if not isinstance(given, TSDKD):
+                raise ValueError(
+                    f"method={given.name!r} was given with a TSDKDConfig, whose options are TSD-KD's: use "
+                    "TokenDistillTrainer with "
+                    "a TokenDistillConfig."
+                )
+            if args.build_method() != TSDKD():
+                raise ValueError("TSD-KD's options were given twice, on the method and in TSDKDConfig: set them on one.")
+            return given
+        return resolve_method(method, args.options_by_name())
 
     def _refuse(
         self, model: Any, teacher_model: Any, recording: Recording | None, train_dataset: Any, eval_dataset: Any
@@ -302,6 +323,7 @@ class TokenDistillTrainer(AnsweringTrainer):
         self.let_teacher_write()
         self._recording = True  # whole answers, for methods that read more than this one
         about = {"method": self.method.name, "models": self._model_names(), **provenance(self.args.seed)}
+        about["student_fingerprint"] = fingerprint_of(self.model)
         write_recording(self, Path(folder), about)
 
     def _model_names(self) -> dict[str, str]:
@@ -513,22 +535,35 @@ class TokenDistillTrainer(AnsweringTrainer):
         pairs = self.accelerator.gather(torch.stack([rows, values.double()], 1)).tolist()
         self.method.state.append([value for row, value in sorted(pairs) if row >= 0])  # type: ignore[attr-defined]
 
-    def after_evaluation(self, metrics: dict[str, float]) -> None:
-        if "loss" in metrics:
-            self.source.evaluated(metrics["loss"])
+    def after_evaluation(self, metrics: dict[str, float], prefix: str) -> None:
+        if "loss" in metrics and self.is_in_train:
+            self.source.evaluated(metrics["loss"], prefix)
 
     def checkpoint_state(self) -> dict[str, Any] | None:
-        state = getattr(self.method, "state", None)
-        kept = {} if state is None else {"method": state.state_dict()}
+        state, kept = getattr(self.method, "state", None), {}
+        if state is not None:
+            kept["state"] = state.state_dict()
         if self.answers.replay is not None:
             kept["answers"] = self.source.state_dict()
-        return kept or None
+        if self.args.token_budget is not None:
+            kept["trained_tokens"] = self.trained_tokens
+        return {"method": self.method.name, "processes": self.accelerator.num_processes, **kept} if kept else None
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        if "method" in state:
-            self.method.state.load_state_dict(state["method"])  # type: ignore[attr-defined]
+        now = {"method": self.method.name, "processes": self.accelerator.num_processes}
+        for what, value in now.items():
+            if state[what] != value:
+                raise ValueError(
+                    f"the checkpoint keeps a state of {what} {state[what]!r}, and this run has {value!r}: it would be "
+                    "lost or torn. "
+                    f"Resume with {what} {state[what]!r}."
+                )
+        if "state" in state:
+            self.method.state.load_state_dict(state["state"])  # type: ignore[attr-defined]
         if "answers" in state:
             self.source.load_state_dict(state["answers"])
+        if "trained_tokens" in state:
+            self._spent = torch.tensor(float(state["trained_tokens"]), device=self.accelerator.device)
 
     def _record_term_gradients(self, batch: TokenBatch, head: Head, teacher_head: Head | None, counts: Counts) -> None:
         """The norm of each weighted term's gradient with respect to the student's last hidden states."""

@@ -34,7 +34,7 @@ class SeamTrainer(DistillationTrainer):
         token_loss(student, inputs): the micro-batch's loss, run inside the student's wrapper.
         before_optimizer_step(grad_norm): called once per optimizer step, before the weights change.
         window_metrics(mode): extra metrics at logging time.
-        after_evaluation(metrics): called with an evaluation's metrics.
+        after_evaluation(metrics, prefix): called with an evaluation's metrics and their prefix, which names its data set.
         checkpoint_state(), restore_state(state): what a checkpoint keeps of this process, as JSON; None is nothing.
     """
 
@@ -44,7 +44,7 @@ class SeamTrainer(DistillationTrainer):
     def recorded(self) -> dict[str, list[list[float]]]:
         raise NotImplementedError
 
-    def after_evaluation(self, metrics: dict[str, float]) -> None:
+    def after_evaluation(self, metrics: dict[str, float], prefix: str) -> None:
         raise NotImplementedError
 
     def checkpoint_state(self) -> dict[str, Any] | None:
@@ -98,7 +98,9 @@ class SeamTrainer(DistillationTrainer):
         """A run's generation batches with their rollouts and what `prepare_step` adds, one a step, of one epoch."""
         for number, rows in enumerate(self.get_train_dataloader()):
             if number % self.args.gradient_accumulation_steps == 0:
+                self.state.global_step = number // self.args.gradient_accumulation_steps  # draws depend on it
                 yield self._generate_and_score_completions(rows)
+        self.state.global_step = 0
 
     @contextmanager
     def model_for_writing(self) -> Iterator[Any]:
@@ -282,7 +284,7 @@ class SeamTrainer(DistillationTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self.window_metrics("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        self.after_evaluation(metrics)
+        self.after_evaluation(metrics, metric_key_prefix)
         return output
 
     def _state_file(self, checkpoint: str | Path) -> Path:
