@@ -50,6 +50,7 @@ setup(
         "accelerate>=1.13",  # autocast() and reduce() as trainers/ call them with transformers 5
         "datasets>=4.0",  # columns as lazy sequences, which the checks iterate
         "safetensors>=0.5",  # what transformers 5 writes
+        "httpx>=0.27",  # asks teacher servers; huggingface_hub brings it too
         "numpy",
         "rich>=13",  # the demo's progress bar and table
     ],

@@ -150,7 +150,7 @@ def test_seq_kd_on_given_answers_needs_no_teacher(tmp_path):
     trainer = alone(tmp_path, answered(8))
     trainer.train()
     assert "teacher/entropy" not in rows(trainer)[-1]
-    with pytest.raises(ValueError, match="no 'completion' column and there is no teacher to write one"):
+    with pytest.raises(ValueError, match="no 'completion' column and there is no teacher in this process to write one"):
         alone(tmp_path, prompts(8)).train()
 
 

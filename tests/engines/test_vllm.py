@@ -53,3 +53,12 @@ def test_the_teacher_writes_by_vllm_what_it_writes_by_transformers(tmp_path):
     result = run("teacher", tmp_path)
     equal = sum(a == b for a, b in zip(result["vllm"], result["transformers"], strict=True))
     assert len(result["vllm"]) == 16 and equal >= 14
+
+
+def test_a_teacher_behind_a_real_server_is_the_local_teacher(tmp_path):
+    """A stock vLLM server gives the hidden states; losses and gradients are those of the teacher in the process."""
+    result = run("server", tmp_path)
+    assert len(result["local"]) == len(result["server"]) == 3
+    for ours, theirs in zip(result["server"], result["local"], strict=True):
+        for name in ("loss", "loss/direct", "loss/indirect", "loss/entropy", "teacher/entropy", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name

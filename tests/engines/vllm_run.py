@@ -116,9 +116,61 @@ def teacher_writes(folder: Path) -> dict:
     return texts
 
 
+def served(folder: Path) -> dict:
+    """Three steps with the demo's teacher here, and three with it behind a vLLM server."""
+    import socket
+    import subprocess
+    import time
+
+    import httpx
+    from tiny import config, prompts
+    from transformers import AutoModelForCausalLM
+
+    from tsdkd import TSDKDConfig, TSDKDTrainer
+    from tsdkd.demo.run import shipped
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pooler = json.dumps({"task": "token_embed", "use_activation": False})
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", shipped("teacher"), "--runner", "pooling"]
+    command += ["--convert", "embed", "--pooler-config", pooler, "--no-enable-prefix-caching", "--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
+    url, result = f"http://127.0.0.1:{port}", {}
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            try:
+                if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                assert server.poll() is None, (folder / "server.log").read_text()[-3000:]
+            time.sleep(1)
+        for name in ("local", "server"):
+            placed = dict(teacher_placement="server", teacher_urls=[url]) if name == "server" else {}
+            local = AutoModelForCausalLM.from_pretrained(shipped("teacher"), dtype=torch.float32)
+            trainer = TSDKDTrainer(
+                AutoModelForCausalLM.from_pretrained(shipped("student"), dtype=torch.float32),
+                shipped("teacher") if placed else local,
+                config(folder / name, TSDKDConfig, max_length=128, max_completion_length=32, max_steps=3, **placed),
+                prompts(16, chat=True),
+            )
+            trainer.write = lambda prompt_ids, *a, **k: [[7 + (sum(ids) + t) % 40 for t in range(20)] for ids in prompt_ids]
+            trainer.train()
+            result[name] = [row for row in trainer.state.log_history if "loss" in row]
+    finally:
+        server.terminate()
+        server.wait(60)
+    return result
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
     kind, folder = sys.argv[1], Path(sys.argv[2])
-    result = teacher_writes(folder) if kind == "teacher" else rollouts(folder, lora=kind == "lora")
+    if kind in ("plain", "lora"):
+        result = rollouts(folder, lora=kind == "lora")
+    else:
+        result = {"teacher": teacher_writes, "server": served}[kind](folder)
     (folder / "result.json").write_text(json.dumps(result))
     os._exit(0)  # vLLM's threads have nothing left to do

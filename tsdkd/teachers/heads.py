@@ -31,17 +31,16 @@ def head_of(model: Any) -> Head:
             f"{type(model).__name__} has no linear language-model head (get_output_embeddings() gave "
             f"{type(output).__name__}): distillation needs one; pass a causal language model."
         )
-    config = text_config(model)
+    return head_from(output.weight, getattr(output, "bias", None), text_config(model))
+
+
+def head_from(weight: torch.Tensor, bias: torch.Tensor | None, config: Any) -> Head:
+    """A head with every factor that the family of `config` applies to its logits."""
     scale = next((s for name in _MULTIPLIERS if (s := getattr(config, name, None)) is not None), None)
     divisor = getattr(config, _DIVISOR, None)
     if scale is None and divisor is not None:
         scale = divisor if config.model_type in _DIVISOR_IS_MULTIPLIER else 1 / divisor
-    return Head(
-        weight=output.weight,
-        bias=getattr(output, "bias", None),
-        logit_scale=1.0 if scale is None else float(scale),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+    return Head(weight, bias, 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 def without_adapter_wrapper(model: Any) -> Any:

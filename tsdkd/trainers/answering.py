@@ -26,6 +26,7 @@ class AnsweringTrainer(SeamTrainer):
     answers: Answers
     args: TokenDistillConfig
     teacher_model: Any
+    teacher_name: str
     vocab_size: int
 
     # Completions that stand ready for the batch in hand, in place of written ones.
@@ -56,7 +57,7 @@ class AnsweringTrainer(SeamTrainer):
                 continue
             if self.answers.teacher_may_write:
                 raise ValueError(
-                    f"{role} has no 'completion' column and there is no teacher to write one; it has: "
+                    f"{role} has no 'completion' column and there is no teacher in this process to write one; it has: "
                     f"{', '.join(columns)}. Pass "
                     "teacher_model, or rename the column that holds the answers to 'completion'."
                 )
@@ -139,7 +140,7 @@ class AnsweringTrainer(SeamTrainer):
         ]
         path = Path(self.args.teacher_answers or Path(self.args.output_dir) / "teacher_answers.jsonl")
         settings = {
-            "teacher": getattr(self.teacher_model.config, "_name_or_path", ""),
+            "teacher": self.teacher_name,
             "max_completion_length": self.max_completion_length,
             "temperature": self.args.teacher_answers_temperature,
             "seed": self.args.seed if self.args.teacher_answers_temperature else None,

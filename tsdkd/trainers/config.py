@@ -43,6 +43,9 @@ class TokenDistillConfig(DistillationConfig):
         teacher_answers_engine: `transformers`, or `vllm`: an engine of its own on the first process, with
             `vllm_gpu_memory_utilization` of the memory, as long as the writing lasts.
         token_budget: stop after the step that brings the tokens of answers trained on, over all processes, to this many.
+        teacher_placement: `local`, or `server`: vLLM servers at `teacher_urls` give the teacher's hidden states, and only its
+            head is held here.
+        teacher_urls: the servers' addresses.
         recording: a folder that `record` wrote: its rollouts and its teacher's hidden states are trained on, and no
             teacher is loaded.
         any_recording: take a recording that another student, or other weights of this one, wrote.
@@ -91,6 +94,10 @@ class TokenDistillConfig(DistillationConfig):
     token_budget: int | None = field(
         default=None, metadata={"help": "Stop after the step that brings the tokens trained on to this many; all processes'."}
     )
+    teacher_placement: str = field(default="local", metadata={"help": "Where the teacher is: 'local' or 'server'."})
+    teacher_urls: list[str] | None = field(
+        default=None, metadata={"help": "vLLM servers that give the teacher's hidden states, http://HOST:PORT."}
+    )
     recording: str | None = field(default=None, metadata={"help": "Train on this recording, without a teacher."})
     any_recording: bool = field(
         default=False, metadata={"help": "Train on a recording that another student, or other weights of this one, wrote."}
@@ -117,6 +124,9 @@ class TokenDistillConfig(DistillationConfig):
         check_weight("gradient_filter", self.gradient_filter)
         check_choice("teacher_answers_engine", self.teacher_answers_engine, ("transformers", "vllm"))
         check_weight("teacher_answers_temperature", self.teacher_answers_temperature)
+        check_choice("teacher_placement", self.teacher_placement, ("local", "server"))
+        if self.teacher_urls and self.teacher_placement != "server":
+            raise ValueError("teacher_urls were given but teacher_placement is 'local': pass teacher_placement=server.")
         if self.token_budget is not None:
             check_count("token_budget", self.token_budget)
         check_count("term_grad_norm_steps", self.term_grad_norm_steps, smallest=0)

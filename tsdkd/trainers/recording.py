@@ -21,7 +21,7 @@ def check_recordable(trainer: TokenDistillTrainer, folder: Path) -> None:
     """
     if (folder / MANIFEST).exists():
         raise ValueError(f"{folder} holds a recording already: name another folder, or remove it.")
-    lacks = trainer.train_dataset is None or trainer.teacher_model is None or not trainer.reads_teacher
+    lacks = trainer.train_dataset is None or trainer.teacher is None or trainer.args.recording or not trainer.reads_teacher
     if lacks or trainer.answers.replay is not None:
         raise ValueError(
             "a recording takes a train_dataset, a live teacher and answers that do not depend on the run's evaluations: record "

@@ -19,6 +19,7 @@ from tsdkd.methods import TSDKD, Method, resolve_method
 from tsdkd.provenance import provenance
 from tsdkd.teachers import LocalTeacher, RecordedTeacher, Recording, Teacher, hidden_of
 from tsdkd.teachers.heads import check_head, head_of, last_hidden_state, text_config
+from tsdkd.teachers.server import ServerTeacher, TeacherUnavailable, head_of_checkpoint
 from tsdkd.trainers.answering import AnsweringTrainer
 from tsdkd.trainers.config import TokenDistillConfig, TSDKDConfig
 from tsdkd.trainers.corpus import Corpus
@@ -97,7 +98,7 @@ class TokenDistillTrainer(AnsweringTrainer):
         if recording is not None:
             self.answers = dataclasses.replace(self.answers, writer="student", share=0.0, replay=None)
         chats = self._check_datasets(args, train_dataset, eval_dataset)
-        self.check_answers(train_dataset, eval_dataset, bool(kwargs.get("tools")), teacher_model is not None)
+        self.check_answers(train_dataset, eval_dataset, bool(kwargs.get("tools")), self._writes(args, teacher_model))
 
         # transformers' filter replaces a NaN loss by an average and trains on; the guard stops instead.
         args.logging_nan_inf_filter = False
@@ -147,6 +148,12 @@ class TokenDistillTrainer(AnsweringTrainer):
     # ------------------------------------------------------------------ before training
 
     @staticmethod
+    def _writes(args: TokenDistillConfig, teacher_model: Any) -> bool:
+        """Whether a teacher can write answers: one in this process, or a checkpoint for a vLLM engine of its own."""
+        placed = args.teacher_placement == "local" or args.teacher_answers_engine == "vllm"
+        return teacher_model is not None and placed
+
+    @staticmethod
     def _chosen_method(args: TokenDistillConfig, method: str | Method | None) -> Method:
         """The config's method, or the one given beside it; options that would be lost are refused."""
         if method is None:
@@ -194,11 +201,16 @@ class TokenDistillTrainer(AnsweringTrainer):
     def _place_teacher(self, teacher_model: Any, recording: Recording | None) -> None:
         """`teacher_model`, `teacher` and `vocab_size`; without any teacher the student's own vocabulary."""
         self.teacher_model, self.teacher = None, None
+        self.teacher_name = "a recording" if recording is not None else "none"
+        if teacher_model is not None:
+            self.teacher_name = teacher_model if isinstance(teacher_model, str) else name_of(teacher_model)
         self.vocab_size = self.model.get_output_embeddings().weight.shape[0]
         if recording is not None:
             self.teacher = RecordedTeacher(recording, self.accelerator.device)
             self.vocab_size = self._share_vocabulary(recording.head.size, recording.vocabulary)
             recording.check_rows(self.tokenize)
+        elif teacher_model is not None and self.args.teacher_placement == "server":
+            self._reach_servers(teacher_model)
         elif teacher_model is not None:
             if isinstance(teacher_model, str):
                 teacher_model = load_teacher(teacher_model, self.args)
@@ -215,6 +227,26 @@ class TokenDistillTrainer(AnsweringTrainer):
             )
             check_head(teacher_model, "teacher", self.vocab_size)
 
+    def _reach_servers(self, name: Any) -> None:
+        """A teacher behind servers: its head is read here, and every server is asked one short text."""
+        if not isinstance(name, str):
+            raise ValueError(
+                f"teacher_placement=server takes teacher_model as the name or folder of the served checkpoint, not a "
+                f"{type(name).__name__}: its head is read from there."
+            )
+        student = self.model.get_output_embeddings().weight
+        head, norm = head_of_checkpoint(name, student.dtype, self.accelerator.device, self.args.teacher_model_revision)
+        self.teacher = ServerTeacher(
+            self.args.teacher_urls or [],
+            head,
+            rows=self.args.teacher_batch_size or self.args.per_device_train_batch_size,
+            dtype="float32" if student.dtype == torch.float32 and not self.args.bf16 else "bfloat16",
+        )
+        self.vocab_size = self._share_vocabulary(head.size, self._vocabulary_of(name))
+        text = "The quick brown fox has 15 pens and buys 5 more. How many pens now?"
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.teacher.check(text, ids, norm)
+
     def _check_datasets(self, args: TokenDistillConfig, train_dataset: Any, eval_dataset: Any) -> bool:
         chats = False
         if train_dataset is not None:
@@ -228,14 +260,17 @@ class TokenDistillTrainer(AnsweringTrainer):
 
     def _shared_vocabulary(self, teacher_model: Any) -> int:
         """How many ids both models have; refuse tokenizers that disagree on them."""
-        source = getattr(teacher_model.config, "_name_or_path", "")
+        vocabulary = self._vocabulary_of(getattr(teacher_model.config, "_name_or_path", ""))
+        return self._share_vocabulary(teacher_model.get_output_embeddings().weight.shape[0], vocabulary)
+
+    def _vocabulary_of(self, source: str) -> dict[str, int] | None:
+        """The tokens of the tokenizer that comes with a checkpoint, if one does."""
         try:
             theirs = AutoTokenizer.from_pretrained(source, trust_remote_code=self.args.trust_remote_code) if source else None
         except (OSError, ValueError) as error:
             logger.warning("no tokenizer could be read from %r: %s", source, str(error).splitlines()[0])
             theirs = None
-        vocabulary = None if theirs is None else theirs.get_vocab()
-        return self._share_vocabulary(teacher_model.get_output_embeddings().weight.shape[0], vocabulary)
+        return None if theirs is None else theirs.get_vocab()
 
     def _share_vocabulary(self, teacher_size: int, vocabulary: dict[str, int] | None) -> int:
         size = min(self.model.get_output_embeddings().weight.shape[0], teacher_size)
@@ -327,8 +362,7 @@ class TokenDistillTrainer(AnsweringTrainer):
         write_recording(self, Path(folder), about)
 
     def _model_names(self) -> dict[str, str]:
-        teacher = "a recording" if self.args.recording else "none"
-        return {"student": name_of(self.model), "teacher": name_of(self.teacher_model) if self.teacher_model else teacher}
+        return {"student": name_of(self.model), "teacher": self.teacher_name}
 
     def _generate(self, prompts: list):
         with self._watch.section("rollout"):
@@ -417,11 +451,25 @@ class TokenDistillTrainer(AnsweringTrainer):
         if self.corpus is not None and mode == "train":
             step.update(self._corpus_step(len(lengths)))
         if self.reads_teacher and self.teacher is not None:
-            scored = self._read_by_teacher(read)
-            with self._watch.section("teacher"):
-                hidden = self.teacher.score(rollouts if isinstance(self.teacher, RecordedTeacher) else scored)
-            step["teacher_hidden"] = [states[:length] for states, length in zip(hidden, scored.lengths, strict=True)]
+            step["teacher_hidden"] = self._scored(rollouts, self._read_by_teacher(read))
         return step
+
+    def _scored(self, rollouts: Rollouts, read: Rollouts) -> list[torch.Tensor]:
+        """The teacher's hidden states of what is read; a teacher that is gone ends the run on every process, after saving."""
+        assert self.teacher is not None
+        hidden, failure = [], None
+        try:
+            with self._watch.section("teacher"):
+                hidden = self.teacher.score(rollouts if isinstance(self.teacher, RecordedTeacher) else read)
+        except TeacherUnavailable as error:
+            failure = error
+        if isinstance(self.teacher, ServerTeacher):
+            gone = torch.tensor(float(failure is not None), device=self.accelerator.device)
+            if self.accelerator.reduce(gone, reduction="sum").item():
+                if self.is_in_train and self.state.global_step:
+                    self._save_checkpoint(self.model, trial=None)
+                raise failure or TeacherUnavailable("the teacher of another process did not answer; see its message.")
+        return [states[:length] for states, length in zip(hidden, read.lengths, strict=True)]
 
     def _corpus_ids(self, texts: list[str]) -> list[list[int]]:
         """Texts of the corpus, cut to the context; a text of one token predicts nothing and is left empty."""

@@ -1,0 +1,247 @@
+"""A teacher behind servers: a small server here speaks as vLLM's pooling endpoint does; the real one is in tests/engines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from test_trainer import by_prompt, rows
+from tiny import config, prompts, save_tiny, tiny_model
+
+from tsdkd import TSDKDTrainer
+from tsdkd.demo.recreate import make_tokenizer
+from tsdkd.teachers.heads import head_of, last_hidden_state
+from tsdkd.teachers.server import ServerTeacher, TeacherUnavailable, head_of_checkpoint
+from tsdkd.types import Head, Rollouts
+
+TEXT = "Tom has 15 pens."
+
+
+class Server:
+    """Serves a model's hidden states; `faults` says what to do wrong, call by call."""
+
+    def __init__(self, model, shift=0):
+        self.asked, self.faults, tokenizer = [], [], make_tokenizer()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def answer(self, content, headers=(), status=200):
+                self.send_response(status)
+                for name, value in headers:
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def do_GET(self):
+                self.answer(json.dumps({"data": [{"id": "served"}]}).encode())
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/tokenize":
+                    ids = tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
+                    return self.answer(json.dumps({"tokens": [i + shift for i in ids]}).encode())
+                outer.asked.append((len(body["input"]), self.headers.get("Authorization")))
+                fault = outer.faults.pop(0) if outer.faults else None
+                if fault == "fail":
+                    return self.answer(b"out of memory", status=500)
+                assert body["model"] == "served" and body["task"] == "token_embed" and body["encoding_format"] == "bytes"
+                parts, items, start = [], [], 0
+                for index, ids in enumerate(body["input"]):
+                    with torch.no_grad():
+                        hidden = last_hidden_state(model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
+                    hidden = hidden[1:] if fault == "cached" else hidden
+                    kind = torch.float32 if body["embed_dtype"] == "float32" else torch.bfloat16
+                    parts.append(hidden.to(kind).view(torch.uint8).numpy().tobytes())
+                    items.append({"index": index, "start": start, "end": start + len(parts[-1]), "shape": list(hidden.shape)})
+                    start += len(parts[-1])
+                self.answer(b"".join(parts), [("metadata", json.dumps({"data": items[::-1]}))])
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A checkpoint, its model, and two servers of it."""
+    path = save_tiny(tmp_path / "teacher", seed=2, hidden=48)
+    model = tiny_model("llama", seed=2, hidden=48)
+    servers = [Server(model), Server(model)]
+    yield path, model, servers
+    for server in servers:
+        server.stop()
+
+
+def teacher_of(path, servers, **options):
+    head, norm = head_of_checkpoint(path, torch.float32, torch.device("cpu"))
+    options = {"dtype": "float32", "pause": 0.01, "retries": 2, **options}
+    return ServerTeacher([server.url for server in servers], head, **options), norm
+
+
+def ids_of(text):
+    return make_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+ROLLOUTS = Rollouts([[5, 6, 7], [8], [9, 10], [4]], [[11, 12], [13, 14, 15], [16], [3]], [[1, 1], [1, 0, 1], [0], [1]])
+
+
+@pytest.mark.parametrize("dtype,close", [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_the_hidden_states_are_the_models_own_from_servers_in_turn(served, dtype, close):
+    path, model, servers = served
+    teacher, norm = teacher_of(path, servers, dtype=dtype, rows=1)
+    teacher.check(TEXT, ids_of(TEXT), norm)
+    counts = [len(server.asked) for server in servers]
+    scored = teacher.score(ROLLOUTS)
+    assert [len(server.asked) - n for server, n in zip(servers, counts, strict=True)] == [2, 1]  # a row is untrained
+    for states, prompt, completion, mask in zip(
+        scored, ROLLOUTS.prompt_ids, ROLLOUTS.completion_ids, ROLLOUTS.completion_mask, strict=True
+    ):
+        ids = torch.tensor([prompt + completion])
+        with torch.no_grad():
+            whole = last_hidden_state(model, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1]
+        expected = whole[torch.tensor(mask, dtype=torch.bool)]
+        torch.testing.assert_close(states, expected, rtol=close, atol=close)
+
+
+def test_the_head_comes_from_its_shard_alone(tmp_path):
+    model = tiny_model("gemma2", seed=3)
+    model.save_pretrained(tmp_path / "one", max_shard_size="20KB")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) > 1
+    head, norm = head_of_checkpoint(str(tmp_path / "one"), torch.float32, torch.device("cpu"))
+    own = head_of(model)
+    assert torch.equal(head.weight, own.weight) and head.softcap == own.softcap == 3.0
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        hidden = last_hidden_state(model, ids, torch.ones_like(ids))
+    torch.testing.assert_close((hidden / norm).square().mean(-1), torch.ones(1, 3), rtol=1e-3, atol=1e-3)
+
+
+def run(folder, teacher, servers=None, **options):
+    extra = dict(teacher_placement="server", teacher_urls=[s.url for s in servers]) if servers else {}
+    settings = config(folder, **{**extra, **options})
+    student, data = tiny_model("llama", seed=1), prompts(16)  # four steps are one epoch
+    trainer = TSDKDTrainer(student, teacher, settings, data, processing_class=make_tokenizer())
+    trainer.write = lambda prompt_ids, *args, **kwargs: [by_prompt(ids) for ids in prompt_ids]
+    return trainer
+
+
+def test_a_run_with_a_served_teacher_is_the_run_with_a_local_one(served, tmp_path):
+    path, _, servers = served
+    local, remote = run(tmp_path / "l", path, max_steps=3), run(tmp_path / "r", path, servers, max_steps=3)
+    local.train(), remote.train()
+    assert remote.teacher_model is None
+    for ours, theirs in zip(rows(remote), rows(local), strict=True):
+        for name in ("loss", "loss/indirect", "loss/direct", "loss/entropy", "teacher/entropy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_a_failing_server_is_asked_again_and_another_takes_over(served, caplog):
+    path, _, servers = served
+    teacher, _ = teacher_of(path, servers, rows=8)
+    servers[0].faults = ["fail", "fail"]
+    with caplog.at_level(logging.WARNING):
+        scored = teacher.score(ROLLOUTS)
+    assert len(scored) == 4 and "failed (500: out of memory). (attempt 1 of 3)" in caplog.text
+    assert len(servers[1].asked) == 1
+    servers[0].stop()
+    assert torch.equal(teacher.score(ROLLOUTS)[0], scored[0])
+
+
+def test_a_dead_teacher_ends_the_run_with_a_checkpoint_and_it_goes_on_from_there(served, tmp_path):
+    path, _, servers = served
+    whole = run(tmp_path / "whole", path, servers, max_steps=4)
+    whole.train()
+    trainer = run(tmp_path / "run", path, servers, max_steps=4)
+    trainer.teacher.pause = 0.01
+    steps = []
+    prepare = trainer.prepare_step
+
+    def dying(rollouts):
+        steps.append(1)
+        if len(steps) == 3:
+            for server in servers:
+                server.faults = ["fail"] * 20
+        return prepare(rollouts)
+
+    trainer.prepare_step = dying
+    with pytest.raises(TeacherUnavailable, match=r"did not answer 5 times.*resume from the last checkpoint: no step was lost"):
+        trainer.train()
+    for server in servers:
+        server.faults = []
+    resumed = run(tmp_path / "run", path, servers, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["tokenizer", "weights", "size", "cached", "dead", "head"])
+def test_a_server_of_something_else_is_refused_with_what_is_wrong(served, tmp_path, fault):
+    path, model, _ = served
+    made = {
+        "tokenizer": lambda: Server(model, shift=1),
+        "weights": lambda: Server(scaled(tiny_model("llama", seed=9, hidden=48))),
+        "size": lambda: Server(tiny_model("llama", seed=2, hidden=32)),
+    }.get(fault, lambda: Server(model))()
+    message = {
+        "tokenizer": "serves a model with another tokenizer",
+        "weights": "does not give the final hidden states of teacher_model",
+        "size": "gives hidden states of 32 features but the head of teacher_model takes 48",
+        "cached": "--no-enable-prefix-caching",
+        "dead": "cannot be reached",
+        "head": "worse than chance",
+    }[fault]
+    made.faults = ["cached"] if fault == "cached" else []
+    teacher, norm = teacher_of(path, [made])
+    if fault == "head":  # another norm: the head itself is the test
+        teacher._head, norm = Head(-20 * teacher.head.weight), None
+    if fault == "dead":
+        made.stop()
+    with pytest.raises(TeacherUnavailable if fault == "dead" else ValueError, match=message):
+        teacher.check(TEXT, ids_of(TEXT), norm)
+    if fault != "dead":
+        made.stop()
+
+
+def scaled(model):
+    """Other weights: its last norm multiplies by something else."""
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    return model
+
+
+def test_addresses_and_keys(served, caplog, monkeypatch):
+    path, _, servers = served
+    with pytest.raises(ValueError, match="needs teacher_urls"):
+        teacher_of(path, [])
+    head, _ = head_of_checkpoint(path, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"'localhost:8000': an address is http://HOST:PORT"):
+        ServerTeacher(["localhost:8000"], head)
+    with caplog.at_level(logging.WARNING):
+        ServerTeacher(["http://10.0.0.7:8000"], head)
+    assert "is not on this machine and TSDKD_TEACHER_API_KEY is not set" in caplog.text
+    monkeypatch.setenv("TSDKD_TEACHER_API_KEY", "secret")
+    teacher, _ = teacher_of(path, servers)
+    teacher.score(ROLLOUTS)
+    assert servers[0].asked[-1][1] == "Bearer secret"
+
+
+def test_placements_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="teacher_urls were given but teacher_placement is 'local'"):
+        config(tmp_path, teacher_urls=["http://127.0.0.1:1"])
+    with pytest.raises(ValueError, match="as the name or folder of the served checkpoint, not a LlamaForCausalLM"):
+        run(tmp_path, tiny_model("llama"), teacher_placement="server", teacher_urls=["http://127.0.0.1:1"])
+    with pytest.raises(ValueError, match="choose one of: local, server"):
+        config(tmp_path, teacher_placement="cloud")
