@@ -81,8 +81,11 @@ class AnsweringTrainer(SeamTrainer):
             rule = mixed(options["alpha"], self.args.temperature, options["temperature"])
         else:
             rule = speculative(options["top_k"], self.args.temperature)
-        self._writer = InterleavedWriter(
-            self.teacher_model,
+        self._writer = self._writer_with(self.teacher_model, rule)
+
+    def _writer_with(self, teacher: Any, rule: Any) -> InterleavedWriter:
+        return InterleavedWriter(
+            teacher,
             rule,
             vocab_size=self.vocab_size,
             max_new_tokens=self.max_completion_length,
@@ -193,15 +196,7 @@ class AnsweringTrainer(SeamTrainer):
         """Greedy, or sampled where a temperature is set."""
         temperature = self.args.teacher_answers_temperature
         rule = _greedy if temperature == 0 else mixed(1.0, temperature)
-        writer = InterleavedWriter(
-            None,
-            rule,
-            vocab_size=self.vocab_size,
-            max_new_tokens=self.max_completion_length,
-            ends=self.eos_token_ids,
-            pad_id=self._tokenizer.pad_token_id,
-            autocast=self.accelerator.autocast,
-        )
+        writer = self._writer_with(None, rule)
         return writer.write(self.teacher_model, prompt_ids)[0]
 
     def check_given(self, dataset: Any, role: str) -> None:

@@ -287,6 +287,10 @@ class SeamTrainer(DistillationTrainer):
         self.after_evaluation(metrics, metric_key_prefix)
         return output
 
+    def save_checkpoint_now(self) -> None:
+        """A checkpoint of the last whole step."""
+        self._save_checkpoint(self.model, trial=None)
+
     def _state_file(self, checkpoint: str | Path) -> Path:
         return Path(checkpoint) / f"tsdkd_state_{self.accelerator.process_index}.json"
 
