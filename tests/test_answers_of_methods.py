@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -642,6 +643,35 @@ def test_a_gate_that_reads_other_tokens_makes_the_models_read_them(tmp_path):
         trainer = general(tmp_path / selection, method, rollouts=by_prompt, max_steps=1)
         trainer.train()
         assert "teacher/tokens_spared" not in rows(trainer)[-1]
+
+
+@pytest.mark.parametrize("wrong", [{"use_vllm": True}, {"teacher_answers_engine": "vllm", "method": "seq_kd"}])
+def test_a_missing_or_refused_vllm_is_said_before_anything_is_loaded(tmp_path, monkeypatch, wrong):
+    from tsdkd.trainers import trl_seams
+
+    monkeypatch.setattr(trl_seams, "is_vllm_available", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"vLLM is not installed\. Install one that TRL 1\.16 takes: pip install 'tsdkd\[vllm\]'"
+    ):
+        general(tmp_path, None, **wrong)
+
+    def old():
+        warnings.warn(
+            "TRL currently supports vLLM versions from 0.22.0 to 0.31.0. You have version 0.9 installed. We …", stacklevel=2
+        )
+        return True
+
+    monkeypatch.setattr(trl_seams, "is_vllm_available", old)
+    with pytest.raises(ValueError, match=r"You have version 0\.9 installed\. Install one"):
+        general(tmp_path, None, **wrong)
+
+
+def test_rows_that_fill_no_batch_are_counted(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="tsdkd"):
+        trainer = general(tmp_path, GKD(), rollouts=by_prompt, data=prompts(11))
+    assert "3 of 11 rows of train_dataset are left out of each epoch" in caplog.text
+    trainer.train()
+    assert rows(trainer)[-1]["prompts/left_out_of_epoch"] == 3
 
 
 def test_tools_and_given_answers_do_not_go_together(tmp_path):

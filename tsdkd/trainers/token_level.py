@@ -89,6 +89,7 @@ class TokenDistillTrainer(PreparingTrainer):
         self.reads_teacher = getattr(self.method, "reads_teacher", True)
         if teacher_model is None:
             teacher_model = args.teacher_model_name_or_path
+        self._uses_vllm = args.use_vllm or args.teacher_answers_engine == "vllm"
         recording = Recording.open(args.recording) if args.recording is not None else None
         self._refuse(model, teacher_model, recording, train_dataset, eval_dataset)
         self.corpus = Corpus.of(pretraining_dataset, self.method, args.seed)
@@ -135,6 +136,7 @@ class TokenDistillTrainer(PreparingTrainer):
         self.prepare_answers()
         if train_dataset is not None:
             self.train_dataset = self._fit_prompts(self.train_dataset, "train_dataset")
+            self.tell_dropped_rows()
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {k: self._fit_prompts(v, f"eval_dataset[{k!r}]") for k, v in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
@@ -466,6 +468,8 @@ class TokenDistillTrainer(PreparingTrainer):
                 recorder.add_host(f"time/{name}", value, steps)
             recorder.add_host("tokens_per_second", self._trained_tokens, whole / self.accelerator.num_processes)
             recorder.add_host("prompts/dropped", self._dropped)
+            if self.rows_dropped:
+                recorder.add_host("prompts/left_out_of_epoch", self.rows_dropped)
             self._steps_in_window = self._trained_tokens = 0
         metrics = recorder.flush(self.accelerator)
         if not metrics:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from trl import DistillationTrainer
+from trl.import_utils import is_vllm_available
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -139,6 +141,15 @@ class SeamTrainer(DistillationTrainer):
         suppressed = sorted({*(self.generation_kwargs.get("suppress_tokens") or []), *beyond})
         self.generation_kwargs["suppress_tokens"] = suppressed
         self.generation_config.suppress_tokens = suppressed
+
+    @staticmethod
+    def vllm_problem() -> str | None:
+        """Why TRL cannot use the vLLM of this environment, or None."""
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            if not is_vllm_available():
+                return "vLLM is not installed"
+        return next((str(w.message).split(". We")[0] for w in told if "supports vLLM versions" in str(w.message)), None)
 
     def reload_vllm_whole(self) -> None:
         """On a CPU vLLM repacks its layers once they are loaded, and TRL's load of one parameter after another fails: there
