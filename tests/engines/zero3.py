@@ -36,7 +36,15 @@ ZERO3 = {
 }
 
 
-def main(folder: Path) -> None:
+def weights_of(student):
+    """All weights, whole."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(student.parameters())):
+        return torch.cat([p.detach().flatten().clone() for p in student.parameters()])
+
+
+def main(folder: Path, poisoned: bool) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     student = tiny_model(seed=1)
     trainer = make(
@@ -57,15 +65,34 @@ def main(folder: Path) -> None:
         return method_loss(method, batch, head, *args, **kwargs)
 
     type(trainer.method).loss = loss
+    result: dict = {"world": trainer.accelerator.num_processes}
+    if poisoned:  # one rank's teacher breaks in the third step
+
+        def poison(module, inputs, output):
+            if trainer.state.global_step == 2 and os.environ.get("RANK", "0") == "1":
+                output.last_hidden_state.fill_(float("nan"))
+
+        trainer.teacher_model.model.register_forward_hook(poison)
+        seen = []
+        prepare = trainer.prepare_step
+        trainer.prepare_step = lambda rollouts: seen.append(weights_of(student)) or prepare(rollouts)
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            result["stopped"] = str(error)
+        result["moved"] = (seen[2] - seen[1]).abs().max().item()
+        result["spoilt"] = (weights_of(student) - seen[2]).abs().max().item()
+        (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
+        os._exit(0)
     trainer.train()
     outside = student.get_output_embeddings().weight.shape[0]  # DeepSpeed leaves an empty shape of a sharded parameter
     rows = [row for row in trainer.state.log_history if "loss" in row]
     (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(
-        json.dumps({"world": trainer.accelerator.num_processes, "rows": rows, "inside": inside, "outside": outside})
+        json.dumps({**result, "rows": rows, "inside": inside, "outside": outside})
     )
     if SHARDED:
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), poisoned="poisoned" in sys.argv)

@@ -34,7 +34,8 @@ class SeamTrainer(DistillationTrainer):
         prepare_step(rollouts): what joins the generation batch beside TRL's tensors, from this process's rollouts.
         after_writing(failure): called on every process; `failure` is sampling's error for logits that are not finite.
         token_loss(student, inputs): the micro-batch's loss, run inside the student's wrapper.
-        before_optimizer_step(grad_norm): called once per optimizer step, before the weights change.
+        before_optimizer_step(grad_norm): called once per optimizer step, before the weights change; under DeepSpeed, whose
+            backward changes them, before the last backward and without a norm.
         window_metrics(mode): extra metrics at logging time.
         after_evaluation(metrics, prefix): called with an evaluation's metrics and their prefix, which names its data set.
         checkpoint_state(), restore_state(state): what a checkpoint keeps of this process, as JSON; None is nothing.
@@ -277,11 +278,15 @@ class SeamTrainer(DistillationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student = self.accelerator.unwrap_model(model)
         loss = self._forward_redirection(model, student, self.token_loss, student, inputs)
+        last = (self._step + 1) % self.args.gradient_accumulation_steps == 0
+        if self.is_deepspeed_enabled and self.mode == "train" and last:
+            self.before_optimizer_step(None)  # DeepSpeed changes the weights inside backward
         return (loss, None) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.before_optimizer_step(grad_norm)
+        if not self.is_deepspeed_enabled:
+            self.before_optimizer_step(grad_norm)
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
