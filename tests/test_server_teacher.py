@@ -151,7 +151,7 @@ def test_a_failing_server_is_asked_again_and_another_takes_over(served, caplog):
     path, _, servers = served
     teacher, _ = teacher_of(path, servers, rows=8)
     servers[0].faults = ["fail", "fail"]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="tsdkd"):
         scored = teacher.score(ROLLOUTS)
     assert len(scored) == 4 and "failed (500: out of memory). (attempt 1 of 3)" in caplog.text
     assert len(servers[1].asked) == 1
@@ -229,7 +229,7 @@ def test_addresses_and_keys(served, caplog, monkeypatch):
     head, _ = head_of_checkpoint(path, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"'localhost:8000': an address is http://HOST:PORT"):
         ServerTeacher(["localhost:8000"], head)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="tsdkd"):
         ServerTeacher(["http://10.0.0.7:8000"], head)
     assert "is not on this machine and TSDKD_TEACHER_API_KEY is not set" in caplog.text
     monkeypatch.setenv("TSDKD_TEACHER_API_KEY", "secret")
