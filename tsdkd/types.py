@@ -97,7 +97,8 @@ class TokenBatch:
         recorded: `[tokens]` each, what was written down when the answers were (`Rollouts.recorded`).
         teacher_lengths: the first tokens of each response that `teacher_hidden` was read on; what stands behind them counts
             as not there for every term that reads the teacher. None is all.
-        cut: the responses were cut to what the method `reads` of them: its selection has been applied.
+        cut: the responses were cut to what the method `reads` of them: its selection has been applied, and no engine applies
+            it again.
     """
 
     student_hidden: torch.Tensor

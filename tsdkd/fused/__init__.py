@@ -101,6 +101,8 @@ def evaluate(
     check_positive("temperature", objective.temperature)
     check_weight("gradient_filter", gradient_filter)
     check_batch(batch, student_head, teacher_head)
+    if batch.cut:
+        objective = dataclasses.replace(objective, selection=None)
     _check_needs(objective, batch, teacher_head, counts)
     student_head, teacher_head = shared_heads(student_head, teacher_head)
     ahead = _selected_ahead(objective, batch)

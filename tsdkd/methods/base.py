@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -86,7 +86,7 @@ def prefix_of(selection: Selection | None) -> Selection | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivergenceMethod:
+class DivergenceMethod(abc.ABC):
     """What methods share whose loss is one divergence per token, weighed and selected: a base for a paper's file.
 
     Attributes:
@@ -109,9 +109,9 @@ class DivergenceMethod:
         resolve_gate(self.gate, self.gate_sharpness)
         resolve_selection(self.selection, self.selection_share)
 
+    @abc.abstractmethod
     def divergence_of(self) -> tuple[str, float]:
         """The divergence's name in `losses` and its parameter (0 of one without)."""
-        raise NotImplementedError
 
     @property
     def answers(self) -> Answers:
@@ -150,7 +150,4 @@ class DivergenceMethod:
     def loss(
         self, batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, counts: Counts | None = None, **engine: Any
     ) -> LossTerms:
-        objective = self.objective()
-        if batch.cut:
-            objective = dataclasses.replace(objective, selection=None)
-        return fused.evaluate(objective, batch, student_head, teacher_head, counts=counts, **engine)
+        return fused.evaluate(self.objective(), batch, student_head, teacher_head, counts=counts, **engine)

@@ -184,8 +184,6 @@ class TSDKD:
         self, batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, counts: Counts | None = None, **engine: Any
     ) -> LossTerms:
         objective = self.objective()
-        if batch.cut:
-            objective = dataclasses.replace(objective, selection=None)
         if teacher_head is not None and objective.opener is not None:
             check_candidates(self.num_candidates, min(student_head.size, teacher_head.size))
         return fused.evaluate(objective, batch, student_head, teacher_head, counts=counts, **engine)

@@ -89,10 +89,11 @@ def compare(
         the rows of these runs, in order.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = {_identity(row): row for row in read_rows(out)}
-    whole = [json.dumps(row) + "\n" for row in read_rows(out)]
-    if writes and out.is_file() and out.read_text() != "".join(whole):
-        out.write_text("".join(whole))  # without the torn line
+    found = read_rows(out)
+    done = {_identity(row): row for row in found}
+    whole = "".join(json.dumps(row) + "\n" for row in found)
+    if writes and out.is_file() and out.read_text() != whole:
+        out.write_text(whole)  # without the torn line
     rows = []
     for number, run in enumerate(runs, 1):
         wanted = {"label": run.label, "method": run.method, "options": run.options, "seed": run.seed, "settings": settings}

@@ -115,26 +115,23 @@ class Recording:
                 )
         return cls(folder, manifest)
 
-    def check_student(self, fingerprint: str, longest: int) -> None:
-        """Refuse another student than the one that wrote the answers, and a limit that would cut them.
+    def check_student(self, fingerprint: str | None, longest: int) -> None:
+        """Refuse another student than the one that wrote the answers (None: any is meant), and a limit that would cut them.
 
         Raises:
             ValueError: saying what to do.
         """
-        wrote = self.about.get("student_fingerprint")
-        if wrote != fingerprint:
+        if fingerprint not in (None, self.about.get("student_fingerprint")):
             raise ValueError(
                 f"the recording {self.folder} was made with another student ({self.about.get('models', {}).get('student')}) or "
                 "other weights of it: its answers would be a stranger's. Record again with this student, or say that it "
-                "is meant: "
-                "any_recording=True."
+                "is meant: any_recording=True."
             )
         recorded = max((len(row["completion_ids"]) for row in self.rows), default=0)
         if recorded > longest:
             raise ValueError(
                 f"the recording {self.folder} has answers of up to {recorded} tokens, but "
-                f"max_completion_length={longest} would cut "
-                f"them: pass {recorded} or more."
+                f"max_completion_length={longest} would cut them: pass {recorded} or more."
             )
 
     def check_rows(self, tokenize: Callable[[list], list[list[int]]]) -> None:

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,7 @@ def head_of_checkpoint(
     if weight is None:
         raise ValueError(
             f"{name} has no lm_head.weight and no known embedding in its safetensors: the server teacher reads the head "
-            "from there. "
-            "Use a checkpoint in the usual format, or teacher_placement=local."
+            "from there. Use a checkpoint in the usual format, or teacher_placement=local."
         )
     bias = tensor("lm_head.bias")
     norm = tensor("model.norm.weight") if tensor("model.norm.bias") is None else None
@@ -100,7 +99,7 @@ def head_of_checkpoint(
 
 
 class ServerTeacher:
-    """Scores rollouts by asking vLLM servers for hidden states, in turn, one request each at a time.
+    """Scores rollouts by asking vLLM servers for hidden states, in turn, as many requests at a time as servers.
 
     Args:
         urls: the servers' addresses, e.g. `http://127.0.0.1:8000`.
@@ -207,7 +206,7 @@ class ServerTeacher:
         none = torch.zeros(0, self._head.hidden_size, dtype=self._head.weight.dtype, device=self._head.weight.device)
         hidden = [none] * len(rollouts)
         parts = [order[start : start + self.rows] for start in range(0, len(order), self.rows)]
-        with ThreadPoolExecutor(len(self.urls)) as pool:  # each server has one request at a time
+        with ThreadPoolExecutor(len(self.urls)) as pool:  # as many requests at a time as servers
             done = list(pool.map(lambda job: self._with_retries(job[0], rollouts, job[1]), enumerate(parts)))
         for rows, states in zip(parts, done, strict=True):
             for row, states_of_row in zip(rows, states, strict=True):
@@ -269,11 +268,8 @@ class ServerTeacher:
 
     def _ask(self, server: int, path: str, body: Any) -> httpx.Response:
         client, url = self._clients[server], self.urls[server]
-        call: Callable[[], httpx.Response] = (
-            (lambda: client.get(path)) if body is None else (lambda: client.post(path, json=body))
-        )
         try:
-            answer = call()
+            answer = client.request("GET" if body is None else "POST", path, json=body)
         except httpx.TimeoutException as error:
             raise TeacherUnavailable(f"the server {url} did not answer in time ({type(error).__name__}).") from error
         except httpx.HTTPError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import logging
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,12 @@ class AnsweringTrainer(SeamTrainer):
             if self.answers.teacher_may_write:
                 raise ValueError(
                     f"{role} has no 'completion' column and there is no teacher in this process to write one; it has: "
-                    f"{', '.join(columns)}. Pass "
-                    "teacher_model, or rename the column that holds the answers to 'completion'."
+                    f"{', '.join(columns)}. Pass teacher_model, or rename the column that holds the answers to 'completion'."
                 )
             raise ValueError(
                 f"the method trains on the data set's answers, but {role} has no 'completion' column; it has: "
                 f"{', '.join(columns)}. Rename the one that holds the answers to 'completion', or use a method that "
-                "trains on the "
-                "student's own answers."
+                "trains on the student's own answers."
             )
 
     def prepare_answers(self) -> None:
@@ -120,18 +119,15 @@ class AnsweringTrainer(SeamTrainer):
         if not (self.answers.need_dataset and self.answers.teacher_may_write):
             return
         if self.train_dataset is not None:
-            self.train_dataset = self._written("train_dataset", self.train_dataset)
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {k: self._written(f"eval_dataset[{k!r}]", v) for k, v in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self._written("eval_dataset", self.eval_dataset)
+            self.train_dataset = self._written(self.train_dataset, "train_dataset")
+        self.change_eval_sets(self._written)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers' `Trainer.evaluate`."""
         self.let_teacher_write()
         return super().evaluate(*args, **kwargs)
 
-    def _written(self, role: str, dataset: Any) -> Any:
+    def _written(self, dataset: Any, role: str) -> Any:
         if {"completion", "completion_ids"} & set(dataset.column_names or []):
             return dataset
         if not hasattr(dataset, "__len__"):
@@ -209,8 +205,7 @@ class AnsweringTrainer(SeamTrainer):
             if empty:
                 raise ValueError(
                     f"{role} has {len(empty)} completions without text, the first in row {empty[0]}: an answer is a "
-                    "text or a list "
-                    "of one assistant message with a text. Remove or mend those rows."
+                    "text or a list of one assistant message with a text. Remove or mend those rows."
                 )
         cut = 0
         for start in range(0, len(dataset), 1000):
@@ -266,9 +261,9 @@ class AnsweringTrainer(SeamTrainer):
         self.note_source(drawn)
         return rows
 
+    @abc.abstractmethod
     def note_source(self, drawn: str) -> None:
         """Called with the source of each step."""
-        raise NotImplementedError
 
     def write(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         if self._given is not None:

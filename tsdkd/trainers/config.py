@@ -148,8 +148,7 @@ class TokenDistillConfig(DistillationConfig):
         if not isinstance(options, dict):
             raise ValueError(
                 f"method_options={options!r}: pass the method's options by name, a dict in Python and YAML or JSON on "
-                "the command "
-                "line, e.g. '{\"lmbda\": 0.5}'."
+                "the command line, e.g. '{\"lmbda\": 0.5}'."
             )
         return options
 

