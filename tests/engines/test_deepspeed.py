@@ -1,4 +1,4 @@
-"""The fused loss with the student's parameters sharded by DeepSpeed ZeRO-3, against one plain process."""
+"""Student and teacher under DeepSpeed, each alone and both, against one plain process: the same losses and gradient norms."""
 
 from __future__ import annotations
 
@@ -9,32 +9,72 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny
 
 pytestmark = pytest.mark.engines
 
 
-def launch(folder: Path, world: int, *options: str) -> list[dict]:
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny(folder / "student", seed=1)
+    save_tiny(folder / "teacher", seed=2, hidden=48)
+    return folder
+
+
+def launch(models: Path, scenario: str) -> list[dict]:
+    world = 1 if scenario == "plain" else 2
+    folder = models / scenario.replace(", ", "-").replace(" ", "-")
     folder.mkdir()
-    command = [sys.executable, str(Path(__file__).parent / "zero3.py"), str(folder), *options]
+    command = [sys.executable, str(Path(__file__).parent / "sharded.py"), str(folder), scenario]
     if world > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+    results = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+    assert all(result["world"] == world for result in results)
+    return results
 
 
-def test_zero3_gives_the_losses_of_one_process_and_gathers_the_head_for_each_loss(tmp_path):
-    (plain,) = launch(tmp_path / "plain", 1)
-    for result in launch(tmp_path / "zero3", 2):
-        assert result["world"] == 2
-        assert result["inside"] == [64] * 6 and result["outside"] == 0  # whole for each micro-batch's loss, else sharded
+@pytest.fixture(scope="module")
+def plain(models):
+    return launch(models, "plain")[0]
+
+
+@pytest.mark.parametrize(
+    "scenario,student,teacher",
+    [
+        ("ddp", 1, 1),
+        ("zero2", 1, 1),
+        ("zero3", 0.5, 1),
+        ("ddp, teacher zero3", 1, 0.5),
+        ("zero2, teacher zero3", 1, 0.5),
+        ("zero3, teacher zero3", 0.5, 0.5),
+        ("ddp, teacher zero3 on the cpu", 1, 0.5),
+    ],
+)
+def test_five_steps_and_an_evaluation_are_those_of_one_process(models, plain, scenario, student, teacher):
+    """What each process holds is its share, and the two heads are whole while a loss is computed."""
+    assert len(plain["rows"]) == 5
+    for result in launch(models, scenario):
+        assert result["student"] == pytest.approx(student, abs=0.01) and result["teacher"] == pytest.approx(teacher, abs=0.01)
+        assert result["inside"] == [[64, 64]] * 10
+        assert (result["student head"] == 0) == (student < 1) and (result["teacher head"] == 0) == (teacher < 1)
         for ours, one in zip(result["rows"], plain["rows"], strict=True):
-            for name in ("loss", "loss/direct", "loss/indirect", "loss/entropy"):
-                assert ours[name] == pytest.approx(one[name], rel=2e-5), name  # three steps of Adam in float32
+            for name in ("loss", "loss/direct", "loss/indirect", "loss/entropy", "grad_norm"):
+                assert ours[name] == pytest.approx(one[name], rel=5e-5), name  # five steps of Adam in float32
+        for name in ("eval_loss", "eval_loss/direct"):  # of 7 rows, so that the last batches are uneven
+            assert result["evaluation"][name] == pytest.approx(plain["evaluation"][name], rel=5e-5), name
 
 
-def test_a_nan_stops_every_process_before_deepspeed_changes_the_weights(tmp_path):
-    for result in launch(tmp_path / "run", 2, "poisoned"):
+def test_a_rank_without_answers_does_not_hold_a_sharded_teacher_up(models):
+    first, second = launch(models, "ddp, teacher zero3, one rank is empty")
+    assert len(first["rows"]) == len(second["rows"]) == 5
+    assert all(row["completions/empty"] == 4 and row["loss"] > 0 for row in first["rows"])
+
+
+def test_a_nan_stops_every_process_before_deepspeed_changes_the_weights(models):
+    for result in launch(models, "zero3, poisoned"):
         assert "step 3: NaN or Inf in the teacher's hidden states" in result["stopped"]
         assert result["moved"] > 0 and result["spoilt"] == 0  # the second step was made (the first warms up), the third was not

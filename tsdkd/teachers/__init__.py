@@ -8,6 +8,7 @@ import torch
 
 from tsdkd.teachers.local import LocalTeacher, hidden_of
 from tsdkd.teachers.recorded import RecordedTeacher, Recording
+from tsdkd.teachers.zero3 import ZeRO3Teacher, gathered
 from tsdkd.types import Head, Rollouts
 
 
@@ -24,4 +25,4 @@ class Teacher(Protocol):
         ...
 
 
-__all__ = ["LocalTeacher", "RecordedTeacher", "Recording", "Teacher", "hidden_of"]
+__all__ = ["LocalTeacher", "RecordedTeacher", "Recording", "Teacher", "ZeRO3Teacher", "gathered", "hidden_of"]

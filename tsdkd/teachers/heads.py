@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +14,10 @@ from tsdkd.types import Head
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISOR = "logits_scaling"
 _DIVISOR_IS_MULTIPLIER = {"hyperclovax"}
+
+
+def _whole(*_: torch.Tensor | None) -> AbstractContextManager:
+    return nullcontext()
 
 
 def text_config(model: Any):
@@ -43,6 +49,12 @@ def head_from(weight: torch.Tensor, bias: torch.Tensor | None, config: Any) -> H
     return Head(weight, bias, 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None))
 
 
+def vocabulary_size(model: Any) -> int:
+    """The rows of the model's head, sharded or whole."""
+    weight = model.get_output_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
 def without_adapter_wrapper(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper (its adapters stay active), or the model itself."""
     return model.base_model.model if hasattr(model, "peft_config") and hasattr(model, "base_model") else model
@@ -55,10 +67,11 @@ def last_hidden_state(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torc
 
 
 @torch.no_grad()
-def check_head(model: Any, role: str, vocab_size: int) -> None:
+def check_head(model: Any, role: str, vocab_size: int, gathered: Callable[..., AbstractContextManager] = _whole) -> None:
     """Refuse a model whose logits are not head(last hidden state), or are not finite, on a short text.
 
-    This closes the class of silently wrong losses: a scale, cap or bias of a family that `head_of` does not know.
+    `gathered(weight, bias)` makes a sharded head whole. This closes the class of silently wrong losses: a scale, cap or bias of
+    a family that `head_of` does not know.
 
     Raises:
         ValueError: naming the role (student or teacher) and the architecture.
@@ -70,7 +83,10 @@ def check_head(model: Any, role: str, vocab_size: int) -> None:
     ids = (torch.arange(8, device=device) * 7 % vocab_size).unsqueeze(0)
     mask = torch.ones_like(ids)
     own = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    rebuilt = head_of(model).logits(last_hidden_state(model, ids, mask))
+    hidden = last_hidden_state(model, ids, mask)
+    output = model.get_output_embeddings()
+    with gathered(output.weight, getattr(output, "bias", None)):
+        rebuilt = head_of(model).logits(hidden)
     model.train(was_training)
     name = f"{type(inner).__name__} (model_type {text_config(inner).model_type!r})"
     if not bool(torch.isfinite(own).all()):

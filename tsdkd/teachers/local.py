@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,11 +21,13 @@ def hidden_of(
     batch_size: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """For each row `[L, hidden]`, a model's hidden states that predict the trained tokens.
 
     In order of length, so that a batch's rows are alike and little padding is computed; the number of batches depends on
-    the number of rows alone, so that processes that gather a sharded model stay in step.
+    the number of rows alone, so that processes that gather a sharded model stay in step. `read(ids, mask)` stands in for the
+    model's own forward.
     """
     sizes = [len(p) + len(c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
     order = sorted(range(len(rollouts)), key=sizes.__getitem__)
@@ -35,7 +38,7 @@ def hidden_of(
         batch = rollouts.rows(rows)
         ids, mask, where = batch.padded(pad_id, model_device)
         with autocast():
-            states = last_hidden_state(model, ids, mask)
+            states = last_hidden_state(model, ids, mask) if read is None else read(ids, mask)
         packed = states.flatten(0, 1)[where.to(states.device)].to(device)
         for row, states_of_row in zip(rows, packed.split(batch.lengths), strict=True):
             hidden[row] = states_of_row.clone()  # a view would keep the whole batch alive
@@ -68,9 +71,21 @@ class LocalTeacher:
         self.device = device
         self.autocast = autocast
 
+        self._moved: Head | None = None
+
     @property
     def head(self) -> Head:
-        return head_of(self.model)
+        head = head_of(self.model)
+        if head.weight.device == self.device:
+            return head
+        if self._moved is None:  # it is frozen, so one copy serves the whole run
+            bias = None if head.bias is None else head.bias.to(self.device)
+            self._moved = dataclasses.replace(head, weight=head.weight.to(self.device), bias=bias)
+        return self._moved
+
+    def read(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`[rows, longest, hidden]`, the last hidden state of padded rows."""
+        return last_hidden_state(self.model, ids, mask)
 
     def score(self, rollouts: Rollouts) -> list[torch.Tensor]:
-        return hidden_of(self.model, rollouts, self.pad_id, self.batch_size, self.device, self.autocast)
+        return hidden_of(self.model, rollouts, self.pad_id, self.batch_size, self.device, self.autocast, self.read)

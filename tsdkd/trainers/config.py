@@ -43,8 +43,11 @@ class TokenDistillConfig(DistillationConfig):
         teacher_answers_engine: `transformers`, or `vllm`: an engine of its own on the first process, with
             `vllm_gpu_memory_utilization` of the memory, as long as the writing lasts.
         token_budget: stop after the step that brings the tokens of answers trained on, over all processes, to this many.
-        teacher_placement: `local`, or `server`: vLLM servers at `teacher_urls` give the teacher's hidden states, and only its
+        teacher_placement: `local`, whole in each process; `zero3`, sharded over all processes by DeepSpeed, whatever the
+            student runs under; or `server`: vLLM servers at `teacher_urls` give the teacher's hidden states, and only its
             head is held here.
+        teacher_deepspeed: of a `zero3` teacher, DeepSpeed's options as a dict or a JSON file, beside those that are set here.
+        teacher_cpu_offload: keep a `zero3` teacher's shares in CPU memory.
         teacher_urls: the servers' addresses.
         recording: a folder that `record` wrote: its rollouts and its teacher's hidden states are trained on, and no
             teacher is loaded.
@@ -53,7 +56,7 @@ class TokenDistillConfig(DistillationConfig):
             last hidden states, on one micro-batch; 0 is never.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DistillationConfig._VALID_DICT_FIELDS, "method_options"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DistillationConfig._VALID_DICT_FIELDS, "method_options", "teacher_deepspeed"]
 
     learning_rate: float = field(
         default=5e-6, metadata={"help": "AdamW (paper, A.9: 'Learning rate 5e-6 (Qwen2.5), 1e-7 (Gemma2)')."}
@@ -94,7 +97,11 @@ class TokenDistillConfig(DistillationConfig):
     token_budget: int | None = field(
         default=None, metadata={"help": "Stop after the step that brings the tokens trained on to this many; all processes'."}
     )
-    teacher_placement: str = field(default="local", metadata={"help": "Where the teacher is: 'local' or 'server'."})
+    teacher_placement: str = field(default="local", metadata={"help": "Where the teacher is: 'local', 'zero3' or 'server'."})
+    teacher_deepspeed: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "DeepSpeed options of a 'zero3' teacher, JSON or a JSON file; none are needed."}
+    )
+    teacher_cpu_offload: bool = field(default=False, metadata={"help": "Keep a 'zero3' teacher's shares in CPU memory."})
     teacher_urls: list[str] | None = field(
         default=None, metadata={"help": "vLLM servers that give the teacher's hidden states, http://HOST:PORT."}
     )
@@ -124,9 +131,16 @@ class TokenDistillConfig(DistillationConfig):
         check_weight("gradient_filter", self.gradient_filter)
         check_choice("teacher_answers_engine", self.teacher_answers_engine, ("transformers", "vllm"))
         check_weight("teacher_answers_temperature", self.teacher_answers_temperature)
-        check_choice("teacher_placement", self.teacher_placement, ("local", "server"))
+        check_choice("teacher_placement", self.teacher_placement, ("local", "zero3", "server"))
+        if self.teacher_placement != "zero3" and (self.teacher_deepspeed or self.teacher_cpu_offload):
+            raise ValueError(
+                f"teacher_deepspeed and teacher_cpu_offload are options of a sharded teacher, and teacher_placement is "
+                f"{self.teacher_placement!r}: pass teacher_placement=zero3."
+            )
         if self.teacher_urls and self.teacher_placement != "server":
-            raise ValueError("teacher_urls were given but teacher_placement is 'local': pass teacher_placement=server.")
+            raise ValueError(
+                f"teacher_urls were given but teacher_placement is {self.teacher_placement!r}: pass teacher_placement=server."
+            )
         if self.token_budget is not None:
             check_count("token_budget", self.token_budget)
         check_count("term_grad_norm_steps", self.term_grad_norm_steps, smallest=0)

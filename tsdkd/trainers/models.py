@@ -6,27 +6,67 @@ import hashlib
 import json
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from tsdkd.teachers import gathered
+from tsdkd.teachers.zero3 import zero3_config
 from tsdkd.trainers.config import TokenDistillConfig
+from tsdkd.trainers.trl_seams import loading_under
 
 
-def load_teacher(name: str, args: TokenDistillConfig) -> Any:
-    """A teacher in the dtype of its checkpoint, unless `teacher_model_init_kwargs` says otherwise."""
+def _teacher_kwargs(args: TokenDistillConfig) -> dict[str, Any]:
+    """What `from_pretrained` is told: the dtype of the checkpoint, unless `teacher_model_init_kwargs` names one."""
     kwargs = dict(args.teacher_model_init_kwargs or {})
     kwargs.setdefault("dtype", "auto")
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     if args.teacher_model_revision is not None:
         kwargs.setdefault("revision", args.teacher_model_revision)
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    return kwargs
+
+
+def load_teacher(name: str, args: TokenDistillConfig) -> Any:
+    """A teacher, whole in this process whatever the student runs under."""
+    with loading_under(None):
+        return AutoModelForCausalLM.from_pretrained(name, **_teacher_kwargs(args))
+
+
+def load_sharded_teacher(model: Any, args: TokenDistillConfig) -> tuple[Any, dict[str, Any]]:
+    """A teacher of which each process holds a share, if it comes by name, and the DeepSpeed configuration it runs under.
+
+    Raises:
+        ValueError: quantized weights, which ZeRO-3 cannot shard.
+    """
+    kwargs, named = _teacher_kwargs(args), isinstance(model, str)
+    if named:
+        where = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+        config = AutoConfig.from_pretrained(model, **where)
+    else:
+        config = model.config
+    if kwargs.get("quantization_config") or getattr(config, "quantization_config", None):
+        raise ValueError(
+            "teacher_placement=zero3 was asked for a quantized teacher, whose weights DeepSpeed cannot shard: load it "
+            "unquantized, or use teacher_placement=local."
+        )
+    dtype = kwargs["dtype"] if named else model.dtype
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    deepspeed_config = zero3_config(args.teacher_deepspeed, dtype, args.teacher_cpu_offload)
+    if named:
+        with loading_under(deepspeed_config):
+            model = AutoModelForCausalLM.from_pretrained(model, **{**kwargs, "dtype": dtype})
+    return model, deepspeed_config
 
 
 def fingerprint_of(model: Any) -> str:
     """A short digest of a model's shape and of some of its weights."""
-    weight = model.get_input_embeddings().weight.detach()
+    parameter = model.get_input_embeddings().weight
     config = model.config.get_text_config()
-    shape = [config.model_type, list(weight.shape), getattr(config, "num_hidden_layers", None)]
-    some = weight[:: max(1, len(weight) // 16), :8].float().cpu().numpy().tobytes()
+    with gathered(parameter):
+        weight = parameter.detach()
+        shape = [config.model_type, list(weight.shape), getattr(config, "num_hidden_layers", None)]
+        some = weight[:: max(1, len(weight) // 16), :8].float().cpu().numpy().tobytes()
     return hashlib.sha256(json.dumps(shape).encode() + some).hexdigest()[:16]
 
 

@@ -10,12 +10,13 @@ from transformers import AutoTokenizer
 
 from tsdkd.data.prompts import check_prompts, fitting_rows
 from tsdkd.methods import TSDKD, Method, resolve_method
-from tsdkd.teachers import LocalTeacher, RecordedTeacher, Recording, Teacher
-from tsdkd.teachers.heads import check_head, text_config
+from tsdkd.teachers import LocalTeacher, RecordedTeacher, Recording, Teacher, ZeRO3Teacher, gathered
+from tsdkd.teachers.heads import check_head, text_config, vocabulary_size
 from tsdkd.teachers.server import ServerTeacher, head_of_checkpoint
+from tsdkd.teachers.zero3 import check_zero3_possible
 from tsdkd.trainers.answering import AnsweringTrainer
 from tsdkd.trainers.config import TokenDistillConfig, TSDKDConfig
-from tsdkd.trainers.models import check_same_tokens, load_teacher, name_of
+from tsdkd.trainers.models import check_same_tokens, load_sharded_teacher, load_teacher, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class PreparingTrainer(AnsweringTrainer):
         self.teacher_name = "a recording" if recording is not None else "none"
         if teacher_model is not None:
             self.teacher_name = teacher_model if isinstance(teacher_model, str) else name_of(teacher_model)
-        self.vocab_size = self.model.get_output_embeddings().weight.shape[0]
+        self.vocab_size = vocabulary_size(self.model)
         if recording is not None:
             self.teacher = RecordedTeacher(recording, self.accelerator.device)
             self.vocab_size = self._share_vocabulary(recording.head.size, recording.vocabulary)
@@ -99,20 +100,29 @@ class PreparingTrainer(AnsweringTrainer):
         elif teacher_model is not None and self.args.teacher_placement == "server":
             self._reach_servers(teacher_model)
         elif teacher_model is not None:
-            if isinstance(teacher_model, str):
-                teacher_model = load_teacher(teacher_model, self.args)
-            self.vocab_size = self._shared_vocabulary(teacher_model)
-            if getattr(teacher_model, "hf_device_map", None) is None:
-                teacher_model = teacher_model.to(self.accelerator.device)
-            self.teacher_model = teacher_model
-            self.teacher = LocalTeacher(
-                teacher_model,
-                pad_id=0,
-                batch_size=self.args.teacher_batch_size or self.args.per_device_train_batch_size,
-                device=self.accelerator.device,
-                autocast=self.accelerator.autocast,
-            )
-            check_head(teacher_model, "teacher", self.vocab_size)
+            self._hold_teacher(teacher_model)
+
+    def _hold_teacher(self, model: Any) -> None:
+        """A teacher that this process holds, whole or its share of it."""
+        how: dict[str, Any] = {
+            "pad_id": 0,
+            "batch_size": self.args.teacher_batch_size or self.args.per_device_train_batch_size,
+            "device": self.accelerator.device,
+            "autocast": self.accelerator.autocast,
+        }
+        if self.args.teacher_placement == "zero3":
+            check_zero3_possible()
+            model, config = load_sharded_teacher(model, self.args)
+            self.teacher = ZeRO3Teacher(model, config, **how)
+        else:
+            if isinstance(model, str):
+                model = load_teacher(model, self.args)
+            if getattr(model, "hf_device_map", None) is None:
+                model = model.to(self.accelerator.device)
+            self.teacher = LocalTeacher(model, **how)
+        self.teacher_model = model
+        self.vocab_size = self._shared_vocabulary(model)
+        check_head(model, "teacher", self.vocab_size, gathered)
 
     def _reach_servers(self, name: Any) -> None:
         """A teacher behind servers: its head is read here, and every server is asked one short text."""
@@ -148,7 +158,7 @@ class PreparingTrainer(AnsweringTrainer):
     def _shared_vocabulary(self, teacher_model: Any) -> int:
         """How many ids both models have; refuse tokenizers that disagree on them."""
         vocabulary = self._vocabulary_of(getattr(teacher_model.config, "_name_or_path", ""))
-        return self._share_vocabulary(teacher_model.get_output_embeddings().weight.shape[0], vocabulary)
+        return self._share_vocabulary(vocabulary_size(teacher_model), vocabulary)
 
     def _vocabulary_of(self, source: str) -> dict[str, int] | None:
         """The tokens of the tokenizer that comes with a checkpoint, if one does."""
@@ -160,7 +170,7 @@ class PreparingTrainer(AnsweringTrainer):
         return None if theirs is None else theirs.get_vocab()
 
     def _share_vocabulary(self, teacher_size: int, vocabulary: dict[str, int] | None) -> int:
-        size = min(self.model.get_output_embeddings().weight.shape[0], teacher_size)
+        size = min(vocabulary_size(self.model), teacher_size)
         candidates = getattr(self.method, "num_candidates", None)
         if candidates is not None and candidates > size:
             raise ValueError(f"num_candidates={candidates} but the two models share {size} tokens: pass {size} or fewer.")

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from tsdkd.fused import token_statistics
 from tsdkd.methods import Method
 from tsdkd.provenance import provenance
-from tsdkd.teachers import RecordedTeacher, Recording, Teacher, hidden_of
+from tsdkd.teachers import RecordedTeacher, Recording, Teacher, gathered, hidden_of
 from tsdkd.teachers.heads import check_head, head_of, last_hidden_state
 from tsdkd.teachers.server import ServerTeacher, TeacherUnavailable
 from tsdkd.trainers.config import TokenDistillConfig, TSDKDConfig
@@ -117,7 +117,8 @@ class TokenDistillTrainer(PreparingTrainer):
                 "prompts as text."
             )
         self._place_teacher(teacher_model, recording)
-        check_head(self.model, "student", self.vocab_size)
+        with gathered(*self.model.parameters()):  # under ZeRO-3 it is loaded in shares
+            check_head(self.model, "student", self.vocab_size)
         self.forbid_ids_from(self.vocab_size)
 
         self._recorders = {"train": Recorder(), "eval": Recorder()}

@@ -16,13 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import deepspeed as integration
 from trl import DistillationTrainer
 from trl.import_utils import is_vllm_available
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from tsdkd.data.completions import answer_ids, answer_text
+from tsdkd.teachers.zero3 import gathered
 from tsdkd.types import Rollouts
+
+
+@contextmanager
+def loading_under(config: dict[str, Any] | None) -> Iterator[None]:
+    """transformers' loading under this DeepSpeed configuration, or under none: it would shard a teacher as the student's asks.
+
+    The configuration that is read while a model is loaded is one global, and the student's is put back.
+    """
+    before = integration._hf_deepspeed_config_weak_ref and integration._hf_deepspeed_config_weak_ref()
+    integration.unset_hf_deepspeed_config()
+    kept = None if config is None else integration.HfDeepSpeedConfig(config)  # it counts as long as it lives
+    try:
+        yield
+    finally:
+        del kept
+        integration.unset_hf_deepspeed_config()
+        if before is not None:
+            integration.set_hf_deepspeed_config(before)
 
 
 class SeamTrainer(DistillationTrainer, abc.ABC):
@@ -284,9 +303,7 @@ class SeamTrainer(DistillationTrainer, abc.ABC):
     def gathered_heads(self, *models: Any) -> AbstractContextManager:
         """Under ZeRO-3 the heads of these models whole, once for a micro-batch; elsewhere nothing."""
         heads = [model.get_output_embeddings() for model in models]
-        parameters = [p for head in heads for p in (head.weight, getattr(head, "bias", None))]
-        # TRL asks every one for its state, which only a sharded one has.
-        return maybe_gather_lm_head_ctx(*(p for p in parameters if hasattr(p, "ds_status")))
+        return gathered(*(p for head in heads for p in (head.weight, getattr(head, "bias", None))))
 
     @staticmethod
     def rollouts_of(inputs: dict[str, Any]) -> Rollouts:

@@ -1,0 +1,131 @@
+"""Run in `test_deepspeed.py`: five steps and an evaluation, in one plain process or by torchrun under one of `SCENARIOS`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from accelerate import state
+from accelerate.utils import DistributedType
+
+
+def zero(stage: int) -> dict:
+    return {
+        "zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+# Nothing of a tiny model is so small that it stays whole.
+TEACHER = {"teacher_placement": "zero3", "teacher_deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+SCENARIOS: dict[str, dict] = {
+    "plain": {},
+    "ddp": {},
+    "zero2": {"deepspeed": zero(2)},
+    "zero3": {"deepspeed": zero(3)},
+    "ddp, teacher zero3": TEACHER,
+    "zero2, teacher zero3": {**TEACHER, "deepspeed": zero(2)},
+    "zero3, teacher zero3": {**TEACHER, "deepspeed": zero(3)},
+    "ddp, teacher zero3 on the cpu": {**TEACHER, "teacher_cpu_offload": True},
+    "ddp, teacher zero3, one rank is empty": TEACHER,
+    "zero3, poisoned": {"deepspeed": zero(3)},
+}
+SCENARIO = SCENARIOS[sys.argv[2]]
+if "deepspeed" in SCENARIO:  # accelerate picks a backend for GPUs under DeepSpeed; on a CPU it must be gloo
+    state.PartialState._prepare_backend = lambda self, cpu, sagemaker_dp=False, backend=None: (
+        "gloo",
+        DistributedType.MULTI_CPU,
+    )
+
+from test_trainer import by_prompt, make
+from tiny import prompts
+
+torch.set_num_threads(1)
+RANK = os.environ.get("RANK", "0")
+
+
+def weights_of(student):
+    """All weights, whole."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(student.parameters())):
+        return torch.cat([p.detach().flatten().clone() for p in student.parameters()])
+
+
+def poisoned_run(trainer) -> dict:
+    """One rank's teacher breaks in the third step."""
+
+    def poison(module, inputs, output):
+        if trainer.state.global_step == 2 and RANK == "1":
+            output.last_hidden_state.fill_(float("nan"))
+
+    trainer.teacher_model.model.register_forward_hook(poison)
+    seen, result = [], {}
+    prepare = trainer.prepare_step
+    trainer.prepare_step = lambda rollouts: seen.append(weights_of(trainer.model)) or prepare(rollouts)
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        result["stopped"] = str(error)
+    result["moved"] = (seen[2] - seen[1]).abs().max().item()
+    result["spoilt"] = (weights_of(trainer.model) - seen[2]).abs().max().item()
+    return result
+
+
+def main(folder: Path, name: str) -> dict:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    empty = "empty" in name and RANK == "1"
+    trainer = make(
+        folder,
+        student=str(folder.parent / "student"),
+        teacher=str(folder.parent / "teacher"),
+        data=prompts(8),
+        rollouts=(lambda ids: []) if empty else by_prompt,
+        processing_class=None,
+        per_device_train_batch_size=4 // world,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=5,
+        eval_dataset=prompts(7),
+        ddp_find_unused_parameters=False,
+        **{"use_cpu": "deepspeed" not in SCENARIO, **SCENARIO},
+    )
+    result: dict = {"world": trainer.accelerator.num_processes}
+    if "poisoned" in name:
+        return {**result, **poisoned_run(trainer)}
+    inside: list[tuple[int, int]] = []
+    method_loss = type(trainer.method).loss
+
+    def loss(method, batch, head, teacher_head, **kwargs):
+        inside.append((head.weight.shape[0], teacher_head.weight.shape[0]))
+        return method_loss(method, batch, head, teacher_head, **kwargs)
+
+    type(trainer.method).loss = loss
+    trainer.train()
+    result["inside"] = inside[:]
+    result["rows"] = [row for row in trainer.state.log_history if "loss" in row]
+    for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+        parameters = list(model.parameters())
+        here = sum(p.ds_tensor.numel() if hasattr(p, "ds_status") else p.numel() for p in parameters)
+        result[role] = here / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        result[f"{role} head"] = model.get_output_embeddings().weight.numel()
+    result["evaluation"] = trainer.evaluate()
+    return result
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    result = main(folder, sys.argv[2])
+    (folder / f"rank{RANK}.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    os._exit(0)  # the results are written; leaving normally would tear down processes in any order
