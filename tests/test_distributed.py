@@ -61,6 +61,21 @@ def test_a_process_whose_answers_are_all_empty_holds_nobody_up(tmp_path):
     assert first["train"]["loss"] > 0 and first["gradient"] == pytest.approx(second["gradient"])
 
 
+def test_five_steps_in_fsdp2s_shards_are_those_of_one_process(tmp_path):
+    (one,) = launch(tmp_path / "one", 1, "fully sharded")
+    for result in launch(tmp_path / "two", 2, "fully sharded"):
+        assert result["sharded"] == [1.0] * 5  # every parameter is a DTensor: nothing fell back to DDP
+        for ours, theirs in zip(result["steps"], one["steps"], strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-5)  # loss and gradient norm
+
+
+def test_a_rank_that_fails_ends_the_other(tmp_path):
+    """The other waits in a collective; the launcher ends it, long before its time limit of half an hour."""
+    with pytest.raises(AssertionError, match=r"(?s)Root Cause.*rank +: 1"):  # and not subprocess.TimeoutExpired after 300 s
+        launch(tmp_path / "run", 2, "one rank dies")
+    assert not list((tmp_path / "run").glob("rank*.json"))
+
+
 def test_a_nan_on_one_process_stops_both_alike(tmp_path):
     first, second = launch(tmp_path / "run", 2, "one rank is poisoned")
     for stopped in (first["stopped"], second["stopped"]):

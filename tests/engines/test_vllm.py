@@ -48,6 +48,16 @@ def test_vllm_writes_with_the_students_weights_of_each_step(tmp_path, kind):
     assert distance(result["moved"], first["vllm"]) > 0.3
 
 
+def test_answers_by_vllm_teach_as_much_as_those_by_transformers(tmp_path):
+    """Sixty steps of the demo; the two draw other answers, so they are compared like two seeds."""
+    result = run("learn", tmp_path)
+    ours, theirs = result["vllm"], result["transformers"]
+    assert min(ours["accuracy"], theirs["accuracy"]) > result["before"] + 0.2
+    assert abs(ours["accuracy"] - theirs["accuracy"]) < 0.1
+    late, expected = (statistics.fmean(losses["losses"][-20:]) for losses in (ours, theirs))
+    assert late == pytest.approx(expected, rel=0.15)
+
+
 def test_the_teacher_writes_by_vllm_what_it_writes_by_transformers(tmp_path):
     """Greedily; rounding to bf16 may turn a near tie, after which the two answers are different texts."""
     result = run("teacher", tmp_path)

@@ -165,12 +165,44 @@ def served(folder: Path) -> dict:
     return result
 
 
+def learnt(folder: Path) -> dict:
+    """The demo's student after the same prompts, its answers written by transformers and by vLLM; and without training."""
+    from datasets import Dataset
+    from tiny import config
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tsdkd import TSDKDConfig, TSDKDTrainer
+    from tsdkd.demo.problems import held_out, make_problems
+    from tsdkd.demo.run import HELD_OUT_SEED, LEVELS, WEIGHTS, shipped
+    from tsdkd.demo.scoring import accuracy
+
+    steps, batch = 60, 64
+    test = held_out(500, HELD_OUT_SEED, set(), LEVELS)
+    questions = [p.question for p in make_problems(steps * batch, 1, LEVELS)]
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": q}] for q in questions]})
+    tokenizer = AutoTokenizer.from_pretrained(shipped("student"))
+    before = AutoModelForCausalLM.from_pretrained(shipped("student"), dtype=torch.float32)
+    result = {"before": accuracy(before, tokenizer, test)["accuracy"]}
+    for engine in ("transformers", "vllm"):
+        options = dict(max_length=128, max_completion_length=48, max_steps=steps, per_device_train_batch_size=batch)
+        options.update(learning_rate=WEIGHTS["gkd"].learning_rate, **WEIGHTS["gkd"].options)
+        if engine == "vllm":
+            options.update(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=128)
+        args = config(folder / engine, TSDKDConfig, **options)
+        trainer = TSDKDTrainer(shipped("student"), shipped("teacher"), args, data)
+        trainer.train()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        result[engine] = {"accuracy": accuracy(trainer.model, tokenizer, test)["accuracy"], "losses": losses}
+        result[engine]["seconds"] = trainer.state.log_history[-1]["train_runtime"]
+    return result
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
     kind, folder = sys.argv[1], Path(sys.argv[2])
     if kind in ("plain", "lora"):
         result = rollouts(folder, lora=kind == "lora")
     else:
-        result = {"teacher": teacher_writes, "server": served}[kind](folder)
+        result = {"teacher": teacher_writes, "server": served, "learn": learnt}[kind](folder)
     (folder / "result.json").write_text(json.dumps(result))
     os._exit(0)  # vLLM's threads have nothing left to do

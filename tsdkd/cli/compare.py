@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from tsdkd.cli.recipes import one_file, read_recipes
 
 # What a recipe names whose contents a row depends on.
 FILES = (
@@ -67,7 +68,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--methods", help="names, comma-separated; default: the recipe's 'methods' mapping")
     parser.add_argument(
-        "--config", type=Path, required=True, help="a recipe of tsdkd train; its 'methods' maps labels to options"
+        "--config",
+        type=Path,
+        required=True,
+        action="append",
+        help="a recipe of tsdkd train, or several, of which a later one's options stand; 'methods' maps labels to options",
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method, with seeds 0, 1, … (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("comparison.jsonl"), help="rows go here (default: %(default)s)")
@@ -79,9 +84,7 @@ def main(arguments: list[str]) -> int:
     if own.seeds < 1:
         raise ValueError(f"--seeds {own.seeds}: it must be 1 or more.")
 
-    import yaml
-
-    recipe = yaml.safe_load(own.config.read_text()) or {}
+    recipe = read_recipes(own.config)
     named = recipe.pop("methods", {})
     labelled = _labelled(named, own.methods)
 
@@ -96,10 +99,8 @@ def main(arguments: list[str]) -> int:
         recipe["teacher_answers"] = str(folder / "teacher_answers.jsonl")  # greedy: the same for all runs
 
     def options_of(run: Run) -> tuple:
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            yaml.safe_dump({**recipe, "output_dir": str(folder / run.name)}, file)
-            file.flush()
-            words = ["--config", file.name, "--method", run.method, "--seed", str(run.seed), *rest]
+        with one_file({**recipe, "output_dir": str(folder / run.name)}) as file:
+            words = ["--config", file, "--method", run.method, "--seed", str(run.seed), *rest]
             return parse([*words, "--method_options", json.dumps(run.options)], TokenDistillConfig)
 
     def train(run: Run) -> tuple[Any, dict[str, Any]]:

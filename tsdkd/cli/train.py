@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tsdkd.cli.recipes import named_recipes, one_file, read_recipes
+
 ALIASES = {"--student": "--model_name_or_path", "--teacher": "--teacher_model_name_or_path"}
 
 
@@ -36,40 +38,36 @@ class DataArguments:
     )
 
 
-def _config_class(arguments: list[str]) -> type:
+def _config_class(arguments: list[str], recipe: dict) -> type:
     """TSD-KD's own configuration, or the general one where another method or its options are named."""
     from tsdkd.trainers import TokenDistillConfig, TSDKDConfig
 
     words = [word for argument in arguments for word in argument.split("=", 1)]
     named = {flag: words[i + 1] for i, flag in enumerate(words[:-1]) if flag.startswith("--")}
-    recipe: dict = {}
-    if "--config" in named and Path(named["--config"]).is_file():
-        import yaml
-
-        recipe = yaml.safe_load(Path(named["--config"]).read_text()) or {}
     method = named.get("--method", recipe.get("method", "tsd_kd"))
     options = named.get("--method_options", recipe.get("method_options"))
     return TSDKDConfig if method == "tsd_kd" and not options else TokenDistillConfig
 
 
 def parse(arguments: list[str], config_class: type | None = None):
-    """Data, training and model options from flags and `--config FILE`; flags win."""
+    """Data, training and model options from flags and `--config` files: a later file wins over an earlier, flags over all."""
     from trl import ModelConfig, TrlParser
 
+    files, flags = named_recipes(arguments)
+    recipe = read_recipes(files)
     about = (
-        f"Aliases: {', '.join(f'{short} for {long}' for short, long in ALIASES.items())}. --config FILE reads a YAML recipe."
+        f"Aliases: {', '.join(f'{short} for {long}' for short, long in ALIASES.items())}. --config FILE reads a YAML recipe; "
+        "of several a later one's options stand."
     )
     parser = TrlParser(
-        (DataArguments, config_class or _config_class(arguments), ModelConfig), prog="tsdkd train", description=about
+        (DataArguments, config_class or _config_class(flags, recipe), ModelConfig), prog="tsdkd train", description=about
     )
     spelled = []
-    for argument in arguments:
+    for argument in flags:
         flag, equals, value = argument.partition("=")
-        if flag == "--config" and equals:  # the parser knows it apart from its value only
-            spelled += [flag, value]
-        else:
-            spelled.append(ALIASES.get(flag, flag) + equals + value)
-    return parser.parse_args_and_config(spelled)
+        spelled.append(ALIASES.get(flag, flag) + equals + value)
+    with one_file(recipe) as file:
+        return parser.parse_args_and_config(["--config", file, *spelled])
 
 
 def build(data: DataArguments, config, model):

@@ -25,6 +25,13 @@ def _teacher_kwargs(args: TokenDistillConfig) -> dict[str, Any]:
     return kwargs
 
 
+def model_config(name: str, args: TokenDistillConfig) -> Any:
+    """The configuration of a student that is not loaded yet."""
+    given = args.model_init_kwargs or {}
+    options = {key: given[key] for key in ("revision",) if key in given}
+    return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
+
+
 def load_teacher(name: str, args: TokenDistillConfig) -> Any:
     """A teacher, whole in this process whatever the student runs under."""
     with loading_under(None):

