@@ -33,6 +33,7 @@ SCENARIOS: dict[str, dict] = {
     "zero2": {"deepspeed": zero(2)},
     "zero3": {"deepspeed": zero(3)},
     "ddp, teacher zero3": TEACHER,
+    "zero1, teacher zero3": {**TEACHER, "deepspeed": zero(1)},
     "zero2, teacher zero3": {**TEACHER, "deepspeed": zero(2)},
     "zero3, teacher zero3": {**TEACHER, "deepspeed": zero(3)},
     "ddp, teacher zero3 on the cpu": {**TEACHER, "teacher_cpu_offload": True},

@@ -49,6 +49,7 @@ def plain(models):
         ("zero2", 1, 1),
         ("zero3", 0.5, 1),
         ("ddp, teacher zero3", 1, 0.5),
+        ("zero1, teacher zero3", 1, 0.5),
         ("zero2, teacher zero3", 1, 0.5),
         ("zero3, teacher zero3", 0.5, 0.5),
         ("ddp, teacher zero3 on the cpu", 1, 0.5),
