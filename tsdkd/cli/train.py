@@ -12,7 +12,7 @@ ALIASES = {"--student": "--model_name_or_path", "--teacher": "--teacher_model_na
 
 @dataclass
 class DataArguments:
-    """Where the prompts come from."""
+    """Where the prompts come from, and what the student is scored on while it trains."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "A data set's name, or the path of a JSONL, JSON, CSV or Parquet file."}
@@ -32,6 +32,17 @@ class DataArguments:
     pretraining_dataset_name: str | None = field(
         default=None, metadata={"help": "A corpus with a 'text' column, for a method with a loss on one (minillm)."}
     )
+    eval_tasks: str | None = field(
+        default=None,
+        metadata={"help": "Tasks, comma-separated, that the student is scored on while it trains; see tsdkd evaluate."},
+    )
+    eval_every: int = field(default=100, metadata={"help": "Optimizer steps between two scorings on eval_tasks."})
+    eval_best: str | None = field(
+        default=None, metadata={"help": "TASK/METRIC of the score by which the best student is kept, in OUTPUT_DIR/best."}
+    )
+    eval_include_path: str | None = field(default=None, metadata={"help": "A folder of task YAMLs of your own."})
+    eval_chat_template: bool = field(default=False, metadata={"help": "Put the items of eval_tasks as chats."})
+    eval_limit: int | None = field(default=None, metadata={"help": "The first items of each of eval_tasks only."})
     record: str | None = field(
         default=None,
         metadata={"help": "Write the rollouts and the teacher's hidden states of the run's steps into this folder, and stop."},
@@ -113,7 +124,7 @@ def build(data: DataArguments, config, model):
         options["dtype"] = model.dtype
     config.model_init_kwargs = {**{k: v for k, v in options.items() if v is not None}, **(config.model_init_kwargs or {})}
     trainer_class = TSDKDTrainer if isinstance(config, TSDKDConfig) else TokenDistillTrainer
-    return trainer_class(
+    trainer = trainer_class(
         model=model.model_name_or_path,
         args=config,
         train_dataset=load(data.dataset_name, data.dataset_train_split),
@@ -122,6 +133,21 @@ def build(data: DataArguments, config, model):
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    if data.eval_tasks:
+        from tsdkd.cli.evaluate import bundled_tasks
+        from tsdkd.evaluation.while_training import EvaluateWhileTraining
+
+        scoring = EvaluateWhileTraining(
+            trainer,
+            [task.strip() for task in data.eval_tasks.split(",") if task.strip()],
+            data.eval_every,
+            best=data.eval_best,
+            include_path=[bundled_tasks(), *([data.eval_include_path] if data.eval_include_path else [])],
+            chat_template=data.eval_chat_template,
+            limit=data.eval_limit,
+        )
+        trainer.add_callback(scoring)
+    return trainer
 
 
 def main(arguments: list[str]) -> int:

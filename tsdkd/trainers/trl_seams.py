@@ -205,6 +205,25 @@ class SeamTrainer(DistillationTrainer, abc.ABC):
 
         generation.sync_weights = sync_weights
 
+    @contextmanager
+    def rollout_engine(self) -> Iterator[Any]:
+        """The vLLM of this process with the student's weights of now; None where transformers or a server writes, or where
+        several processes share an engine. Every process must enter."""
+        shared = self.use_vllm and (self.vllm_generation.mode != "colocate" or self.args.vllm_tensor_parallel_size > 1)
+        if not self.use_vllm or shared:
+            yield None
+            return
+        generation = self.vllm_generation
+        generation.sync_weights()
+        if generation.enable_sleep_mode:
+            generation.llm.wake_up(tags=["kv_cache"])
+        try:
+            yield generation.llm
+        finally:
+            if generation.enable_sleep_mode:
+                generation.llm.sleep(level=2)
+                generation._llm_weights_sleeping = True
+
     def set_max_completion_length(self, tokens: int) -> None:
         """The longest completion, for TRL's own generation and for vLLM's."""
         self.max_completion_length = tokens

@@ -1,0 +1,155 @@
+"""`tsdkd evaluate`: benchmarks by lm-evaluation-harness, and training prompts that stand in them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+
+def bundled_tasks() -> str:
+    """The folder of the tasks that come with the package."""
+    return str(files("tsdkd.demo").joinpath("eval_tasks"))
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
+def _batch_size(text: str) -> int | str:
+    return "auto" if text == "auto" else _count(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tsdkd evaluate",
+        allow_abbrev=False,
+        description="Score a model on the paper's ten benchmarks or on tasks of your own, by lm-evaluation-harness, and append "
+        "rows to a JSONL file. Interrupted, it goes on with the first task that has no rows.",
+    )
+    parser.add_argument("--model", help="a folder that a run saved (of a model or an adapter), or a model's name")
+    parser.add_argument("--label", help="what tables call it; default: the folder's or the model's name")
+    parser.add_argument("--suite", choices=["paper"], help="the paper's ten benchmarks")
+    parser.add_argument("--tasks", help="names of the harness, or of --include_path, comma-separated")
+    parser.add_argument("--skip", default="", help="tasks of the suite to leave out, comma-separated")
+    parser.add_argument("--include_path", action="append", default=[], metavar="DIR", help="a folder of task YAMLs")
+    parser.add_argument("--engine", choices=["hf", "vllm"], default="hf", help="transformers or vLLM (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="rows go here (default: %(default)s)")
+    parser.add_argument(
+        "--chat_template",
+        choices=["off", "on", "both"],
+        default="off",
+        help="put items as they are, as chats, or score both (default: %(default)s)",
+    )
+    parser.add_argument("--shots", type=int, help="worked examples before each item; default: the suite's or the task's own")
+    parser.add_argument("--limit", type=_count, help="the first items only; the rows are marked as partial")
+    parser.add_argument("--max_gen_toks", type=_count, help="the longest response, in place of each task's own")
+    parser.add_argument("--batch_size", type=_batch_size, default="auto", help="found automatically by default")
+    parser.add_argument("--dtype", default="auto", help="of the weights: auto (the checkpoint's), float32, bfloat16, float16")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--log_samples", action="store_true", help="keep every item's prompt and answer, OUT.samples.jsonl")
+    parser.add_argument(
+        "--allow-code-execution", action="store_true", help="run model-written code, which MBPP is scored by: use a container"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="let the model's own code run")
+    parser.add_argument("--max_model_len", type=_count, help="vLLM's context; default: the model's")
+    parser.add_argument(
+        "--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--check-overlap",
+        metavar="DATASET",
+        help="score nothing: report prompts of this training set (a name or a file) that stand in the tasks' items",
+    )
+    parser.add_argument("--prompt_column", default="prompt", help="of that training set (default: %(default)s)")
+    parser.add_argument("--dataset_split", default="train", help="of that training set (default: %(default)s)")
+    return parser
+
+
+def _tasks(own: argparse.Namespace) -> list[str]:
+    from tsdkd.evaluation.suite import BY_TASK, PAPER
+
+    named = [task.strip() for task in (own.tasks or "").split(",") if task.strip()]
+    if not named and not own.suite:
+        raise ValueError("nothing to score was named: pass --suite paper, or --tasks gsm8k,my_task.")
+    if own.suite:
+        named = [*(b.task for b in PAPER), *(task for task in named if task not in BY_TASK)]
+    skipped = {task.strip() for task in own.skip.split(",") if task.strip()}
+    if skipped - set(named):
+        raise ValueError(f"--skip {', '.join(sorted(skipped - set(named)))}: not among the tasks: {', '.join(named)}.")
+    return [task for task in dict.fromkeys(named) if task not in skipped]
+
+
+def main(arguments: list[str]) -> int:
+    own = _parser().parse_args(arguments)
+    tasks = _tasks(own)
+    folders = [bundled_tasks(), *own.include_path]
+    if own.check_overlap:
+        return _report_overlap(own, tasks, folders)
+    if own.model is None:
+        raise ValueError("no model was given: pass --model FOLDER_OR_NAME.")
+
+    from tsdkd.evaluation import harness
+    from tsdkd.evaluation.run import Model, Settings, evaluate
+
+    model = Model.at(own.model, own.label)
+    chats = {"off": [False], "on": [True], "both": [False, True]}[own.chat_template]
+    settings = [Settings(chat, own.limit, own.max_gen_toks, own.shots, own.seed, own.engine, own.dtype) for chat in chats]
+
+    def build() -> Any:
+        options: dict[str, Any] = {"dtype": own.dtype, "batch_size": own.batch_size, "trust_remote_code": own.trust_remote_code}
+        if own.engine == "hf":
+            return harness.hf_model(model.name, **options)
+        if own.max_model_len is not None:
+            options["max_model_len"] = own.max_model_len
+        return harness.vllm_model(model.name, gpu_memory_utilization=own.gpu_memory_utilization, **options)
+
+    samples = own.out.with_suffix(".samples.jsonl") if own.log_samples else None
+    evaluate(
+        tasks,
+        model,
+        build,
+        settings,
+        own.out,
+        include_path=folders,
+        allow_code=own.allow_code_execution,
+        samples=samples,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        print(f"The rows are in {own.out}" + (f", the answers in {samples}" if samples else "") + f"; tsdkd table {own.out}")
+    return 0
+
+
+def _report_overlap(own: argparse.Namespace, tasks: list[str], folders: list[str]) -> int:
+    from tsdkd.data.prompts import load_prompts
+    from tsdkd.evaluation import harness
+    from tsdkd.evaluation.overlap import find_overlap
+
+    rows = load_prompts(own.check_overlap, split=own.dataset_split, prompt_column=own.prompt_column)
+    prompts = [
+        row if isinstance(row, str) else "\n".join(turn["content"] for turn in row if turn["role"] == "user")
+        for row in rows["prompt"]
+    ]
+    manager = harness.find_tasks(tasks, folders)
+    items = [item for task in tasks for item in harness.items_of(harness.load_task(manager, task))]
+    found = find_overlap(prompts, items)
+    with own.out.open("w") as file:
+        for overlap in found:
+            file.write(json.dumps(dataclasses.asdict(overlap)) + "\n")
+    for task in dict.fromkeys(task for task, *_ in items):
+        touched = [overlap for overlap in found if overlap.task == task]
+        total = sum(1 for name, *_ in items if name == task)
+        print(
+            f"{task}: {len({o.item for o in touched})} of {total} items share a text with "
+            f"{len({o.prompt_row for o in touched})} of {len(prompts)} prompts"
+        )
+    for overlap in found[:5]:
+        print(f"  prompt {overlap.prompt_row} {overlap.how}: {overlap.task}, item {overlap.item}: {overlap.text[:100]}")
+    print(f"All {len(found)} pairs are in {own.out}")
+    return 0

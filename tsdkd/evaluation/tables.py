@@ -1,0 +1,377 @@
+"""Scores laid out as the paper's tables, beside its own numbers: what is best, what is above the teacher, what is chance."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+TEACHER, STUDENT = "Teacher", "Student"
+# What a run calls a method, and what the paper does.
+_NAMES = {
+    "seqkd": "Sequence-Level KD",
+    "sequencekd": "Sequence-Level KD",
+    "sequencelevelkd": "Sequence-Level KD",
+    "supervisedkd": "Supervised-KD",
+    "distillm": "DistiLLM",
+    "speculativekd": "Speculative KD",
+    "minillm": "MiniLLM",
+    "gkd": "GKD",
+    "tsdkd": "TSD-KD",
+    "teacher": TEACHER,
+    "student": STUDENT,
+}
+LEVEL = 0.05
+_COLUMNS = (
+    "table chat_template label benchmark score stderr n partial best above_teacher p_against_student paired paper difference "
+    "p_against_paper"
+).split()
+
+
+def paper() -> dict[str, Any]:
+    """The paper's tables as `paper.json` transcribes them; 7 and 8 with the rows that they repeat."""
+    tables = json.loads(files("tsdkd.evaluation").joinpath("paper.json").read_text())["tables"]
+    for table in tables.values():
+        if "like" in table:
+            like = tables[table["like"]]
+            table["rows"] = {**{name: row for name, row in like["rows"].items() if name != "TSD-KD"}, **table["rows"]}
+    return tables
+
+
+def name_in_paper(label: str) -> str:
+    """What the paper calls a label, or the label.
+
+    Example:
+        >>> name_in_paper("tsd_kd"), name_in_paper("my-run")
+        ('TSD-KD', 'my-run')
+    """
+    return _NAMES.get("".join(c for c in label.casefold() if c.isalnum()), label)
+
+
+def mcnemar(right: str, other: str) -> float:
+    """The exact two-sided p-value of McNemar's test on the same items (McNemar 1947), of strings of 1 and 0.
+
+    Example:
+        >>> round(mcnemar("1111100000", "0000000000"), 4)
+        0.0625
+    """
+    if len(right) != len(other):
+        raise ValueError(f"{len(right)} items are compared with {len(other)}: a paired test needs the same items.")
+    gained = sum(a > b for a, b in zip(right, other, strict=True))
+    lost = sum(a < b for a, b in zip(right, other, strict=True))
+    n = gained + lost
+    tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def unpaired(difference: float, *variances: float) -> float:
+    """The two-sided p-value of a difference of means by its standard error."""
+    error = math.sqrt(sum(variances))
+    if error == 0:
+        return 1.0 if difference == 0 else 0.0
+    return 2 * (1 - NormalDist().cdf(abs(difference) / error))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model's score on a benchmark, as a share of 1."""
+
+    score: float
+    stderr: float
+    n: int
+    partial: bool
+    items: dict[str, str] | None
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Cell:
+        score, n = row["score"], row["n"]
+        stderr = row["stderr"] if row["stderr"] is not None else math.sqrt(max(score * (1 - score), 0.0) / max(n, 1))
+        return cls(score, stderr, n, row["partial"], row.get("items"))
+
+    def p_value(self, other: Cell) -> tuple[float, bool]:
+        """That this one and `other` are the same, and whether the test is paired."""
+        if self.items and other.items and self.items["set"] == other.items["set"]:
+            return mcnemar(self.items["right"], other.items["right"]), True
+        return unpaired(self.score - other.score, self.stderr**2, other.stderr**2), False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One layout with the scores that the rows reach.
+
+    Args:
+        number: of the paper's table; None for tasks that are in none.
+        title: what it shows.
+        columns: benchmarks.
+        cells: by label and benchmark.
+        published: the paper's numbers in percent, by label and benchmark.
+        notes: where the paper contradicts itself.
+    """
+
+    number: str | None
+    title: str
+    columns: list[str]
+    cells: dict[tuple[str, str], Cell]
+    published: dict[tuple[str, str], float] = field(default_factory=dict)
+    starred: set[tuple[str, str]] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def labels(self) -> list[str]:
+        """The rows' labels: teacher and student first, then as the paper has them, then the rest."""
+        ours = list(dict.fromkeys(label for label, _ in self.cells))
+        known = [TEACHER, STUDENT, *dict.fromkeys(label for label, _ in self.published)]
+        return [*(label for label in dict.fromkeys(known) if label in ours), *(label for label in ours if label not in known)]
+
+    def ranked(self, column: str) -> tuple[set[str], set[str]]:
+        """The best labels of a column and the runners-up, the teacher left out."""
+        scores = {label: self.cells[label, column].score for label in self.labels if (label, column) in self.cells}
+        scores.pop(TEACHER, None)
+        if len(scores) < 2:
+            return set(), set()
+        first, *rest = sorted(set(scores.values()), reverse=True)
+        best = {label for label, score in scores.items() if score == first}
+        second = {label for label, score in scores.items() if rest and score == rest[0]} if len(best) == 1 else set()
+        return best, second
+
+    def against_student(self, label: str, column: str) -> tuple[float, bool] | None:
+        """The p-value of a label's difference from the untrained student, and whether it is paired."""
+        cell, student = self.cells.get((label, column)), self.cells.get((STUDENT, column))
+        if cell is None or student is None or label in (TEACHER, STUDENT):
+            return None
+        return cell.p_value(student)
+
+    def against_paper(self, label: str, column: str) -> tuple[float, float] | None:
+        """Our score less the paper's, in points, and the p-value, the paper's error taken as that of as many items."""
+        cell, printed = self.cells.get((label, column)), self.published.get((label, column))
+        if cell is None or printed is None:
+            return None
+        share = printed / 100
+        difference = cell.score - share
+        return 100 * difference, unpaired(difference, cell.stderr**2, share * (1 - share) / max(cell.n, 1))
+
+
+def tables_of(rows: Iterable[dict[str, Any]], numbers: list[str] | None = None, **roles: str | None) -> dict[str, list[Table]]:
+    """The tables that rows reach, by chat-template setting.
+
+    Args:
+        rows: of results files; of two of a label and task the later one stands, a whole one before a partial one.
+        numbers: of the paper's tables; None takes 1 and 2.
+        roles: `teacher` and `student`, the labels that play them.
+
+    Raises:
+        ValueError: a table that the paper does not have, a role that no row plays.
+    """
+    published = paper()
+    for number in numbers or []:
+        if number not in published:
+            raise ValueError(f"the paper has no table {number!r} of scores; it has: {', '.join(published)}.")
+    kept: dict[bool, dict[tuple[str, str], Cell]] = {}
+    in_paper, labels = {column for table in published.values() for column in table["columns"]}, set()
+    players = {label: role for role, label in ((TEACHER, roles.get("teacher")), (STUDENT, roles.get("student"))) if label}
+    for row in rows:
+        labels.add(row["label"])
+        if not row["main"] or row["group"] is not None:
+            continue
+        label = players.get(row["label"]) or name_in_paper(row["label"])
+        cells = kept.setdefault(row["chat_template"], {})
+        key = (label, row["benchmark"] or row["task"])
+        if key not in cells or cells[key].partial or not row["partial"]:
+            cells[key] = Cell.of(row)
+    for label in players:
+        if label not in labels:
+            raise ValueError(f"no row has the label {label!r}; there are: {', '.join(sorted(labels))}.")
+    made: dict[str, list[Table]] = {}
+    for chat, cells in sorted(kept.items()):
+        tables = []
+        for number in numbers or ["1", "2"]:
+            table = published[number]
+            columns = [column for column in table["columns"] if any(column == name for _, name in cells)]
+            if columns:
+                tables.append(_table(number, table, columns, cells))
+        others = list(dict.fromkeys(name for _, name in cells if name not in in_paper))
+        if others:
+            here = {key: cell for key, cell in cells.items() if key[1] in others}
+            tables.append(Table(None, "Tasks that are not in the paper", others, here))
+        made["with chat template" if chat else "without chat template"] = tables
+    return made
+
+
+def _table(number: str, printed: dict[str, Any], columns: list[str], cells: dict[tuple[str, str], Cell]) -> Table:
+    published = {
+        (label, column): value
+        for label, row in printed["rows"].items()
+        for column, value in zip(printed["columns"], row, strict=True)
+    }
+    here = {key: cell for key, cell in cells.items() if key[1] in columns}
+    starred = {(label, column) for label, column in printed["starred"]}
+    return Table(number, printed["title"], columns, here, published, starred, printed["notes"])
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown: our scores, then the paper's with the differences, then the notes."""
+    name = f"Table {table.number}: {table.title}" if table.number else table.title
+    lines = [f"### {name}", "", _line(["", *table.columns]), _line(["---"] * (len(table.columns) + 1))]
+    ranks = {column: table.ranked(column) for column in table.columns}
+    for label in table.labels:
+        texts = []
+        for column in table.columns:
+            texts.append(_our_text(table, label, column, *ranks[column]))
+        lines.append(_line([label, *texts]))
+    legend = "**best**, <u>runner-up</u> (the teacher left out), \\* above the teacher, † differs from the untrained student"
+    lines += ["", f"{legend} (p < {LEVEL}; paired where the items are the same), ~ some items only."]
+    if table.published:
+        lines += [
+            "",
+            "The paper's own, and in brackets ours less the paper's (‡ beyond what chance allows both):",
+            "",
+        ]
+        lines += [_line(["", *table.columns]), _line(["---"] * (len(table.columns) + 1))]
+        for label in dict.fromkeys(label for label, _ in table.published):
+            lines.append(_line([label, *(_paper_text(table, label, column) for column in table.columns)]))
+        lines += ["", *(f"- {note}" for note in table.notes)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _line(texts: list[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def _our_text(table: Table, label: str, column: str, best: set[str], second: set[str]) -> str:
+    cell = table.cells.get((label, column))
+    if cell is None:
+        return ""
+    text = f"{100 * cell.score:.1f}"
+    if label in best:
+        text = f"**{text}**"
+    elif label in second:
+        text = f"<u>{text}</u>"
+    teacher = table.cells.get((TEACHER, column))
+    if teacher is not None and label != TEACHER and cell.score > teacher.score:
+        text += "\\*"
+    test = table.against_student(label, column)
+    return text + ("†" if test is not None and test[0] < LEVEL else "") + ("~" if cell.partial else "")
+
+
+def _paper_text(table: Table, label: str, column: str) -> str:
+    text = f"{table.published[label, column]:.1f}" + ("\\*" if (label, column) in table.starred else "")
+    compared = table.against_paper(label, column)
+    if compared is None:
+        return text
+    return f"{text} ({compared[0]:+.1f}{'‡' if compared[1] < LEVEL else ''})"
+
+
+def as_csv(tables: dict[str, list[Table]]) -> str:
+    """Every cell of every table as a line of CSV."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for setting, several in tables.items():
+        for table in several:
+            for label in table.labels:
+                for column in table.columns:
+                    cell = table.cells.get((label, column))
+                    if cell is not None:
+                        where = [table.number or "", setting == "with chat template", label, column]
+                        writer.writerow([*where, *_values(table, label, column, cell)])
+    return out.getvalue()
+
+
+def _values(table: Table, label: str, column: str, cell: Cell) -> list[Any]:
+    teacher = table.cells.get((TEACHER, column))
+    above = teacher is not None and label != TEACHER and cell.score > teacher.score
+    student, printed = table.against_student(label, column), table.against_paper(label, column)
+    return [
+        f"{100 * cell.score:.4f}",
+        f"{100 * cell.stderr:.4f}",
+        cell.n,
+        cell.partial,
+        label in table.ranked(column)[0],
+        above,
+        *(("", "") if student is None else (f"{student[0]:.3g}", student[1])),
+        table.published.get((label, column), ""),
+        *(("", "") if printed is None else (f"{printed[0]:.4f}", f"{printed[1]:.3g}")),
+    ]
+
+
+def draw(tables: dict[str, list[Table]], path: Path) -> None:
+    """The scores with their 95 % intervals, a panel a benchmark, the paper's numbers as hollow marks.
+
+    Raises:
+        ValueError: matplotlib is missing, or nothing is there to draw.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("a PNG needs matplotlib: pip install 'tsdkd[report]'.") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(setting, table, column) for setting, several in tables.items() for table in several for column in table.columns]
+    if not panels:
+        raise ValueError("there is nothing to draw: no row belongs to a table that was asked for.")
+    labels = list(dict.fromkeys(label for _, table, _ in panels for label in table.labels))
+    across = min(4, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure, axes = plt.subplots(
+        down,
+        across,
+        figsize=(1.6 + 2.7 * across, 1.0 + down * (0.7 + 0.28 * len(labels))),
+        squeeze=False,
+        sharey=True,
+        constrained_layout=True,
+    )
+    for axis, (setting, table, column) in zip(axes.flat, panels, strict=False):
+        for place, label in enumerate(labels):
+            cell, printed = table.cells.get((label, column)), table.published.get((label, column))
+            if cell is not None:
+                axis.errorbar(100 * cell.score, place, xerr=196 * cell.stderr, fmt="o", color="C0", capsize=3, markersize=5)
+            if printed is not None:
+                axis.plot(printed, place, marker="o", fillstyle="none", color="C1", linestyle="none", markersize=8)
+        teacher = table.cells.get((TEACHER, column))
+        if teacher is not None:
+            axis.axvline(100 * teacher.score, color="C0", linestyle="--", linewidth=0.8)
+        axis.set_title(f"{column}\n{setting}", fontsize=9)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", linewidth=0.3)
+    axes.flat[0].invert_yaxis()
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("score, % (bars: 95 %; dashed: the teacher; hollow: the paper's)", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def side_by_side(samples: Iterable[dict[str, Any]], task: str, item: int) -> str:
+    """Several models' answers to one prompt (as in the paper's Figures 8 and 9).
+
+    Raises:
+        ValueError: no such item.
+    """
+    found = [row for row in samples if row["task"] == task and row["item"] == item]
+    if not found:
+        raise ValueError(f"no answers to item {item} of {task} were kept: score it with --log_samples.")
+    lines = [f"### {task}, item {item}", "", *(f"> {line}" for line in str(found[0]["prompt"]).splitlines()), ""]
+    lines += [f"Target: {found[0]['target']}", ""]
+    seen = set()
+    for row in found:
+        setting = "" if not row["chat_template"] else ", with chat template"
+        if (row["model"], setting) in seen:  # another filter of the same answer
+            continue
+        seen.add((row["model"], setting))
+        scores = {
+            key: value
+            for key, value in row.items()
+            if key not in ("model", "task", "item", "filter", "chat_template", "prompt", "target", "answer", "taken")
+        }
+        told = ", ".join(f"{name} {value:g}" for name, value in scores.items() if isinstance(value, (int, float)))
+        lines += [f"**{row['model']}**{setting}" + (f" ({told})" if told else ""), "```", str(row["answer"]), "```", ""]
+    return "\n".join(lines)

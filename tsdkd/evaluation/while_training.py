@@ -1,0 +1,156 @@
+"""Benchmarks while training: the student of every so many steps by the code of `tsdkd evaluate`, and the best one kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
+from tsdkd.evaluation import harness
+from tsdkd.evaluation.run import Model, Settings, rows_of
+from tsdkd.evaluation.suite import BY_TASK
+from tsdkd.trainers import TokenDistillTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluateWhileTraining(TrainerCallback):
+    """Scores the student every `every` steps and at the end, by the rollout engine that is in memory, or by transformers.
+
+    Rows go to `benchmarks.jsonl` in the run's folder, with their step; scores to the log as `eval_TASK/METRIC`. The main
+    process scores while the others wait (up to `ddp_timeout`); the training's random state stays as it was.
+
+    Args:
+        trainer: whose student it is.
+        tasks: names of the harness.
+        every: optimizer steps between two scorings.
+        best: `TASK/METRIC` of the score that the best checkpoint is kept by, in `best/`; None keeps none.
+        include_path: folders of task YAMLs.
+        chat_template, limit, max_gen_toks: as `tsdkd evaluate` has them.
+        batch_size: of transformers' generation.
+
+    Raises:
+        ValueError: an unknown task, one that runs code, one whose data are not to be had; a `best` that no task has.
+    """
+
+    def __init__(
+        self,
+        trainer: TokenDistillTrainer,
+        tasks: list[str],
+        every: int,
+        *,
+        best: str | None = None,
+        include_path: list[str | Path] | None = None,
+        chat_template: bool = False,
+        limit: int | None = None,
+        max_gen_toks: int | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"eval_every={every}: it must be 1 or more.")
+        self.trainer, self.tasks, self.every, self.best, self.batch_size = trainer, tasks, every, best, batch_size
+        engine = "vllm" if trainer.use_vllm and trainer.args.vllm_mode == "colocate" else "hf"
+        self.settings = Settings(chat_template, limit, max_gen_toks, seed=trainer.args.seed, engine=engine, dtype="training")
+        self.manager = harness.find_tasks(tasks, include_path or [])
+        for task in tasks:
+            if harness.runs_code(self.manager, task):
+                raise ValueError(
+                    f"{task} runs code that the model writes, which a training process will not: evaluate it apart."
+                )
+            harness.load_task(self.manager, task)  # what is missing is said before the first step
+        if best is not None and best.partition("/")[0] not in tasks:
+            raise ValueError(f"eval_best={best!r} names no task that is scored: {', '.join(tasks)}; e.g. {tasks[0]}/accuracy.")
+        self._scored: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.trainer.args.output_dir)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            self.run(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.global_step != self._scored:
+            self.run(state.global_step)
+
+    def run(self, step: int) -> dict[str, float]:
+        """Score the student of now, on every process."""
+        self._scored = step
+        trainer = self.trainer
+        rows: list[dict[str, Any]] = []
+        failure: Exception | None = None
+        was_training = trainer.model.training
+        trainer.model.eval()
+        with harness.random_state_kept(), ExitStack() as stack:
+            engine = stack.enter_context(trainer.rollout_engine())
+            student = stack.enter_context(trainer.model_for_writing()) if engine is None else None
+            if trainer.accelerator.is_main_process:
+                try:
+                    rows = self._rows(engine, student, step)
+                except Exception as error:  # the others wait, and stop with this one
+                    failure = error
+            (first,) = broadcast_object_list([None if failure is None else str(failure)])
+        if failure is not None:
+            raise failure
+        if first is not None:
+            raise RuntimeError(f"the first process could not score the student of step {step}: {first}")
+        (scores,) = broadcast_object_list([{f"{row['task']}/{row['metric']}": row["score"] for row in reversed(rows)}])
+        trainer.log({f"eval_{name}": value for name, value in scores.items()})
+        self._keep_best(scores, rows, step)
+        trainer.model.train(was_training)
+        return scores
+
+    def _rows(self, engine: Any, student: Any, step: int) -> list[dict[str, Any]]:
+        trainer, setting = self.trainer, self.settings
+        tokenizer = trainer.processing_class
+        if engine is not None:
+            path = student_path(trainer)
+            lm = harness.vllm_model(path, engine=engine, tokenizer=getattr(tokenizer, "name_or_path", path))
+        else:
+            lm = harness.hf_model(student, tokenizer=tokenizer, batch_size=self.batch_size)
+        rows: list[dict[str, Any]] = []
+        name = trainer.args.output_dir
+        model = Model(name, f"step {step}", Path(name).name)
+        for task in self.tasks:
+            loaded = harness.load_task(self.manager, task, BY_TASK[task].shots if task in BY_TASK else None)
+            scores, _ = harness.score(
+                lm,
+                loaded,
+                task,
+                chat_template=setting.chat_template,
+                limit=setting.limit,
+                max_gen_toks=setting.max_gen_toks,
+                seed=setting.seed,
+            )
+            rows += rows_of(scores, task, model, setting, step=step)
+        with (self.folder / "benchmarks.jsonl").open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+    def _keep_best(self, scores: dict[str, float], rows: list[dict[str, Any]], step: int) -> None:
+        if self.best is None:
+            return
+        if self.best not in scores:
+            raise ValueError(f"eval_best={self.best!r} is no score of these tasks; there are: {', '.join(scores)}.")
+        record = self.folder / "best" / "best.json"
+        before = json.loads(record.read_text())["score"] if record.is_file() else None
+        higher = next((row["higher_is_better"] for row in rows if f"{row['task']}/{row['metric']}" == self.best), True)
+        (higher,) = broadcast_object_list([higher])
+        score = scores[self.best]
+        if before is not None and not (score > before if higher else score < before):
+            return
+        self.trainer.save_model(str(record.parent))
+        if self.trainer.accelerator.is_main_process:
+            record.write_text(json.dumps({"name": self.best, "score": score, "step": step}) + "\n")
+        self.trainer.accelerator.wait_for_everyone()
+
+
+def student_path(trainer: TokenDistillTrainer) -> str:
+    """Where the student was loaded from: its shape and tokenizer are there."""
+    return trainer.accelerator.unwrap_model(trainer.model).config._name_or_path
