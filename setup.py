@@ -42,7 +42,18 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["tsdkd", "tsdkd.*"]),
-    package_data={"tsdkd": ["py.typed", "CHANGELOG.md", "methods/README.md", "demo/README.md", "demo/models/*/*", "demo/eval_tasks/*", "evaluation/*.json", "evaluation/README.md"]},
+    package_data={
+        "tsdkd": [
+            "py.typed",
+            "CHANGELOG.md",
+            "methods/README.md",
+            "demo/README.md",
+            "demo/models/*/*",
+            "demo/eval_tasks/*",
+            "evaluation/*.json",
+            "evaluation/README.md",
+        ]
+    },
     python_requires=">=3.11",  # as TRL 1.16, which uses 3.11 syntax
     install_requires=[
         "torch>=2.8",  # what TRL 1.16 and transformers 5 are tested with, and fully_shard for FSDP2

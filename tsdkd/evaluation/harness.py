@@ -63,7 +63,6 @@ def find_tasks(names: Iterable[str], include_path: Iterable[str | Path] = ()) ->
             close = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
             raise ValueError(
                 f"the task {name!r} is unknown to lm-evaluation-harness"
-                + (f" and to {', '.join(folders)}" if folders else "")
                 + (f"; close to it: {', '.join(close)}." if close else ".")
                 + " Tasks of your own: --include_path FOLDER with their YAML."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -109,7 +110,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            missing = {"task", "requested", "metric", "score", "model", "model_digest", "settings"} - set(row)
+            missing = {"task", "requested", "metric", "score", "model", "model_digest", "settings", "rows"} - set(row)
             if missing:
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
         except (json.JSONDecodeError, ValueError, TypeError) as error:
@@ -118,6 +119,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is no row of tsdkd evaluate: {error}.") from error
         rows.append(row)
     return rows
+
+
+def _whole_scorings(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file, without those of a scoring that was cut off while it was written: they are taken out."""
+    rows = read_rows(path)
+    count = collections.Counter(map(_key_of, rows))
+    whole = [row for row in rows if count[_key_of(row)] >= row["rows"]]
+    torn = path.is_file() and path.stat().st_size and not path.read_text().endswith("\n")
+    if torn or len(whole) < len(rows):
+        beside = path.with_name(path.name + ".mending")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in whole))
+        beside.replace(path)
+    return whole
 
 
 def rows_of(scores: list[harness.Score], requested: str, model: Model, settings: Settings, **more: Any) -> list[dict[str, Any]]:
@@ -142,6 +156,7 @@ def rows_of(scores: list[harness.Score], requested: str, model: Model, settings:
             "version": s.version,
             "chat_template": settings.chat_template,
             "partial": settings.limit is not None,
+            "rows": len(scores),  # of this scoring, so that one that was cut off is known
             **model.fields(),
             "settings": dataclasses.asdict(settings),
             **more,
@@ -193,7 +208,7 @@ def evaluate(
                 f"{task} is scored by running the code that the model writes, on this machine and with your rights. Run it in "
                 "a container and pass --allow-code-execution, or leave it out (--skip mbpp)."
             )
-    standing = read_rows(out)
+    standing = _whole_scorings(out)
     done = {_key_of(row) for row in standing}
     pairs = [(task, setting) for task in tasks for setting in settings]
     wanted = [(task, setting, _key(task, model.fields(), dataclasses.asdict(setting))) for task, setting in pairs]

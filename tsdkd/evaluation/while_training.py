@@ -101,7 +101,9 @@ class EvaluateWhileTraining(TrainerCallback):
         if first is not None:
             raise RuntimeError(f"the first process could not score the student of step {step}: {first}")
         (scores,) = broadcast_object_list([{f"{row['task']}/{row['metric']}": row["score"] for row in reversed(rows)}])
+        due = trainer.control.should_log  # the step's own log, which this one would take for done
         trainer.log({f"eval_{name}": value for name, value in scores.items()})
+        trainer.control.should_log = due
         self._keep_best(scores, rows, step)
         trainer.model.train(was_training)
         return scores

@@ -1,0 +1,361 @@
+"""Benchmarks by lm-evaluation-harness: what is scored, what a row says, what is refused, and what training notices of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import make, rows
+from tiny import config, prompts, save_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tsdkd import TSDKDConfig
+from tsdkd.cli import main
+from tsdkd.cli.evaluate import bundled_tasks
+from tsdkd.demo.problems import held_out
+from tsdkd.demo.run import HELD_OUT_SEED, LEVELS, shipped
+from tsdkd.demo.scoring import accuracy, answers
+from tsdkd.evaluation import harness
+from tsdkd.evaluation.run import Model, Settings, evaluate, read_rows
+from tsdkd.evaluation.suite import PAPER, suite_table
+from tsdkd.evaluation.while_training import EvaluateWhileTraining
+
+ROOT = Path(__file__).parent.parent
+ON = Settings(chat_template=True, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def by_hf(name):
+    return lambda: harness.hf_model(shipped(name), dtype="float32", batch_size=250)
+
+
+def local_task(folder: Path, items: list[dict], name: str = "local", **more) -> Path:
+    """A graded task over `items`, in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    text = (ROOT / "examples" / "eval_tasks" / "graded.yaml").read_text().replace("graded_questions", name)
+    text = text.replace("examples/eval_tasks/questions.jsonl", str(folder / f"{name}.jsonl"))
+    (folder / f"{name}.yaml").write_text(text.replace("max_gen_toks: 128", "max_gen_toks: 48"))
+    (folder / "grading.py").write_text((ROOT / "examples" / "eval_tasks" / "grading.py").read_text())
+    return folder
+
+
+def items(count: int, seed: int = 5) -> list[dict]:
+    return [{"question": p.question, "answer": p.answer} for p in held_out(count, seed, set(), LEVELS)]
+
+
+# ---------------------------------------------------------------------- the suite
+
+
+def test_every_name_of_the_suite_is_the_harnesss_with_its_metric_filter_and_limit():
+    manager = harness.find_tasks([benchmark.task for benchmark in PAPER])
+    for benchmark in PAPER:
+        leaves = list(harness.leaf_configs(manager, benchmark.task))
+        assert leaves, benchmark.task
+        group = manager.task_index[benchmark.task].cfg.get("aggregate_metric_list")
+        if benchmark.task in manager.all_groups:
+            assert benchmark.metric in {entry["metric"] for entry in group}, benchmark.task
+        for name, leaf in leaves:
+            metrics = {str(entry["metric"]).rpartition(".")[2] for entry in leaf["metric_list"]}
+            filters = {entry["name"] for entry in leaf.get("filter_list", [{"name": "none"}])}
+            assert benchmark.metric in metrics and benchmark.filter in filters, name
+            assert bool(leaf.get("unsafe_code")) == benchmark.runs_code, name
+            if leaf["output_type"] == "generate_until":
+                assert leaf["generation_kwargs"].get("max_gen_toks", 256) == benchmark.max_new_tokens, name
+            else:
+                assert leaf["output_type"] == "multiple_choice" and benchmark.max_new_tokens is None, name
+            if benchmark.shots:  # a task that says 0 cannot be given examples
+                assert leaf.get("num_fewshot") != 0, name
+    assert len(PAPER) == 10 and suite_table() in (ROOT / "tsdkd" / "evaluation" / "README.md").read_text()
+
+
+# ---------------------------------------------------------------------- the demo's models
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_the_demos_models_score_exactly_the_demos_accuracy(tmp_path, name, capsys):
+    out = tmp_path / "results.jsonl"
+    command = ["evaluate", "--model", shipped(name), "--tasks", "tsdkd_word_problems", "--chat_template", "on"]
+    assert main([*command, "--dtype", "float32", "--batch_size", "250", "--out", str(out)]) == 0
+    (row,) = read_rows(out)
+    model = AutoModelForCausalLM.from_pretrained(shipped(name), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(shipped(name))
+    expected = accuracy(model, tokenizer, held_out(1000, HELD_OUT_SEED, set(), LEVELS))
+    assert row["score"] == expected["accuracy"] and row["n"] == expected["n"] == 1000
+    assert row["items"]["right"].count("1") == round(1000 * row["score"])
+    fields = (
+        """task metric filter version shots n score stderr seed model commit versions hardware command chat_template""".split()
+    )
+    assert not [field for field in fields if field not in row]
+    assert (row["task"], row["metric"], row["filter"], row["shots"]) == ("tsdkd_word_problems", "accuracy", "none", 0)
+    assert row["chat_template"] is True and row["partial"] is False and row["seed"] == 0 and row["label"] == name
+    assert row["stderr"] == pytest.approx((row["score"] * (1 - row["score"]) / 999) ** 0.5, abs=1e-9)
+    assert {"torch", "transformers", "lm_eval"} <= set(row["versions"])
+    # A second time nothing is left to do.
+    assert main([*command, "--dtype", "float32", "--out", str(out)]) == 0
+    assert "1 of 1 scorings stand" in capsys.readouterr().out and len(read_rows(out)) == 1
+
+
+def test_an_item_known_right_scores_right_and_one_known_wrong_wrong(tmp_path):
+    teacher = AutoModelForCausalLM.from_pretrained(shipped("teacher"), dtype=torch.float32)
+    problems = held_out(2, 5, set(), LEVELS)
+    written = answers(teacher, AutoTokenizer.from_pretrained(shipped("teacher")), problems)
+    right = written[0].rpartition("#### ")[2]
+    folder = local_task(
+        tmp_path / "t",
+        [{"question": problems[0].question, "answer": right}, {"question": problems[1].question, "answer": "12345"}],
+    )
+    model, samples = Model.at(shipped("teacher")), tmp_path / "s.jsonl"
+    (row,) = evaluate(["local"], model, by_hf("teacher"), [ON], tmp_path / "r.jsonl", include_path=[folder], samples=samples)
+    assert row["items"]["right"] == "10" and row["score"] == 0.5
+    kept = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [sample["answer"] for sample in kept] == written and [sample["accuracy"] for sample in kept] == [1.0, 0.0]
+    assert problems[0].question in kept[0]["prompt"]
+
+
+def test_the_shipped_examples_run_with_and_without_a_chat_template(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "r.jsonl"
+    command = ["evaluate", "--model", shipped("teacher"), "--tasks", "graded_questions,which_result,my_task", "--limit", "6"]
+    command += [
+        "--include_path",
+        "examples/eval_tasks",
+        "--chat_template",
+        "both",
+        "--dtype",
+        "float32",
+        "--max_gen_toks",
+        "48",
+    ]
+    assert main([*command, "--batch_size", "6", "--out", str(out)]) == 0
+    found = {(row["task"], row["chat_template"]): row for row in read_rows(out)}
+    assert len(found) == 6 and all(row["partial"] and row["n"] == 6 for row in found.values())
+    assert found["graded_questions", True]["score"] == 1.0 > found["graded_questions", False]["score"]
+    assert found["which_result", True]["metric"] == "acc" and found["my_task", True]["filter"] == "last-number"
+
+
+def test_a_group_is_scored_as_a_whole_first_and_by_task(tmp_path):
+    folder = tmp_path / "g"
+    local_task(folder, items(4, 1), "part_a")
+    local_task(folder, items(8, 2), "part_b")
+    text = "group: both_parts\ntask: [part_a, part_b]\naggregate_metric_list:\n  - {metric: accuracy, weight_by_size: true}\n"
+    (folder / "group.yaml").write_text(text + "metadata: {version: 1}\n")
+    made = evaluate(
+        ["both_parts"], Model.at(shipped("student")), by_hf("student"), [ON], tmp_path / "r.jsonl", include_path=[folder]
+    )
+    whole, a, b = made
+    assert (whole["task"], whole["group"], whole["n"], whole["main"]) == ("both_parts", None, 12, True)
+    assert (a["group"], b["group"], a["n"], b["n"]) == ("both_parts", "both_parts", 4, 8)
+    assert whole["score"] == pytest.approx((4 * a["score"] + 8 * b["score"]) / 12)
+    assert whole["items"]["right"] == a["items"]["right"] + b["items"]["right"]
+
+
+# ---------------------------------------------------------------------- going on, and what is refused
+
+
+def test_what_stands_is_not_run_again_and_what_changed_is(tmp_path):
+    folder, out, model = local_task(tmp_path / "t", items(3)), tmp_path / "r.jsonl", Model.at(shipped("student"))
+    built = []
+
+    def build():
+        built.append(1)
+        return by_hf("student")()
+
+    def go(settings, model=model):
+        return evaluate(["local"], model, build, settings, out, include_path=[folder])
+
+    first = go([ON])
+    assert go([ON]) == first and len(built) == 1
+    both = go([ON, Settings(chat_template=False, dtype="float32")])
+    assert len(both) == 2 and len(built) == 2
+    assert len(go([ON], Model(model.name, "other weights", model.label))) == 1 and len(built) == 3
+    out.write_text(out.read_text()[:-20])  # killed while it wrote the last row
+    assert len(read_rows(out)) == 2
+    out.write_text("{}\n" + out.read_text())
+    with pytest.raises(ValueError, match=r"line 1 is no row of tsdkd evaluate: it has no metric, model"):
+        go([ON])
+
+
+def test_a_scoring_that_was_cut_off_is_taken_out_and_run_again(tmp_path):
+    folder, out = tmp_path / "g", tmp_path / "r.jsonl"
+    local_task(folder, items(2, 1), "part_a")
+    local_task(folder, items(2, 2), "part_b")
+    text = "group: both_parts\ntask: [part_a, part_b]\naggregate_metric_list:\n  - {metric: accuracy, weight_by_size: true}\n"
+    (folder / "group.yaml").write_text(text + "metadata: {version: 1}\n")
+    settings = [ON, Settings(chat_template=False, dtype="float32")]
+
+    def go():
+        evaluate(["both_parts"], Model.at(shipped("student")), by_hf("student"), settings, out, include_path=[folder])
+        return [(row["task"], row["chat_template"], row["score"]) for row in read_rows(out)]
+
+    whole = go()
+    assert len(whole) == 6
+    lines = out.read_text().splitlines(keepends=True)
+    for kept in ("".join(lines)[:-20], "".join(lines[:5]), "".join(lines[:4]) + lines[4][:30]):
+        out.write_text(kept)
+        assert go() == whole
+
+
+def test_bad_input_is_named_with_what_to_do(tmp_path, capsys):
+    def refused(*arguments):
+        assert main(["evaluate", "--out", str(tmp_path / "r.jsonl"), *arguments]) == 2
+        return capsys.readouterr().err
+
+    student = ["--model", shipped("student")]
+    assert "nothing to score was named" in refused(*student)
+    assert "no model was given" in refused("--tasks", "tsdkd_word_problems")
+    assert "there is no such folder" in refused("--model", "./nowhere", "--tasks", "tsdkd_word_problems")
+    assert "holds no config.json" in refused("--model", str(tmp_path), "--tasks", "tsdkd_word_problems")
+    bare = Path(save_tiny(tmp_path / "bare"))
+    for file in bare.glob("token*"):
+        file.unlink()
+    message = refused("--model", str(bare), "--tasks", "tsdkd_word_problems")
+    assert "holds no tokenizer" in message and "save_pretrained" in message
+    assert "is no folder" in refused(*student, "--tasks", "local", "--include_path", str(tmp_path / "none"))
+    assert "--skip gsm8k: not among" in refused(*student, "--tasks", "tsdkd_word_problems", "--skip", "gsm8k")
+    message = refused(*student, "--tasks", "tsdkd_word_problems", "--max_gen_toks", "256")
+    assert "context of 256 leaves no room" in message
+
+
+def test_an_unknown_task_data_that_are_not_there_and_code_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    text = "dataset_path: nobody/nothing\ndataset_name: main\ntest_split: test\noutput_type: generate_until\n"
+    text += "doc_to_text: a\ndoc_to_target: b\nmetric_list: [{metric: exact_match}]\n"
+    (folder / "a.yaml").write_text("task: far_away\n" + text)
+    (folder / "b.yaml").write_text("task: runs_code\nunsafe_code: true\n" + text)
+    model = Model.at(shipped("student"))
+
+    def refused(task, **options):
+        with pytest.raises(ValueError) as error:
+            evaluate([task], model, by_hf("student"), [ON], tmp_path / "r.jsonl", include_path=[folder], **options)
+        return str(error.value)
+
+    message = refused("far_away")
+    assert "nobody/nothing" in message and "load_dataset('nobody/nothing', 'main')" in message and "cache" in message
+    message = refused("runs_code")
+    assert "running the code that the model writes" in message and "--allow-code-execution" in message
+    assert "nobody/nothing" in refused("runs_code", allow_code=True)
+    assert "unknown to lm-evaluation-harness; close to it: gsm8k" in refused("gsm8kk")
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_out_of_memory_halves_the_batches_and_says_so(tmp_path, monkeypatch):
+    import lm_eval
+
+    sizes, said, real = [], [], lm_eval.evaluate
+
+    def small(lm, **options):
+        sizes.append(lm.batch_size_per_gpu)
+        if lm.batch_size_per_gpu > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(lm, **options)
+
+    monkeypatch.setattr(lm_eval, "evaluate", small)
+    folder = local_task(tmp_path / "t", items(3))
+    (row,) = evaluate(
+        ["local"],
+        Model.at(shipped("student")),
+        lambda: harness.hf_model(shipped("student"), dtype="float32", batch_size=16),
+        [ON],
+        tmp_path / "r.jsonl",
+        include_path=[folder],
+        say=said.append,
+    )
+    assert sizes == [16, 8, 4] and row["n"] == 3
+    assert any("out of memory with batches of 16; again with 8" in text for text in said)
+    monkeypatch.setattr(lm_eval, "evaluate", lambda lm, **options: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    with pytest.raises(ValueError, match=r"one item at a time does not fit into memory \(no room\)"):
+        evaluate(
+            ["local"], Model.at(shipped("student")), by_hf("student"), [Settings()], tmp_path / "q.jsonl", include_path=[folder]
+        )
+
+
+def test_the_random_states_stay_as_they_were(tmp_path):
+    folder = local_task(tmp_path / "t", items(2))
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    lm, loaded = by_hf("student")(), harness.load_task(harness.find_tasks(["local"], [folder]), "local")
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    harness.score(lm, loaded, "local", chat_template=True)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+# ---------------------------------------------------------------------- while training
+
+
+def test_training_is_scored_kept_by_the_best_and_not_disturbed(tmp_path):
+    folder = local_task(tmp_path / "t", items(6))
+
+    def run(name, scored):
+        options = dict(max_length=128, max_completion_length=24, max_steps=4, learning_rate=1e-3, seed=3)
+        trainer = make(
+            tmp_path / name,
+            student=shipped("student"),
+            teacher=shipped("teacher"),
+            data=prompts(16, chat=True),
+            processing_class=None,
+            args=config(tmp_path / name, TSDKDConfig, **options),
+        )
+        if scored:
+            trainer.add_callback(
+                EvaluateWhileTraining(
+                    trainer, ["local"], 2, best="local/accuracy", include_path=[folder], chat_template=True, batch_size=6
+                )
+            )
+        trainer.train()
+        return trainer
+
+    scored, plain = run("scored", True), run("plain", False)
+    assert [row["loss"] for row in rows(scored)] == [row["loss"] for row in rows(plain)]  # the same answers were sampled
+    kept = read_rows(tmp_path / "scored" / "benchmarks.jsonl")
+    assert [row["step"] for row in kept] == [2, 4] and all(row["n"] == 6 for row in kept)
+    logged = [row["eval_local/accuracy"] for row in scored.state.log_history if "eval_local/accuracy" in row]
+    assert logged == [row["score"] for row in kept] and scored.model.training
+    best = json.loads((tmp_path / "scored" / "best" / "best.json").read_text())
+    assert best["score"] == max(logged) and best["step"] == kept[logged.index(max(logged))]["step"]
+    # The student of the last step, scored by the command, has the last row's score.
+    scored.save_model(str(tmp_path / "last"))
+    model = Model.at(str(tmp_path / "last"))
+    (again,) = evaluate(
+        ["local"],
+        model,
+        lambda: harness.hf_model(str(tmp_path / "last"), dtype="float32", batch_size=6),
+        [ON],
+        tmp_path / "r.jsonl",
+        include_path=[folder],
+    )
+    assert again["items"] == kept[-1]["items"]
+
+
+def test_what_cannot_be_scored_is_refused_before_the_first_step(tmp_path):
+    trainer = make(tmp_path)
+    with pytest.raises(ValueError, match="names no task that is scored: tsdkd_word_problems"):
+        EvaluateWhileTraining(trainer, ["tsdkd_word_problems"], 5, best="gsm8k/acc", include_path=[bundled_tasks()])
+    with pytest.raises(ValueError, match="eval_every=0"):
+        EvaluateWhileTraining(trainer, ["tsdkd_word_problems"], 0, include_path=[bundled_tasks()])
+
+
+def test_train_takes_eval_tasks_from_the_command_line(tmp_path):
+    from tsdkd.cli.train import build, parse
+
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p["question"]}) + "\n" for p in items(8)))
+    command = ["--student", shipped("student"), "--teacher", shipped("teacher"), "--dataset_name", str(tmp_path / "p.jsonl")]
+    command += ["--output_dir", str(tmp_path / "o"), "--use_cpu", "--eval_tasks", "tsdkd_word_problems", "--eval_limit", "4"]
+    command += ["--eval_chat_template", "--eval_every", "1", "--max_steps", "1", "--per_device_train_batch_size", "8"]
+    trainer = build(*parse([*command, "--max_length", "128", "--report_to", "none", "--prompt_as_chat"]))
+    trainer.train()
+    (row,) = read_rows(tmp_path / "o" / "benchmarks.jsonl")
+    assert row["partial"] and row["n"] == 4 and row["step"] == 1
