@@ -53,7 +53,7 @@ class _Index:
         """The texts that stand in this one, the whole of it included."""
         for key in self.whole.get(words, []) if words else []:
             yield key, words
-        for at in range(len(words) - SHORTEST):
+        for at in range(len(words) - SHORTEST + 1):
             for key, text in self.by_start.get(words[at : at + SHORTEST], []):
                 if len(text) < len(words) and _stands(text, words, at):
                     yield key, text

@@ -332,7 +332,9 @@ def draw(tables: dict[str, list[Table]], path: Path) -> None:
         for place, label in enumerate(labels):
             cell, printed = table.cells.get((label, column)), table.published.get((label, column))
             if cell is not None:
-                axis.errorbar(100 * cell.score, place, xerr=196 * cell.stderr, fmt="o", color="C0", capsize=3, markersize=5)
+                below, above = (min(1.96 * cell.stderr, room) for room in (cell.score, 1 - cell.score))
+                bars = [[100 * below], [100 * above]]
+                axis.errorbar(100 * cell.score, place, xerr=bars, fmt="o", color="C0", capsize=3, markersize=5)
             if printed is not None:
                 axis.plot(printed, place, marker="o", fillstyle="none", color="C1", linestyle="none", markersize=8)
         teacher = table.cells.get((TEACHER, column))
@@ -342,7 +344,7 @@ def draw(tables: dict[str, list[Table]], path: Path) -> None:
         axis.set_yticks(range(len(labels)), labels)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", linewidth=0.3)
-    axes.flat[0].invert_yaxis()
+    axes.flat[0].set_ylim(len(labels) - 0.5, -0.5)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel("score, % (bars: 95 %; dashed: the teacher; hollow: the paper's)", fontsize=9)
