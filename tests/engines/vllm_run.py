@@ -197,12 +197,92 @@ def learnt(folder: Path) -> dict:
     return result
 
 
+def evaluated(folder: Path) -> dict:
+    """The demo's models on its held-out problems by transformers and by vLLM, both in float32, and where they part."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tsdkd.cli import main
+    from tsdkd.demo.run import shipped
+    from tsdkd.evaluation.run import read_rows
+
+    result = {}
+    tokenizer = AutoTokenizer.from_pretrained(shipped("student"))
+    for name in ("student", "teacher"):
+        answers, found = {}, {}
+        for engine in ("hf", "vllm"):
+            out = folder / f"{name}-{engine}.jsonl"
+            command = ["evaluate", "--model", shipped(name), "--tasks", "tsdkd_word_problems", "--chat_template", "on"]
+            command += ["--dtype", "float32", "--engine", engine, "--out", str(out), "--log_samples"]
+            assert main([*command, "--max_model_len", "128"]) == 0
+            (row,) = read_rows(out)
+            found[engine] = {"score": row["score"], "right": row["items"]["right"], "versions": row["versions"]}
+            samples = out.with_suffix(".samples.jsonl").read_text().splitlines()
+            answers[engine] = [json.loads(sample) for sample in samples]
+        model = AutoModelForCausalLM.from_pretrained(shipped(name), dtype=torch.float32)
+        parted = []
+        for ours, theirs in zip(answers["vllm"], answers["hf"], strict=True):
+            if ours["answer"] == theirs["answer"]:
+                continue
+            a, b = (tokenizer(x["answer"], add_special_tokens=False)["input_ids"] + [1] for x in (ours, theirs))
+            at = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+            prompt = tokenizer(ours["prompt"], add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + a[:at]])).logits[0, -1].double()
+            gaps = (logits.max() - logits[[a[at], b[at]]]).tolist()
+            differs = ours["accuracy"] != theirs["accuracy"]
+            parted.append({"item": ours["item"], "at": at, "gaps": gaps, "other_score": differs})
+        result[name] = {**found, "parted": parted}
+    return result
+
+
+def scored_while_training(folder: Path) -> dict:
+    """Two steps with vLLM's rollouts, the student scored by the same engine after each, and by transformers at the end."""
+    from tiny import config, prompts
+
+    from tsdkd import TSDKDConfig, TSDKDTrainer
+    from tsdkd.cli.evaluate import bundled_tasks
+    from tsdkd.demo.run import shipped
+    from tsdkd.evaluation import harness
+    from tsdkd.evaluation.while_training import EvaluateWhileTraining
+
+    options = dict(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=128, max_length=128, max_steps=2)
+    options.update(max_completion_length=MAX_NEW, learning_rate=1e-3, lr_scheduler_type="constant", warmup_steps=0)
+    trainer = TSDKDTrainer(
+        shipped("student"), shipped("teacher"), config(folder / "out", TSDKDConfig, **options), prompts(16, chat=True)
+    )
+    scoring = EvaluateWhileTraining(
+        trainer, ["tsdkd_word_problems"], 1, include_path=[bundled_tasks()], chat_template=True, limit=60
+    )
+    by_transformers = []
+    make = harness.hf_model
+    harness.hf_model = lambda *a, **k: by_transformers.append(1) or make(*a, **k)
+    trainer.add_callback(scoring)
+    trainer.train()
+    rows = [json.loads(line) for line in (folder / "out" / "benchmarks.jsonl").read_text().splitlines()]
+    assert not by_transformers
+    loaded = harness.load_task(scoring.manager, "tsdkd_word_problems")
+    lm = make(trainer.model.eval(), tokenizer=trainer.processing_class, batch_size=60)
+    scores, _ = harness.score(lm, loaded, "tsdkd_word_problems", chat_template=True, limit=60)
+    return {
+        "rows": [{"step": row["step"], "score": row["score"], "right": row["items"]["right"]} for row in rows],
+        "transformers": scores[0].items["right"],
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "engine": rows[0]["settings"]["engine"],
+    }
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
     kind, folder = sys.argv[1], Path(sys.argv[2])
     if kind in ("plain", "lora"):
         result = rollouts(folder, lora=kind == "lora")
     else:
-        result = {"teacher": teacher_writes, "server": served, "learn": learnt}[kind](folder)
+        result = {
+            "teacher": teacher_writes,
+            "server": served,
+            "learn": learnt,
+            "evaluate": evaluated,
+            "scored": scored_while_training,
+        }[kind](folder)
     (folder / "result.json").write_text(json.dumps(result))
     os._exit(0)  # vLLM's threads have nothing left to do
