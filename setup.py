@@ -10,7 +10,7 @@ version = re.search(r'^__version__ = "(.+)"$', (here / "tsdkd/__init__.py").read
 
 extras = {
     "vllm": ["vllm>=0.22,<=0.31"],  # the range that TRL 1.16 accepts
-    "deepspeed": ["deepspeed>=0.19"],  # teacher-only ZeRO-3 through accelerate's several plugins
+    "deepspeed": ["deepspeed>=0.19"],  # the release whose ZeRO-3 is tested, of the student and of the teacher alone
     "qlora": ["bitsandbytes>=0.48"],  # 4-bit and 8-bit models through transformers
     "peft": ["peft>=0.18"],  # TRL 1.16 refuses older ones with transformers 5
     "eval": ["lm-eval[hf,math,ifeval]>=0.4.13"],  # the release whose task names the suite uses

@@ -12,6 +12,7 @@ import yaml
 from test_trainer import make
 from tiny import config, prompts, save_tiny, tiny_model
 
+from tsdkd import TokenDistillConfig, TokenDistillTrainer
 from tsdkd.cli import main
 from tsdkd.cli.train import parse
 from tsdkd.teachers import LocalTeacher
@@ -138,7 +139,8 @@ def test_the_deepspeed_configuration_of_a_teacher(tmp_path):
         "bf16": {"enabled": "auto"},
     }
     made = zero3_config(given, torch.float32, cpu_offload=False)
-    assert made["zero_optimization"] == {"stage": 3, "zero_hpz_partition_size": 8} and made["bf16"] == {"enabled": False}
+    shared = {"stage": 3, "memory_efficient_linear": False}
+    assert made["zero_optimization"] == {**shared, "zero_hpz_partition_size": 8} and made["bf16"] == {"enabled": False}
     assert given["zero_optimization"]["reduce_bucket_size"] == "auto"  # the caller's is left as it was
     (tmp_path / "z.json").write_text('{"zero_optimization": {"stage": 3}, "wall_clock_breakdown": true}')
     assert zero3_config(str(tmp_path / "z.json"), torch.float32, False)["wall_clock_breakdown"] is True
@@ -146,6 +148,34 @@ def test_the_deepspeed_configuration_of_a_teacher(tmp_path):
         zero3_config({"zero_optimization": {"stage": 2}}, torch.float32, False)
     with pytest.raises(ValueError, match="no readable JSON file"):
         zero3_config(str(tmp_path / "none.json"), torch.float32, False)
+
+
+@pytest.mark.parametrize("given", [{"zero_optimization": True}, "[1, 2]"])
+def test_options_of_deepspeed_that_are_no_mapping_are_refused_with_the_arguments(tmp_path, given):
+    if isinstance(given, str):
+        (tmp_path / "z.json").write_text(given)
+        given = str(tmp_path / "z.json")
+    with pytest.raises(ValueError, match="must be a mapping of DeepSpeed's options"):
+        config(tmp_path, teacher_placement="zero3", teacher_deepspeed=given)
+    assert zero3_config({"zero_optimization": {"stage": "auto"}}, torch.float32, False)["zero_optimization"]["stage"] == 3
+
+
+def test_a_teacher_that_must_write_cannot_be_sharded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    placed = {"student": "no/such-student", "teacher": "no/such-teacher", "teacher_placement": "zero3"}
+    general = {"cls": TokenDistillTrainer, "args": None}
+    for method, message in (("minillm", "written by student and teacher together"), ("seq_kd", "with teacher_placement=local")):
+        args = config(tmp_path, TokenDistillConfig, method=method, teacher_placement="zero3")
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path, **{**placed, **general, "args": args})
+
+
+def test_a_teacher_object_in_shares_is_refused_where_it_should_be_whole(tmp_path):
+    teacher = tiny_model(seed=2, hidden=48)
+    next(iter(teacher.parameters())).ds_status = "as ZeRO-3 marks it"
+    with pytest.raises(ValueError, match=r"loaded in shares.*pass its name"):
+        make(tmp_path, teacher=teacher)
 
 
 def test_a_quantized_teacher_is_not_sharded(tmp_path):

@@ -231,8 +231,12 @@ def test_addresses_and_keys(served, caplog, monkeypatch):
         ServerTeacher(["localhost:8000"], head)
     with caplog.at_level(logging.WARNING, logger="tsdkd"):
         ServerTeacher(["http://10.0.0.7:8000"], head)
-    assert "is not on this machine and TSDKD_TEACHER_API_KEY is not set" in caplog.text
+    assert "is not on this machine" in caplog.text and "TSDKD_TEACHER_API_KEY is not set" in caplog.text
     monkeypatch.setenv("TSDKD_TEACHER_API_KEY", "secret")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="tsdkd"):
+        ServerTeacher(["http://10.0.0.7:8000"], head)
+    assert "private network" in caplog.text and "is not set" not in caplog.text
     teacher, _ = teacher_of(path, servers)
     teacher.score(ROLLOUTS)
     assert servers[0].asked[-1][1] == "Bearer secret"

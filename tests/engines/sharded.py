@@ -27,6 +27,7 @@ def zero(stage: int) -> dict:
 
 # Nothing of a tiny model is so small that it stays whole.
 TEACHER = {"teacher_placement": "zero3", "teacher_deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+BF16 = {"bf16": True, "teacher_model_init_kwargs": {"dtype": "bfloat16"}}
 SCENARIOS: dict[str, dict] = {
     "plain": {},
     "ddp": {},
@@ -38,6 +39,13 @@ SCENARIOS: dict[str, dict] = {
     "zero3, teacher zero3": {**TEACHER, "deepspeed": zero(3)},
     "ddp, teacher zero3 on the cpu": {**TEACHER, "teacher_cpu_offload": True},
     "ddp, teacher zero3, one rank is empty": TEACHER,
+    "ddp, bf16": BF16,
+    "ddp, teacher zero3, bf16": {**TEACHER, **BF16},
+    "loaded in bf16 shares": {},
+    "plain, lora": {},
+    "ddp, teacher zero3, lora": TEACHER,
+    "ddp, teacher zero3, recorded": TEACHER,
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
     "zero3, poisoned": {"deepspeed": zero(3)},
 }
 SCENARIO = SCENARIOS[sys.argv[2]]
@@ -82,9 +90,41 @@ def poisoned_run(trainer) -> dict:
     return result
 
 
+def loaded_in_shares(folder: Path) -> dict:
+    """A model that ZeRO-3 shards while it is loaded in bfloat16, before and after its buffers are restored."""
+    from transformers import AutoModelForCausalLM
+
+    from tsdkd.teachers.zero3 import zero3_config
+    from tsdkd.trainers.models import restore_buffers
+    from tsdkd.trainers.trl_seams import loading_under
+
+    torch.distributed.init_process_group("gloo")
+    path = str(folder.parent / "student")
+    whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    with loading_under(zero3_config(TEACHER["teacher_deepspeed"], torch.bfloat16, False)):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    restore_buffers(model, torch.bfloat16)
+    wanted, after = dict(whole.named_buffers()), dict(model.named_buffers())
+    return {
+        "world": 2,
+        "parameters": model.get_output_embeddings().weight.numel(),
+        "names": sorted(wanted) == sorted(after) and len(wanted) > 0,
+        "before": all(torch.equal(before[name].float(), buffer) for name, buffer in wanted.items()),
+        "after": all(torch.equal(after[name], buffer) for name, buffer in wanted.items()),
+    }
+
+
 def main(folder: Path, name: str) -> dict:
+    if name == "loaded in bf16 shares":
+        return loaded_in_shares(folder)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     empty = "empty" in name and RANK == "1"
+    adapters = {}
+    if "lora" in name:
+        from peft import LoraConfig
+
+        adapters["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
     trainer = make(
         folder,
         student=str(folder.parent / "student"),
@@ -98,9 +138,15 @@ def main(folder: Path, name: str) -> dict:
         max_steps=5,
         eval_dataset=prompts(7),
         ddp_find_unused_parameters=False,
-        **{"use_cpu": "deepspeed" not in SCENARIO, **SCENARIO},
+        **adapters,
+        **{"use_cpu": not SCENARIO.keys() & {"deepspeed", "fsdp"}, **SCENARIO},
     )
     result: dict = {"world": trainer.accelerator.num_processes}
+    for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+        result[f"{role} buffers"] = sorted({str(buffer.dtype) for buffer in model.buffers()})
+    if "recorded" in name:
+        trainer.record(folder / "recording")
+        return {**result, "files": sorted(file.name for file in (folder / "recording").iterdir())}
     if "poisoned" in name:
         return {**result, **poisoned_run(trainer)}
     inside: list[tuple[int, int]] = []
@@ -120,6 +166,13 @@ def main(folder: Path, name: str) -> dict:
         result[role] = here / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         result[f"{role} head"] = model.get_output_embeddings().weight.numel()
     result["evaluation"] = trainer.evaluate()
+    result["linear"] = torch.nn.functional.linear.__name__
+    if TEACHER.items() <= SCENARIO.items():
+        shares = [p.ds_tensor for p in trainer.teacher_model.parameters()]
+        offload = trainer.teacher._engine.zero_offload_param()
+        result["place"] = None if offload is None else str(offload.device).rpartition(".")[2]
+        trainer.teacher.close()
+        result["closed"] = sum(share.numel() for share in shares)
     return result
 
 

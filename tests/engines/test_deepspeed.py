@@ -23,7 +23,7 @@ def models(tmp_path_factory):
 
 
 def launch(models: Path, scenario: str) -> list[dict]:
-    world = 1 if scenario == "plain" else 2
+    world = 1 if scenario.startswith("plain") else 2
     folder = models / scenario.replace(", ", "-").replace(" ", "-")
     folder.mkdir()
     command = [sys.executable, str(Path(__file__).parent / "sharded.py"), str(folder), scenario]
@@ -61,12 +61,53 @@ def test_five_steps_and_an_evaluation_are_those_of_one_process(models, plain, sc
     for result in launch(models, scenario):
         assert result["student"] == pytest.approx(student, abs=0.01) and result["teacher"] == pytest.approx(teacher, abs=0.01)
         assert result["inside"] == [[64, 64]] * 10
+        assert result["student buffers"] == result["teacher buffers"] == ["torch.float32"]
+        if teacher < 1:
+            assert result["place"] == ("cpu" if "cpu" in scenario else None) and result["closed"] == 0
+            if "zero3," not in scenario.split(", teacher")[0] + ",":
+                assert result["linear"] == "linear"  # DeepSpeed would put its own in the place of torch's, for all models
         assert (result["student head"] == 0) == (student < 1) and (result["teacher head"] == 0) == (teacher < 1)
         for ours, one in zip(result["rows"], plain["rows"], strict=True):
             for name in ("loss", "loss/direct", "loss/indirect", "loss/entropy", "grad_norm"):
                 assert ours[name] == pytest.approx(one[name], rel=5e-5), name  # five steps of Adam in float32
         for name in ("eval_loss", "eval_loss/direct"):  # of 7 rows, so that the last batches are uneven
             assert result["evaluation"][name] == pytest.approx(plain["evaluation"][name], rel=5e-5), name
+
+
+@pytest.mark.parametrize("whole,kind,tolerance", [("ddp", "bf16", 1e-6), ("plain", "lora", 5e-5)])
+def test_a_sharded_teacher_in_bfloat16_or_of_a_lora_student_is_the_whole_one(models, whole, kind, tolerance):
+    """In bfloat16 of as many processes, since rounding depends on how rows are batched."""
+    one = launch(models, f"{whole}, {kind}")[0]
+    for result in launch(models, f"ddp, teacher zero3, {kind}"):
+        assert result["teacher"] == pytest.approx(0.5, abs=0.01)
+        assert result["teacher buffers"] == one["teacher buffers"] == ["torch.float32"]
+        for ours, theirs in zip(result["rows"], one["rows"], strict=True):
+            for name in ("loss", "loss/direct", "loss/indirect", "loss/entropy", "grad_norm"):
+                assert ours[name] == pytest.approx(theirs[name], rel=tolerance), name
+
+
+def test_buffers_that_no_checkpoint_holds_are_those_of_a_model_loaded_whole(models):
+    """ZeRO-3 computes the rotary embedding's angles in the dtype of the weights."""
+    for result in launch(models, "loaded in bf16 shares"):
+        assert result["parameters"] == 0 and result["names"] and result["after"]
+        assert not result["before"]  # else restoring them is no longer needed
+
+
+def test_a_sharded_teacher_records(models):
+    from tsdkd.teachers import Recording
+
+    first, second = launch(models, "ddp, teacher zero3, recorded")
+    assert first["files"] == second["files"]
+    recording = Recording.open(models / "ddp-teacher-zero3-recorded" / "recording")
+    assert recording.head.size == 64 and recording.head.weight.abs().sum() > 0
+
+
+@pytest.mark.gpu
+def test_accelerates_fsdp2_gives_the_losses_of_one_process(models, plain):
+    """On two GPUs: on a CPU accelerate falls back to DDP without a word."""
+    for result in launch(models, "fsdp2"):
+        for ours, one in zip(result["rows"], plain["rows"], strict=True):
+            assert ours["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
 def test_a_rank_without_answers_does_not_hold_a_sharded_teacher_up(models):

@@ -43,6 +43,9 @@ def test_vllm_writes_with_the_students_weights_of_each_step(tmp_path, kind):
             assert max(completion) < result["vocab_size"]  # the sixteen ids beyond are as likely as sixteen below
         # Its log-probabilities are the student's of this step, to the rounding of bf16 that vLLM computes in.
         assert distance(step["vllm"], step["student"]) < 0.05
+    # They are drawn at the temperature that was asked for, and not at one far below or above it.
+    surprise = {t: sum(step["surprise"][t] for step in result["written"]) / 3**0.5 for t in ("0.2", "0.7", "2.5")}
+    assert abs(surprise["0.7"]) < 4 and min(abs(surprise["0.2"]), abs(surprise["2.5"])) > 5, surprise
     # By the end the weights have moved by far more than that.
     first = result["written"][0]
     assert distance(result["moved"], first["vllm"]) > 0.3

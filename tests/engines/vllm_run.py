@@ -55,6 +55,20 @@ def student_log_probs(model, prompts, completions):
     return rows
 
 
+@torch.no_grad()
+def surprise(model, prompts, completions, vocab_size, temperature):
+    """How far the ids' log-probabilities, summed, lie from what sampling at this temperature gives, in standard deviations."""
+    off, variance = 0.0, 0.0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1, :vocab_size]
+        logits = logits.double() / temperature
+        log_probs = logits.log_softmax(-1)
+        mean = (log_probs.exp() * log_probs).sum(-1)
+        off += (log_probs.gather(1, torch.tensor(completion)[:, None])[:, 0] - mean).sum().item()
+        variance += ((log_probs.exp() * log_probs.square()).sum(-1) - mean.square()).sum().item()
+    return off / variance**0.5
+
+
 def rollouts(folder: Path, lora: bool) -> dict:
     from peft import LoraConfig
     from tiny import config, prompts
@@ -80,6 +94,9 @@ def rollouts(folder: Path, lora: bool) -> dict:
         row = {"prompts": prompt_ids, "completions": completions}
         row["student"] = student_log_probs(trainer.model, prompt_ids, completions)
         row["vllm"] = vllm_log_probs(trainer, prompt_ids, completions)
+        row["surprise"] = {
+            str(t): surprise(trainer.model, prompt_ids, completions, trainer.vocab_size, t) for t in (0.2, 0.7, 2.5)
+        }
         written.append(row)
         return completions
 

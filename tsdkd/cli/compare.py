@@ -91,6 +91,7 @@ def main(arguments: list[str]) -> int:
     from tsdkd.cli.train import build, parse
     from tsdkd.demo.scoring import accuracy
     from tsdkd.pipelines.compare import Run, compare, digest, table
+    from tsdkd.teachers import ZeRO3Teacher
     from tsdkd.trainers import TokenDistillConfig
 
     problems = _problems(own.problems)
@@ -109,7 +110,10 @@ def main(arguments: list[str]) -> int:
         return trainer, {"steps": trainer.state.global_step, "trained_tokens": trainer.trained_tokens}
 
     def score(trainer: Any) -> dict[str, Any]:
-        return accuracy(trainer.model, trainer.processing_class, problems, trainer.max_completion_length)
+        found = accuracy(trainer.model, trainer.processing_class, problems, trainer.max_completion_length)
+        if isinstance(trainer.teacher, ZeRO3Teacher):
+            trainer.teacher.close()  # dropping it would not free it
+        return found
 
     runs = [Run(label, seed=seed, **method) for seed in range(own.seeds) for label, method in labelled.items()]
     for run in runs[: len(labelled)]:

@@ -133,9 +133,12 @@ class ServerTeacher:
                 raise ValueError(f"teacher_urls holds {url!r}: an address is http://HOST:PORT.")
         key = os.environ.get(_KEY)
         for url in self.urls:
-            if urlsplit(url).hostname not in _LOOPBACK and not key:
+            if urlsplit(url).hostname not in _LOOPBACK:
                 logger.warning(
-                    "the teacher at %s is not on this machine and %s is not set: anybody there can use it.", url, _KEY
+                    "the teacher at %s is not on this machine: anybody who reaches it can use it%s. vLLM asks for no key at "
+                    "/pooling, so keep the address inside a private network, or behind a proxy that asks for one or a tunnel.",
+                    url,
+                    "" if key else f", and {_KEY} is not set",
                 )
         self._head, self.rows, self.dtype, self.retries, self.pause = head, rows, dtype, retries, pause
         headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -49,15 +49,21 @@ def zero3_config(given: dict[str, Any] | str | Path | None, dtype: torch.dtype, 
     Raises:
         ValueError: no such file, not JSON, or another stage than 3.
     """
-    config: dict[str, Any] = {}
-    if isinstance(given, dict):
-        config = copy.deepcopy(given)
-    elif given is not None:
+    config: Any = copy.deepcopy(given) if isinstance(given, dict) else {}
+    if isinstance(given, (str, Path)):
         try:
             config = json.loads(Path(given).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"teacher_deepspeed={str(given)!r} is no readable JSON file: {error}.") from error
-    zero = config.setdefault("zero_optimization", {})
+    zero = config.setdefault("zero_optimization", {}) if isinstance(config, dict) else None
+    if not isinstance(zero, dict):
+        raise ValueError(
+            f"teacher_deepspeed={given!r}: it must be a mapping of DeepSpeed's options, its zero_optimization one too, e.g. "
+            '{"zero_optimization": {"zero_hpz_partition_size": 8}}.'
+        )
+    # "auto" is what transformers would fill in for the student.
+    config = {name: value for name, value in config.items() if value != "auto"}
+    zero = config["zero_optimization"] = {name: value for name, value in zero.items() if value != "auto"}
     if zero.setdefault("stage", 3) != 3:
         raise ValueError(
             f"teacher_deepspeed asks for ZeRO stage {zero['stage']}; only stage 3 shards parameters, and a teacher has nothing "
@@ -65,9 +71,8 @@ def zero3_config(given: dict[str, Any] | str | Path | None, dtype: torch.dtype, 
         )
     if cpu_offload:
         zero.setdefault("offload_param", {"device": "cpu", "pin_memory": torch.cuda.is_available()})
-    # "auto" is what transformers would fill in for the student.
-    config = {name: value for name, value in config.items() if value != "auto"}
-    config["zero_optimization"] = {name: value for name, value in zero.items() if value != "auto"}
+    # It would replace torch.nn.functional.linear in the whole process, the student's too, for a backward that a teacher lacks.
+    zero.setdefault("memory_efficient_linear", False)
     config.setdefault("train_micro_batch_size_per_gpu", 1)  # DeepSpeed wants one, nothing here reads it
     for name in _NAMES.values():
         config[name] = {"enabled": name == _NAMES.get(dtype)}
@@ -106,6 +111,12 @@ class ZeRO3Teacher(LocalTeacher):
 
         self._engine, *_ = deepspeed.initialize(model=_Reader(self.model), config=config)
         self._engine.eval()
+
+    def close(self) -> None:
+        """Give the shares' memory back. DeepSpeed keeps what it has hooked alive, so that dropping the teacher does not."""
+        self._engine.destroy()
+        for parameter in self.model.parameters():
+            parameter.ds_tensor.data = torch.empty(0, dtype=parameter.dtype)
 
     @property
     def head(self) -> Head:

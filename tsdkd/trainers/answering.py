@@ -59,7 +59,8 @@ class AnsweringTrainer(SeamTrainer):
             if self.answers.teacher_may_write:
                 raise ValueError(
                     f"{role} has no 'completion' column and there is no teacher in this process to write one; it has: "
-                    f"{', '.join(columns)}. Pass teacher_model, or rename the column that holds the answers to 'completion'."
+                    f"{', '.join(columns)}. Pass teacher_model, with teacher_placement=local or "
+                    f"teacher_answers_engine=vllm, or rename the column that holds the answers to 'completion'."
                 )
             raise ValueError(
                 f"the method trains on the data set's answers, but {role} has no 'completion' column; it has: "

@@ -13,6 +13,7 @@ from tsdkd.fused import ENGINES
 from tsdkd.methods import Method, resolve_method
 from tsdkd.methods.tsd_kd import TSDKD
 from tsdkd.selection import SELECTIONS
+from tsdkd.teachers.zero3 import zero3_config
 
 
 def bf16_works_here() -> bool:
@@ -137,6 +138,7 @@ class TokenDistillConfig(DistillationConfig):
                 f"teacher_deepspeed and teacher_cpu_offload are options of a sharded teacher, and teacher_placement is "
                 f"{self.teacher_placement!r}: pass teacher_placement=zero3."
             )
+        zero3_config(self.teacher_deepspeed, torch.float32, self.teacher_cpu_offload)  # refuses what is none
         if self.teacher_urls and self.teacher_placement != "server":
             raise ValueError(
                 f"teacher_urls were given but teacher_placement is {self.teacher_placement!r}: pass teacher_placement=server."

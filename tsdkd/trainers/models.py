@@ -7,9 +7,11 @@ import json
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tsdkd.teachers import gathered
+from tsdkd.teachers.heads import without_adapter_wrapper
 from tsdkd.teachers.zero3 import zero3_config
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.trl_seams import loading_under
@@ -63,7 +65,24 @@ def load_sharded_teacher(model: Any, args: TokenDistillConfig) -> tuple[Any, dic
     if named:
         with loading_under(deepspeed_config):
             model = AutoModelForCausalLM.from_pretrained(model, **{**kwargs, "dtype": dtype})
+        restore_buffers(model, dtype)
     return model, deepspeed_config
+
+
+def restore_buffers(model: Any, dtype: torch.dtype) -> None:
+    """Buffers that no checkpoint holds, as they are without ZeRO-3, in a model that it sharded while it was loaded: there they
+    are computed in the dtype of the weights, and a rotary embedding in bfloat16 has wrong angles."""
+    inner = without_adapter_wrapper(model)
+    if not any(hasattr(parameter, "ds_status") for parameter in inner.parameters()):
+        return
+    with loading_under(None), init_empty_weights(include_buffers=False):
+        fresh = type(inner)._from_config(inner.config, dtype=dtype)
+    wanted = dict(fresh.named_buffers())
+    for name, module in inner.named_modules():
+        for short in module._non_persistent_buffers_set:
+            buffer, whole = getattr(module, short), wanted.get(f"{name}.{short}" if name else short)
+            if buffer is not None and whole is not None and whole.shape == buffer.shape:
+                setattr(module, short, whole.to(buffer.device))
 
 
 def fingerprint_of(model: Any) -> str:

@@ -88,6 +88,11 @@ class PreparingTrainer(AnsweringTrainer):
             self._refuse_vllm(model, args)
         if args.teacher_placement == "zero3" and teacher_model is not None:
             check_zero3_possible()
+            if self.answers.writer != "student":
+                raise ValueError(
+                    f"{self.method.name} has its answers written by student and teacher together, token by token, which "
+                    "processes that share a sharded teacher cannot: use teacher_placement=local."
+                )
         if teacher_model is model and model is not None and not isinstance(model, str):
             raise ValueError(
                 "the same object was passed as model and as teacher_model: its loss is always zero and training it would move "
@@ -148,6 +153,12 @@ class PreparingTrainer(AnsweringTrainer):
         else:
             if isinstance(model, str):
                 model = load_teacher(model, self.args)
+            elif any(hasattr(parameter, "ds_status") for parameter in model.parameters()):
+                raise ValueError(
+                    "the teacher was loaded in shares, under the student's DeepSpeed configuration (the training arguments "
+                    "were made first), and teacher_placement=local wants it whole: pass its name in place of the model, load "
+                    "it before the arguments are made, or pass teacher_placement=zero3."
+                )
             if getattr(model, "hf_device_map", None) is None:
                 model = model.to(self.accelerator.device)
             self.teacher = LocalTeacher(model, **how)

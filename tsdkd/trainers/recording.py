@@ -43,8 +43,10 @@ def write_recording(trainer: TokenDistillTrainer, folder: Path, about: dict[str,
         name = f"step-{number:05d}-{process}"
         shards.append(write_shard(folder, name, prompts, trainer.rollouts_of(batch), batch["teacher_hidden"]))
     every = gather_object(shards)
-    if trainer.accelerator.is_main_process:
-        assert trainer.teacher is not None
-        head = trainer.teacher.head.cut(trainer.vocab_size)
-        write_manifest(folder, every, head, trainer._tokenizer.get_vocab(), about)
+    models = () if trainer.teacher_model is None else (trainer.teacher_model,)
+    with trainer.gathered_heads(*models):  # by all processes, where each holds a share
+        if trainer.accelerator.is_main_process:
+            assert trainer.teacher is not None
+            head = trainer.teacher.head.cut(trainer.vocab_size)
+            write_manifest(folder, every, head, trainer._tokenizer.get_vocab(), about)
     trainer.accelerator.wait_for_everyone()

@@ -22,7 +22,7 @@ from tsdkd.teachers.server import ServerTeacher, TeacherUnavailable
 from tsdkd.trainers.config import TokenDistillConfig, TSDKDConfig
 from tsdkd.trainers.corpus import Corpus
 from tsdkd.trainers.guard import Guard, NonFiniteError
-from tsdkd.trainers.models import fingerprint_of, name_of
+from tsdkd.trainers.models import fingerprint_of, name_of, restore_buffers
 from tsdkd.trainers.preparing import PreparingTrainer
 from tsdkd.trainers.recorder import Recorder, Stopwatch, peak_memory_gib
 from tsdkd.trainers.recording import check_recordable, write_recording
@@ -106,6 +106,7 @@ class TokenDistillTrainer(PreparingTrainer):
         self._paper = self.method.paper
         self._tag_names = ["trl", "tsdkd", self.method.name]
         super().__init__(model, None, args, train_dataset, eval_dataset, **kwargs)
+        restore_buffers(self.model, torch.float32)
         self.reload_vllm_whole()
         if args.token_budget is not None:
             self.add_callback(_Budget(self))
