@@ -359,3 +359,27 @@ def test_train_takes_eval_tasks_from_the_command_line(tmp_path):
     trainer.train()
     (row,) = read_rows(tmp_path / "o" / "benchmarks.jsonl")
     assert row["partial"] and row["n"] == 4 and row["step"] == 1
+
+
+def test_a_comparison_is_scored_on_tasks(tmp_path, capsys):
+    folder = local_task(tmp_path / "t", items(4))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p["question"]}) + "\n" for p in items(8, 7)))
+    recipe = tmp_path / "recipe.yaml"
+    lines = [f"model_name_or_path: {shipped('student')}", f"teacher_model_name_or_path: {shipped('teacher')}"]
+    lines += [
+        f"dataset_name: {tmp_path / 'p.jsonl'}",
+        "prompt_as_chat: true",
+        "use_cpu: true",
+        "max_length: 128",
+        "max_steps: 1",
+    ]
+    lines += ["per_device_train_batch_size: 8", "report_to: none", "save_strategy: 'no'"]
+    recipe.write_text("\n".join(lines) + "\n")
+    command = ["compare", "--methods", "gkd,tsd_kd", "--config", str(recipe), "--out", str(tmp_path / "c.jsonl")]
+    command += ["--eval_tasks", "local", "--eval_include_path", str(folder), "--eval_chat_template"]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    assert "| method | local/accuracy | lowest-highest | seeds |" in table
+    made = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in made] == ["gkd", "tsd_kd"] and all(row["n"] == {"local": 4} for row in made)
+    assert main([*command[:-1], "--eval_tasks", "no_such_task"]) == 2 and "unknown to lm-eval" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,29 @@ def _problems(path: Path | None) -> list:
     return problems
 
 
+def _scorer(own: argparse.Namespace) -> Callable[[Any], dict[str, Any]]:
+    """What scores a trained student on tasks of the harness; unknown ones are refused here."""
+    from tsdkd.cli.evaluate import bundled_tasks
+    from tsdkd.evaluation import harness
+
+    tasks = [task.strip() for task in own.eval_tasks.split(",") if task.strip()]
+    manager = harness.find_tasks(tasks, [bundled_tasks(), *own.eval_include_path])
+    harness.refuse_code(manager, tasks)
+
+    def score(trainer: Any) -> dict[str, Any]:
+        main, sizes = {}, {}
+        with trainer.model_for_writing() as student:
+            lm = harness.hf_model(student, tokenizer=trainer.processing_class, batch_size=64)
+            for task in tasks:
+                (first, *_), _ = harness.score_task(
+                    lm, manager, task, chat_template=own.eval_chat_template, limit=own.eval_limit
+                )
+                main[f"{task}/{first.metric}"], sizes[task] = first.value, first.n
+        return {"scores": main, "n": sizes}
+
+    return score
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tsdkd compare",
@@ -77,6 +101,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method, with seeds 0, 1, … (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("comparison.jsonl"), help="rows go here (default: %(default)s)")
     parser.add_argument("--problems", type=Path, help="JSONL of 'question' and 'answer' to score on; default: the demo's")
+    parser.add_argument("--eval_tasks", help="score on these tasks of tsdkd evaluate, comma-separated, in place of --problems")
+    parser.add_argument("--eval_include_path", action="append", default=[], help="a folder of task YAMLs of your own")
+    parser.add_argument("--eval_chat_template", action="store_true", help="put the items of --eval_tasks as chats")
+    parser.add_argument("--eval_limit", type=int, help="the first items of each of --eval_tasks only")
     parser.add_argument("--output_dir", type=Path, help="each run gets a folder in it; default: the recipe's, or beside --out")
     own, rest = parser.parse_known_args(arguments)
     if any(flag.partition("=")[0] == "--seed" for flag in rest):
@@ -94,7 +122,8 @@ def main(arguments: list[str]) -> int:
     from tsdkd.teachers import ZeRO3Teacher
     from tsdkd.trainers import TokenDistillConfig
 
-    problems = _problems(own.problems)
+    on_tasks = _scorer(own) if own.eval_tasks else None
+    problems = [] if on_tasks else _problems(own.problems)
     folder = own.output_dir or Path(recipe.get("output_dir", own.out.with_suffix("")))
     if "teacher_answers" not in recipe and not recipe.get("teacher_answers_temperature"):
         recipe["teacher_answers"] = str(folder / "teacher_answers.jsonl")  # greedy: the same for all runs
@@ -110,7 +139,10 @@ def main(arguments: list[str]) -> int:
         return trainer, {"steps": trainer.state.global_step, "trained_tokens": trainer.trained_tokens}
 
     def score(trainer: Any) -> dict[str, Any]:
-        found = accuracy(trainer.model, trainer.processing_class, problems, trainer.max_completion_length)
+        if on_tasks:
+            found = on_tasks(trainer)
+        else:
+            found = accuracy(trainer.model, trainer.processing_class, problems, trainer.max_completion_length)
         if isinstance(trainer.teacher, ZeRO3Teacher):
             trainer.teacher.close()  # dropping it would not free it
         return found
@@ -121,6 +153,8 @@ def main(arguments: list[str]) -> int:
     shared = {key: value for key, value in recipe.items() if key not in ("output_dir", "teacher_answers")}
     contents = digest([repr(problems)], [recipe.get(key) for key in FILES])
     settings = {**shared, "flags": rest, "problems": len(problems), "contents": contents}
+    if on_tasks:
+        settings["eval"] = [own.eval_tasks, own.eval_chat_template, own.eval_limit]
     first = os.environ.get("RANK", "0") == "0"
     rows = compare(runs, train, score, own.out, settings, writes=first, say=print if first else lambda text: None)
     if first:

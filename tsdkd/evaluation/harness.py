@@ -88,6 +88,20 @@ def runs_code(manager: Any, name: str) -> bool:
     return any(config.get("unsafe_code") for _, config in leaf_configs(manager, name))
 
 
+def refuse_code(manager: Any, tasks: list[str]) -> None:
+    """Refuse tasks that are scored by running code, where nobody gave leave.
+
+    Raises:
+        ValueError: naming the task and the way out.
+    """
+    for task in tasks:
+        if runs_code(manager, task):
+            raise ValueError(
+                f"{task} is scored by running the code that the model writes, on this machine and with your rights. Score it "
+                "by tsdkd evaluate in a container, with --allow-code-execution, or leave it out (of the suite: --skip mbpp)."
+            )
+
+
 def load_task(manager: Any, name: str, shots: int | None = None) -> dict[str, Any]:
     """A task or group with its data.
 
@@ -265,6 +279,16 @@ def score(
         return [], {}
     samples = {task: list(rows) for task, rows in (results.get("samples") or {}).items()}
     return list(_scores(results, samples, loaded, name)), samples
+
+
+def score_task(lm: Any, manager: Any, name: str, shots: int | None = None, **options: Any) -> tuple[list[Score], dict]:
+    """`load_task` and `score`, with as many worked examples as were asked for, or the suite has, or the task itself."""
+    return score(lm, load_task(manager, name, shots_of(name, shots)), name, **options)
+
+
+def shots_of(name: str, asked: int | None) -> int | None:
+    """How many worked examples a task gets: those asked for, or the suite's; None leaves it the task's own number."""
+    return asked if asked is not None or name not in BY_TASK else BY_TASK[name].shots
 
 
 def _halve_batches(lm: Any, name: str, error: BaseException, say: Callable[[str], None]) -> None:

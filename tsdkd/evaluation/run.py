@@ -202,12 +202,8 @@ def evaluate(
         ValueError: an unknown task, one that runs code without leave, data that are not to be had.
     """
     manager = harness.find_tasks(tasks, include_path or [])
-    for task in tasks:
-        if not allow_code and harness.runs_code(manager, task):
-            raise ValueError(
-                f"{task} is scored by running the code that the model writes, on this machine and with your rights. Run it in "
-                "a container and pass --allow-code-execution, or leave it out (--skip mbpp)."
-            )
+    if not allow_code:
+        harness.refuse_code(manager, tasks)
     standing = _whole_scorings(out)
     done = {_key_of(row) for row in standing}
     pairs = [(task, setting) for task in tasks for setting in settings]
@@ -217,9 +213,9 @@ def evaluate(
         say(f"{len(wanted) - len(left)} of {len(wanted)} scorings stand in {out} already.")
     lm, began, kept = None, time.perf_counter(), [row for row in standing if _key_of(row) in {key for *_, key in wanted}]
     out.parent.mkdir(parents=True, exist_ok=True)
+    for task, setting in left:  # what is missing is said now, not hours later
+        harness.load_task(manager, task, harness.shots_of(task, setting.shots))
     for number, (task, setting) in enumerate(left):
-        shots = setting.shots if setting.shots is not None else (BY_TASK[task].shots if task in BY_TASK else None)
-        loaded = harness.load_task(manager, task, shots)
         if lm is None:
             lm = build()
         how = "chat template" if setting.chat_template else "no chat template"
@@ -227,10 +223,11 @@ def evaluate(
         remaining = f", about {spent / number * (len(left) - number) / 60:.0f} min left" if number else ""
         say(f"[{number + 1}/{len(left)}] {task} ({how}){remaining}")
         started = time.perf_counter()
-        scores, answers = harness.score(
+        scores, answers = harness.score_task(
             lm,
-            loaded,
+            manager,
             task,
+            setting.shots,
             chat_template=setting.chat_template,
             limit=setting.limit,
             max_gen_toks=setting.max_gen_toks,

@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 
 from tsdkd.evaluation import harness
 from tsdkd.evaluation.run import Model, Settings, rows_of
-from tsdkd.evaluation.suite import BY_TASK
 from tsdkd.trainers import TokenDistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -54,14 +53,11 @@ class EvaluateWhileTraining(TrainerCallback):
         if every < 1:
             raise ValueError(f"eval_every={every}: it must be 1 or more.")
         self.trainer, self.tasks, self.every, self.best, self.batch_size = trainer, tasks, every, best, batch_size
-        engine = "vllm" if trainer.use_vllm and trainer.args.vllm_mode == "colocate" else "hf"
+        engine = "vllm" if trainer.has_rollout_engine else "hf"
         self.settings = Settings(chat_template, limit, max_gen_toks, seed=trainer.args.seed, engine=engine, dtype="training")
         self.manager = harness.find_tasks(tasks, include_path or [])
+        harness.refuse_code(self.manager, tasks)
         for task in tasks:
-            if harness.runs_code(self.manager, task):
-                raise ValueError(
-                    f"{task} runs code that the model writes, which a training process will not: evaluate it apart."
-                )
             harness.load_task(self.manager, task)  # what is missing is said before the first step
         if best is not None and best.partition("/")[0] not in tasks:
             raise ValueError(f"eval_best={best!r} names no task that is scored: {', '.join(tasks)}; e.g. {tasks[0]}/accuracy.")
@@ -120,10 +116,9 @@ class EvaluateWhileTraining(TrainerCallback):
         name = trainer.args.output_dir
         model = Model(name, f"step {step}", Path(name).name)
         for task in self.tasks:
-            loaded = harness.load_task(self.manager, task, BY_TASK[task].shots if task in BY_TASK else None)
-            scores, _ = harness.score(
+            scores, _ = harness.score_task(
                 lm,
-                loaded,
+                self.manager,
                 task,
                 chat_template=setting.chat_template,
                 limit=setting.limit,

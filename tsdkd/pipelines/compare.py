@@ -114,19 +114,22 @@ def compare(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: each method's mean accuracy over its seeds, with its lowest and highest, tokens and seconds; best first."""
+    """Markdown: each method's mean scores over its seeds, with the lowest and highest, tokens and seconds; best first."""
     by_label: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        by_label.setdefault(row["label"], []).append(row)
-    means = {label: statistics.fmean(row["accuracy"] for row in group) for label, group in by_label.items()}
-    lines = ["| method | accuracy | lowest-highest | seeds | trained tokens | seconds |", "|---|---|---|---|---|---|"]
-    for label in sorted(means, key=lambda name: -means[name]):
-        group = by_label[label]
-        scores = [row["accuracy"] for row in group]
-        tokens = statistics.fmean(row["trained_tokens"] for row in group)
-        seconds = statistics.fmean(row["seconds"] for row in group)
-        lines.append(
-            f"| {label} | {means[label]:.3f} | {min(scores):.3f}-{max(scores):.3f} | {len(group)} | {tokens:,.0f} "
-            f"| {seconds:.0f} |"
-        )
+        by_label.setdefault(row["label"], []).append({**row, **(row.get("scores") or {"accuracy": row["accuracy"]})})
+    names = list(dict.fromkeys(name for row in rows for name in row.get("scores") or {"accuracy": 0}))
+
+    def mean(label: str, what: str) -> float:
+        return statistics.fmean(row[what] for row in by_label[label])
+
+    heads = ["method", *(part for name in names for part in (name, "lowest-highest")), "seeds", "trained tokens", "seconds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for label in sorted(by_label, key=lambda label: -mean(label, names[0])):
+        cells = [label]
+        for name in names:
+            found = [row[name] for row in by_label[label]]
+            cells += [f"{mean(label, name):.3f}", f"{min(found):.3f}-{max(found):.3f}"]
+        cells += [str(len(by_label[label])), f"{mean(label, 'trained_tokens'):,.0f}", f"{mean(label, 'seconds'):.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

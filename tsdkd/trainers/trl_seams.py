@@ -205,12 +205,15 @@ class SeamTrainer(DistillationTrainer, abc.ABC):
 
         generation.sync_weights = sync_weights
 
+    @property
+    def has_rollout_engine(self) -> bool:
+        """Whether each process has a vLLM of its own."""
+        return self.use_vllm and self.vllm_generation.mode == "colocate" and self.args.vllm_tensor_parallel_size == 1
+
     @contextmanager
     def rollout_engine(self) -> Iterator[Any]:
-        """The vLLM of this process with the student's weights of now; None where transformers or a server writes, or where
-        several processes share an engine. Every process must enter."""
-        shared = self.use_vllm and (self.vllm_generation.mode != "colocate" or self.args.vllm_tensor_parallel_size > 1)
-        if not self.use_vllm or shared:
+        """The vLLM of this process with the student's weights of now; None where it has none. Every process must enter."""
+        if not self.has_rollout_engine:
             yield None
             return
         generation = self.vllm_generation
