@@ -25,6 +25,7 @@ extras["dev"] = [
     "mypy",
     "pre-commit",
     "pytest",
+    "pytest-xdist",
     "ruff",
     "setuptools",
     "wheel",

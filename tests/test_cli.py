@@ -54,7 +54,7 @@ def test_provenance_names_no_strangers_commit(tmp_path, monkeypatch):
 
 def test_unknown_commands_and_bad_values_say_what_to_do(capsys):
     assert main(["trian"]) == 2
-    assert "unknown command 'trian'; the commands are: train, compare, demo" in capsys.readouterr().err
+    assert "unknown command 'trian'; the commands are: train, compare, evaluate, table, demo" in capsys.readouterr().err
     assert main(["demo", "--steps", "0"]) == 2
     assert "--steps 0: it must be 1 or more" in capsys.readouterr().err
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("tsdkd 0.")

@@ -382,4 +382,3 @@ def test_a_comparison_is_scored_on_tasks(tmp_path, capsys):
     assert "| method | local/accuracy | lowest-highest | seeds |" in table
     made = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert [row["label"] for row in made] == ["gkd", "tsd_kd"] and all(row["n"] == {"local": 4} for row in made)
-    assert main([*command[:-1], "--eval_tasks", "no_such_task"]) == 2 and "unknown to lm-eval" in capsys.readouterr().err

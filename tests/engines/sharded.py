@@ -48,7 +48,7 @@ SCENARIOS: dict[str, dict] = {
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
     "zero3, poisoned": {"deepspeed": zero(3)},
 }
-SCENARIO = SCENARIOS[sys.argv[2]]
+SCENARIO = SCENARIOS.get(sys.argv[-1], {})
 if "deepspeed" in SCENARIO:  # accelerate picks a backend for GPUs under DeepSpeed; on a CPU it must be gloo
     state.PartialState._prepare_backend = lambda self, cpu, sagemaker_dp=False, backend=None: (
         "gloo",
