@@ -224,6 +224,14 @@ def test_bad_input_is_named_with_what_to_do(tmp_path, capsys):
     assert "holds no tokenizer" in message and "save_pretrained" in message
     assert "is no folder" in refused(*student, "--tasks", "local", "--include_path", str(tmp_path / "none"))
     assert "--skip gsm8k: not among" in refused(*student, "--tasks", "tsdkd_word_problems", "--skip", "gsm8k")
+    plain = save_tiny(tmp_path / "plain")
+    for file in [*Path(plain).glob("chat_template*")]:
+        file.unlink()
+    settings = json.loads((Path(plain) / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (Path(plain) / "tokenizer_config.json").write_text(json.dumps(settings))
+    message = refused("--model", plain, "--tasks", "tsdkd_word_problems", "--chat_template", "on", "--limit", "2")
+    assert "has no chat template: pass --chat_template off" in message
     message = refused(*student, "--tasks", "tsdkd_word_problems", "--max_gen_toks", "256")
     assert "context of 256 leaves no room" in message
 

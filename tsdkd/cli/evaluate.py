@@ -110,6 +110,7 @@ def main(arguments: list[str]) -> int:
             options["max_model_len"] = own.max_model_len
         return harness.vllm_model(model.name, gpu_memory_utilization=own.gpu_memory_utilization, **options)
 
+    first = os.environ.get("RANK", "0") == "0"
     samples = own.out.with_suffix(".samples.jsonl") if own.log_samples else None
     evaluate(
         tasks,
@@ -120,8 +121,10 @@ def main(arguments: list[str]) -> int:
         include_path=folders,
         allow_code=own.allow_code_execution,
         samples=samples,
+        writes=first,
+        say=print if first else lambda text: None,
     )
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         print(f"The rows are in {own.out}" + (f", the answers in {samples}" if samples else "") + f"; tsdkd table {own.out}")
     return 0
 

@@ -242,6 +242,11 @@ def score(
         ValueError: not even one item fits, or responses leave no room for a prompt.
     """
     lm_eval = _lm_eval()
+    if chat_template and getattr(lm.tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"{name} was to be put as chats, and the model's tokenizer has no chat template: pass --chat_template off, or save an "
+            "instruct model's tokenizer beside the weights."
+        )
     for task in loaded["tasks"].values():
         if task.get_config("output_type") != "generate_until":
             continue
@@ -346,7 +351,8 @@ def _one(values: list[Any]) -> Any:
 
 def _item_scores(samples: dict[str, list], members: list[str], metric: str, filter_name: str) -> dict[str, str] | None:
     """Which items were right, as a string of 1 and 0, and a digest of which items they are; None of other scores."""
-    rows = [row for member in members for row in samples.get(member, []) if row.get("filter") == filter_name]
+    ordered = (sorted(samples.get(member, []), key=lambda row: row["doc_id"]) for member in members)
+    rows = [row for part in ordered for row in part if row.get("filter") == filter_name]
     values = [float(row[metric]) for row in rows if _is_number(row.get(metric)) or isinstance(row.get(metric), bool)]
     if not rows or len(values) != len(rows) or set(values) - {0.0, 1.0}:
         return None

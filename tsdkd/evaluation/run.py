@@ -121,13 +121,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _whole_scorings(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file, without those of a scoring that was cut off while it was written: they are taken out."""
+def _whole_scorings(path: Path, mend: bool) -> list[dict[str, Any]]:
+    """The rows of a results file without those of a scoring that was cut off while it was written; `mend` takes them out."""
     rows = read_rows(path)
     count = collections.Counter(map(_key_of, rows))
     whole = [row for row in rows if count[_key_of(row)] >= row["rows"]]
     torn = path.is_file() and path.stat().st_size and not path.read_text().endswith("\n")
-    if torn or len(whole) < len(rows):
+    if mend and (torn or len(whole) < len(rows)):
         beside = path.with_name(path.name + ".mending")
         beside.write_text("".join(json.dumps(row) + "\n" for row in whole))
         beside.replace(path)
@@ -178,6 +178,7 @@ def evaluate(
     include_path: list[str | Path] | None = None,
     allow_code: bool = False,
     samples: Path | None = None,
+    writes: bool = True,
     say: Callable[[str], None] = print,
     **more: Any,
 ) -> list[dict[str, Any]]:
@@ -192,6 +193,7 @@ def evaluate(
         include_path: folders of task YAMLs.
         allow_code: run what the model wrote, for tasks that are scored so.
         samples: where every item's prompt, answer and score go, as JSONL; None keeps none.
+        writes: whether this process writes, one of several that the harness deals the items out to.
         say: what tells the progress.
         more: what each row holds beside.
 
@@ -204,7 +206,7 @@ def evaluate(
     manager = harness.find_tasks(tasks, include_path or [])
     if not allow_code:
         harness.refuse_code(manager, tasks)
-    standing = _whole_scorings(out)
+    standing = _whole_scorings(out, mend=writes)
     done = {_key_of(row) for row in standing}
     pairs = [(task, setting) for task in tasks for setting in settings]
     wanted = [(task, setting, _key(task, model.fields(), dataclasses.asdict(setting))) for task, setting in pairs]
@@ -235,7 +237,7 @@ def evaluate(
             allow_code=allow_code,
             say=say,
         )
-        if not scores:  # another process writes
+        if not scores or not writes:  # the first process has them
             continue
         seconds = round(time.perf_counter() - started, 1)
         rows = rows_of(scores, task, model, setting, seconds=seconds, **more)
