@@ -244,8 +244,8 @@ def score(
     lm_eval = _lm_eval()
     if chat_template and getattr(lm.tokenizer, "chat_template", None) is None:
         raise ValueError(
-            f"{name} was to be put as chats, and the model's tokenizer has no chat template: pass --chat_template off, or save an "
-            "instruct model's tokenizer beside the weights."
+            f"{name} was to be put as chats, and the model's tokenizer has no chat template: pass --chat_template off, or save "
+            "an instruct model's tokenizer beside the weights."
         )
     for task in loaded["tasks"].values():
         if task.get_config("output_type") != "generate_until":
