@@ -17,6 +17,7 @@ extras = {
     "report": ["matplotlib>=3.9"],  # the first with numpy 2 wheels for Python 3.11 to 3.13
 }
 extras["dev"] = [
+    *extras["eval"],
     *extras["peft"],
     *extras["report"],
     "build",
@@ -47,12 +48,10 @@ setup(
         "tsdkd": [
             "py.typed",
             "CHANGELOG.md",
-            "methods/README.md",
-            "demo/README.md",
+            "*/README.md",
             "demo/models/*/*",
             "demo/eval_tasks/*",
-            "evaluation/*.json",
-            "evaluation/README.md",
+            "evaluation/paper.json",
         ]
     },
     python_requires=">=3.11",  # as TRL 1.16, which uses 3.11 syntax
