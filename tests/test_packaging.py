@@ -24,7 +24,15 @@ def test_wheel_and_sdist_work_outside_of_the_checkout(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("py.typed", "CHANGELOG.md", "methods/README.md", "demo/models/teacher/model.safetensors", "cli/__main__.py"):
+    for needed in (
+        "py.typed",
+        "CHANGELOG.md",
+        "methods/README.md",
+        "demo/models/teacher/model.safetensors",
+        "cli/__main__.py",
+        "evaluation/paper.json",
+        "demo/eval_tasks/word_problems.yaml",
+    ):
         assert f"tsdkd/{needed}" in names, needed
     assert not [name for name in names if name.startswith("tests")]
     models = sum(i.file_size for i in zipfile.ZipFile(wheel).infolist() if i.filename.startswith("tsdkd/demo/models/"))
