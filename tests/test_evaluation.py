@@ -180,10 +180,19 @@ def test_what_stands_is_not_run_again_and_what_changed_is(tmp_path):
     both = go([ON, Settings(chat_template=False, dtype="float32")])
     assert len(both) == 2 and len(built) == 2
     assert len(go([ON], Model(model.name, "other weights", model.label))) == 1 and len(built) == 3
+    # Under another label the rows are called so; nothing is scored.
+    renamed = go([ON], Model(model.name, model.digest, "another"))
+    assert [row["label"] for row in renamed] == ["another"] and len(built) == 3
+    assert [row["label"] for row in read_rows(out)] == ["another", model.label, model.label]
+    # A task whose items changed is another one.
+    local_task(folder, items(4))
+    assert go([ON])[0]["n"] == 4 and len(built) == 4
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:3]))
     out.write_text(out.read_text()[:-20])  # killed while it wrote the last row
     assert len(read_rows(out)) == 2
     out.write_text("{}\n" + out.read_text())
-    with pytest.raises(ValueError, match=r"line 1 is no row of tsdkd evaluate: it has no metric, model"):
+    with pytest.raises(ValueError, match=r"line 1 is no row of tsdkd evaluate: it has no label, metric"):
         go([ON])
 
 
@@ -350,8 +359,10 @@ def test_training_is_scored_kept_by_the_best_and_not_disturbed(tmp_path):
 
 def test_what_cannot_be_scored_is_refused_before_the_first_step(tmp_path):
     trainer = make(tmp_path)
-    with pytest.raises(ValueError, match="names no task that is scored: tsdkd_word_problems"):
-        EvaluateWhileTraining(trainer, ["tsdkd_word_problems"], 5, best="gsm8k/acc", include_path=[bundled_tasks()])
+    with pytest.raises(ValueError, match="is no score of these tasks; there are: tsdkd_word_problems/accuracy"):
+        EvaluateWhileTraining(
+            trainer, ["tsdkd_word_problems"], 5, best="tsdkd_word_problems/acc", include_path=[bundled_tasks()]
+        )
     with pytest.raises(ValueError, match="eval_every=0"):
         EvaluateWhileTraining(trainer, ["tsdkd_word_problems"], 0, include_path=[bundled_tasks()])
 
@@ -390,3 +401,150 @@ def test_a_comparison_is_scored_on_tasks(tmp_path, capsys):
     assert "| method | local/accuracy | lowest-highest | seeds |" in table
     made = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert [row["label"] for row in made] == ["gkd", "tsd_kd"] and all(row["n"] == {"local": 4} for row in made)
+
+
+# ---------------------------------------------------------------------- what the harness would do otherwise
+
+
+def test_code_is_run_where_leave_was_given_and_the_environment_stays(tmp_path, monkeypatch):
+    """As mbpp's own file, this one's metric refuses to be imported without the word that `--allow-code-execution` gives."""
+    import os
+
+    folder = local_task(tmp_path / "t", items(2), "runs_code")
+    file = folder / "runs_code.yaml"
+    file.write_text(file.read_text() + "unsafe_code: true\n")
+    guard = "import os\n\nif os.environ.get('HF_ALLOW_CODE_EVAL') != '1':\n    raise ValueError('!!!WARNING!!!')\n\n"
+    (folder / "grading.py").write_text(guard + (folder / "grading.py").read_text())
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    model, out = Model.at(shipped("student")), tmp_path / "r.jsonl"
+    with pytest.raises(ValueError, match="--allow-code-execution"):
+        evaluate(["runs_code"], model, by_hf("student"), [ON], out, include_path=[folder])
+    (row,) = evaluate(["runs_code"], model, by_hf("student"), [ON], out, include_path=[folder], allow_code=True)
+    assert row["n"] == 2 and "HF_ALLOW_CODE_EVAL" not in os.environ
+
+
+def test_a_models_generation_config_changes_no_answer_and_its_digest(tmp_path):
+    """vLLM does not read it here, so transformers must not either: the two would decode otherwise."""
+    import shutil
+
+    folder = local_task(tmp_path / "t", items(8))
+    penal = tmp_path / "penal"
+    shutil.copytree(shipped("student"), penal)
+    settings = json.loads((penal / "generation_config.json").read_text())
+    (penal / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 3.0}))
+    rows, models = [], [Model.at(shipped("student")), Model.at(str(penal))]
+    for model in models:
+        lm = harness.hf_model(model.name, dtype="float32", batch_size=8)
+        rows += evaluate(["local"], model, lambda lm=lm: lm, [ON], tmp_path / "r.jsonl", include_path=[folder])
+    assert len(rows) == 2 and rows[0]["items"] == rows[1]["items"] and models[0].digest != models[1].digest
+    assert lm.model.generation_config.repetition_penalty == 3.0  # put back
+
+
+def test_the_digest_is_of_the_whole_file(tmp_path):
+    folder = Path(save_tiny(tmp_path / "m"))
+    weights = folder / "model.safetensors"
+    padded = weights.read_bytes() + bytes(5 << 20)
+    weights.write_bytes(padded)
+    before = Model.at(str(folder)).digest
+    changed = bytearray(padded)
+    changed[3 << 20] = 1
+    weights.write_bytes(bytes(changed))
+    assert Model.at(str(folder)).digest != before
+
+
+def test_a_second_try_draws_the_same_worked_examples(tmp_path, monkeypatch):
+    import lm_eval
+
+    folder = local_task(tmp_path / "t", items(12))
+    file = folder / "local.yaml"
+    file.write_text(file.read_text().replace("num_fewshot: 0", "num_fewshot: 2") + "fewshot_split: test\n")
+    real, tries = lm_eval.evaluate, []
+
+    def fails_once(lm, **options):
+        found = real(lm, **options)
+        tries.append([row["arguments"][0][0] for row in found["samples"]["local"]])
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("late")
+        return found
+
+    monkeypatch.setattr(lm_eval, "evaluate", fails_once)
+    evaluate(["local"], Model.at(shipped("student")), by_hf("student"), [ON], tmp_path / "r.jsonl", include_path=[folder])
+    assert len(tries) == 2 and tries[0] == tries[1] and "#### " not in tries[0][0][:20]
+
+
+def test_a_group_of_ones_own_may_name_the_harnesss_tasks(tmp_path):
+    folder = local_task(tmp_path / "t", items(2))
+    (folder / "g.yaml").write_text("group: mine\ntask: [sciq, local]\n")
+    manager = harness.find_tasks(["mine"], [folder])
+    assert [name for name, _ in harness.leaf_configs(manager, "mine")] == ["sciq", "local"]
+
+
+def test_an_adapter_is_scored_on_its_base_with_its_own_tokenizer(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(shipped("student")),
+        LoraConfig(r=32, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(shipped("student"))
+    tokenizer.chat_template = "OWN " + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    lm = harness.hf_model(str(tmp_path / "adapter"), dtype="float32", batch_size=2)
+    assert lm.apply_chat_template([{"role": "user", "content": "Hi"}]).startswith("OWN ")
+    assert any("lora" in name for name, _ in lm.model.named_parameters())
+    assert harness._base_and_adapter(str(tmp_path / "adapter"), "a", "b") == {
+        "a": shipped("student"),
+        "b": str(tmp_path / "adapter"),
+    }
+    assert harness._adapter(str(tmp_path / "adapter"))["r"] == 32
+
+
+def test_of_choices_the_likeliest_is_kept_as_the_answer(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    samples, folder = tmp_path / "s.jsonl", ROOT / "examples" / "eval_tasks"
+    model = Model.at(shipped("teacher"))
+    evaluate(["which_result"], model, by_hf("teacher"), [ON], tmp_path / "r.jsonl", include_path=[folder], samples=samples)
+    given = [json.loads(line) for line in (folder / "choices.jsonl").read_text().splitlines()]
+    for sample, item in zip(map(json.loads, samples.read_text().splitlines()), given, strict=True):
+        assert sample["answer"] in item["choices"]
+        assert sample["acc"] == float(sample["answer"] == item["choices"][item["right"]])
+
+
+def test_a_model_that_does_not_fit_is_said_so(tmp_path):
+    def build():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 28 GiB")
+
+    with pytest.raises(ValueError, match="the model does not fit into memory"):
+        evaluate(
+            ["local"],
+            Model.at(shipped("student")),
+            build,
+            [ON],
+            tmp_path / "r.jsonl",
+            include_path=[local_task(tmp_path / "t", items(2))],
+        )
+
+
+def test_a_run_does_not_compete_with_what_another_left_in_its_folder(tmp_path):
+    folder = local_task(tmp_path / "t", items(3))
+    best = tmp_path / "run" / "best"
+    best.mkdir(parents=True)
+    (best / "best.json").write_text('{"name": "local/accuracy", "score": 0.99, "step": 7}')
+    (tmp_path / "run" / "benchmarks.jsonl").write_text('{"step": 7}\n')
+    options = dict(max_length=128, max_completion_length=24, max_steps=2)
+    trainer = make(
+        tmp_path / "run",
+        student=shipped("student"),
+        teacher=shipped("teacher"),
+        processing_class=None,
+        args=config(tmp_path / "run", TSDKDConfig, **options),
+        data=prompts(8, chat=True),
+    )
+    trainer.add_callback(
+        EvaluateWhileTraining(trainer, ["local"], 2, best="local/accuracy", include_path=[folder], chat_template=True)
+    )
+    trainer.train()
+    assert json.loads((best / "best.json").read_text())["step"] == 2
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "benchmarks.jsonl")] == [2]
+    assert (tmp_path / "run" / "benchmarks.before.jsonl").exists() and (best / "best.before.json").exists()

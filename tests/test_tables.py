@@ -41,6 +41,7 @@ def row(label, benchmark, score, *, right=None, n=1000, chat=False, partial=Fals
         "benchmark": benchmark if b else None,
         "group": None,
         "requested": "x",
+        "task_digest": "x",
         "metric": b.metric if b else "accuracy",
         "filter": "none",
         "main": True,
@@ -123,6 +124,43 @@ def test_a_whole_row_stands_before_a_partial_one_and_a_later_before_an_earlier()
     first, second = tables_of(rows)["without chat template"]
     assert first.cells["GKD", "GSM8K"].score == 0.5 and second.cells["GKD", "SciQ"].score == 0.4
     assert "20.0~" in markdown(second)
+
+
+def test_what_was_scored_otherwise_or_in_part_is_neither_ranked_nor_compared():
+    rows = [row("teacher", "GSM8K", 0.6, shots=5), row("student", "GSM8K", 0.5, shots=5), row("gkd", "GSM8K", 0.55, shots=5)]
+    rows += [
+        row("a", "GSM8K", 0.9, shots=5, settings={"max_gen_toks": 2048}),
+        row("b", "GSM8K", 0.99, n=2, partial=True, shots=5),
+    ]
+    (table,) = tables_of(rows)["without chat template"]
+    text = markdown(table)
+    assert "| a | 90.0§ |" in text and "| b | 99.0~ |" in text and "| GKD | **55.0**† |" in text
+    assert table.against_student("a", "GSM8K") is None and not table.above_teacher("b", "GSM8K")
+    cells = {c["label"]: c for c in csv.DictReader(io.StringIO(as_csv({"without chat template": [table]})))}
+    assert cells["Student"]["runner_up"] == "True" and cells["a"]["best"] == "False"
+
+
+def test_where_less_is_better_the_least_is_best_and_is_no_percentage(tmp_path):
+    less = {"higher_is_better": False, "stderr": 0.1}
+    rows = [row("teacher", "perplexity", 9.5, **less), row("student", "perplexity", 12.5, **less)]
+    rows += [row("gkd", "perplexity", 9.25, **less), row("gkd", "mine", 0.5)]
+    (table,) = tables_of(rows)["without chat template"]
+    text = markdown(table)
+    assert "| GKD | **9.25**\\*† | 50.0 |" in text and "| Student | <u>12.5</u> |" in text
+    draw({"without chat template": [table]}, tmp_path / "t.png")  # of what are shares alone
+
+
+def test_the_tables_are_those_of_the_models_and_labels_that_the_rows_name():
+    def numbers(*rows):
+        return [table.number for table in tables_of(rows)["without chat template"]]
+
+    assert numbers(row("tsd_kd", "GSM8K", 0.5, model="Qwen/Qwen2.5-1.5B"), row("gkd", "SciQ", 0.5)) == ["1", "2"]
+    assert numbers(row("tsd_kd", "GSM8K", 0.5, model="google/gemma-2-2b-it")) == ["4"]
+    assert numbers(row("tsd_kd", "GSM8K", 0.5, model="Qwen/Qwen3-1.7B")) == ["5"]
+    assert numbers(row("tsd_kd_adaptive", "GSM8K", 0.5)) == ["1", "7"]
+    (third,) = tables_of([row("tsd_kd", "GSM8K", 0.5), row("gate + indirect", "GSM8K", 0.4)], ["3"])["without chat template"]
+    assert third.labels == ["gate + indirect", "gate + indirect + entropy"]
+    assert third.against_paper("gate + indirect + entropy", "GSM8K")[0] == pytest.approx(-10.1)
 
 
 def test_settings_and_other_tasks_have_tables_of_their_own():
@@ -225,6 +263,8 @@ def test_answers_to_one_item_stand_side_by_side(tmp_path, capsys):
     assert "**a** (accuracy 0)" in text and "> How many?" in text
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     assert main(["table", str(tmp_path / "s.jsonl"), "--item", "t", "1"]) == 0 and "b says 1" in capsys.readouterr().out
+    (tmp_path / "r.jsonl").write_text(json.dumps(row("a", "GSM8K", 0.5)) + "\n")
+    assert main(["table", str(tmp_path / "r.jsonl"), "--item", "t", "0"]) == 2 and "a file of scores" in capsys.readouterr().err
     assert main(["table", str(tmp_path / "s.jsonl"), "--item", "t", "7"]) == 2 and "item 7 of t" in capsys.readouterr().err
 
 
@@ -305,3 +345,6 @@ def test_the_command_reports_prompts_that_stand_in_a_task(tmp_path, capsys):
     assert "1 of 1000 items share a text with 1 of 2 prompts" in capsys.readouterr().out
     (pair,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert (pair["prompt_row"], pair["item"], pair["how"]) == (0, 1, "is a text of the item")
+    out.write_text(json.dumps(row("a", "GSM8K", 0.5)) + "\n")
+    assert main(command) == 2 and "holds scores, which an overlap report would replace" in capsys.readouterr().err
+    assert json.loads(out.read_text())["score"] == 0.5

@@ -67,6 +67,8 @@ def _scorer(own: argparse.Namespace) -> Callable[[Any], dict[str, Any]]:
     tasks = [task.strip() for task in own.eval_tasks.split(",") if task.strip()]
     manager = harness.find_tasks(tasks, [bundled_tasks(), *own.eval_include_path])
     harness.refuse_code(manager, tasks)
+    for task in tasks:
+        harness.load_task(manager, task)  # what is missing is said before a method is trained
 
     def score(trainer: Any) -> dict[str, Any]:
         main, sizes = {}, {}

@@ -22,6 +22,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _shots(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
 def _batch_size(text: str) -> int | str:
     return "auto" if text == "auto" else _count(text)
 
@@ -40,18 +44,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--skip", default="", help="tasks of the suite to leave out, comma-separated")
     parser.add_argument("--include_path", action="append", default=[], metavar="DIR", help="a folder of task YAMLs")
     parser.add_argument("--engine", choices=["hf", "vllm"], default="hf", help="transformers or vLLM (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="rows go here (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, help="rows go here (default: results.jsonl; of --check-overlap overlap.jsonl, written anew)"
+    )
     parser.add_argument(
         "--chat_template",
         choices=["off", "on", "both"],
         default="off",
         help="put items as they are, as chats, or score both (default: %(default)s)",
     )
-    parser.add_argument("--shots", type=int, help="worked examples before each item; default: the suite's or the task's own")
+    parser.add_argument("--shots", type=_shots, help="worked examples before each item; default: the suite's or the task's own")
     parser.add_argument("--limit", type=_count, help="the first items only; the rows are marked as partial")
     parser.add_argument("--max_gen_toks", type=_count, help="the longest response, in place of each task's own")
     parser.add_argument("--batch_size", type=_batch_size, default="auto", help="found automatically by default")
-    parser.add_argument("--dtype", default="auto", help="of the weights: auto (the checkpoint's), float32, bfloat16, float16")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the weights; auto is the checkpoint's",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--log_samples", action="store_true", help="keep every item's prompt and answer, OUT.samples.jsonl")
     parser.add_argument(
@@ -90,6 +101,8 @@ def main(arguments: list[str]) -> int:
     own = _parser().parse_args(arguments)
     tasks = _tasks(own)
     folders = [bundled_tasks(), *own.include_path]
+    if own.out is None:
+        own.out = Path("overlap.jsonl" if own.check_overlap else "results.jsonl")
     if own.check_overlap:
         return _report_overlap(own, tasks, folders)
     if own.model is None:
@@ -108,6 +121,7 @@ def main(arguments: list[str]) -> int:
             return harness.hf_model(model.name, **options)
         if own.max_model_len is not None:
             options["max_model_len"] = own.max_model_len
+        options["seed"] = own.seed
         return harness.vllm_model(model.name, gpu_memory_utilization=own.gpu_memory_utilization, **options)
 
     first = os.environ.get("RANK", "0") == "0"
@@ -125,7 +139,10 @@ def main(arguments: list[str]) -> int:
         say=print if first else lambda text: None,
     )
     if first:
-        print(f"The rows are in {own.out}" + (f", the answers in {samples}" if samples else "") + f"; tsdkd table {own.out}")
+        kept = f", the answers in {samples}" if samples and samples.is_file() else ""
+        print(f"The rows are in {own.out}{kept}; tsdkd table {own.out}")
+        if samples and not samples.is_file():
+            print("No answers were kept: nothing was scored. Score into another --out with --log_samples.")
     return 0
 
 
@@ -134,6 +151,9 @@ def _report_overlap(own: argparse.Namespace, tasks: list[str], folders: list[str
     from tsdkd.evaluation import harness
     from tsdkd.evaluation.overlap import find_overlap
 
+    if own.out.is_file() and '"metric"' in own.out.read_text()[:2000]:
+        raise ValueError(f"--out {own.out} holds scores, which an overlap report would replace: name another file.")
+    own.out.parent.mkdir(parents=True, exist_ok=True)
     rows = load_prompts(own.check_overlap, split=own.dataset_split, prompt_column=own.prompt_column)
     prompts = [
         row if isinstance(row, str) else "\n".join(turn["content"] for turn in row if turn["role"] == "user")

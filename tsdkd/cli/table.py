@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> int:
         if not own.item[1].isdigit():
             raise ValueError(f"--item {own.item[0]} {own.item[1]}: the second is the item's number, 0 or more.")
         samples = [json.loads(line) for path in own.results for line in path.read_text().splitlines()]
+        if any("item" not in row for row in samples):
+            raise ValueError("--item reads what --log_samples kept, OUT.samples.jsonl; a file of scores was given.")
         text = tables.side_by_side(samples, own.item[0], int(own.item[1]))
     else:
         rows = [row for path in own.results for row in read_rows(path)]

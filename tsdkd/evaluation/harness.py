@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ def find_tasks(names: Iterable[str], include_path: Iterable[str | Path] = ()) ->
             raise ValueError(f"--include_path {folder} is no folder: pass one that holds task YAMLs.")
     names = list(names)
     manager = TaskManager(include_path=folders, include_defaults=False)
-    if set(names) <= set(manager.all_tasks):
+    if _knows(manager, names):
         return manager
     manager = TaskManager(include_path=folders)
     for name in names:
@@ -67,6 +69,14 @@ def find_tasks(names: Iterable[str], include_path: Iterable[str | Path] = ()) ->
                 + " Tasks of your own: --include_path FOLDER with their YAML."
             )
     return manager
+
+
+def _knows(manager: Any, names: list[str]) -> bool:
+    """Whether all these and what they are made of are in a manager's folders."""
+    try:
+        return all(list(leaf_configs(manager, name)) for name in names)
+    except KeyError:
+        return False
 
 
 def leaf_configs(manager: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -81,6 +91,13 @@ def leaf_configs(manager: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]
             yield from leaf_configs(manager, child)
     else:
         yield name, entry.cfg or {}
+
+
+def metrics_of(manager: Any, name: str) -> list[str]:
+    """The metrics that a task or group is scored by."""
+    entry = manager.task_index[name].cfg or {}
+    listed = entry.get("aggregate_metric_list") or [m for _, leaf in leaf_configs(manager, name) for m in leaf["metric_list"]]
+    return list(dict.fromkeys(str(metric["metric"]).rpartition(".")[2] for metric in listed))
 
 
 def runs_code(manager: Any, name: str) -> bool:
@@ -102,6 +119,44 @@ def refuse_code(manager: Any, tasks: list[str]) -> None:
             )
 
 
+@contextmanager
+def _code_may_be_named() -> Iterator[None]:
+    """The metric that runs code refuses to be imported without this word; whether it may run is asked by `refuse_code`."""
+    with mock.patch.dict(os.environ, {"HF_ALLOW_CODE_EVAL": "1"}):
+        yield
+
+
+def _check_sentence_splitter(manager: Any, name: str) -> None:
+    """IFEval counts sentences by a file of NLTK's that the harness fetches without saying whether it could."""
+    if not any(leaf == "ifeval" for leaf, _ in leaf_configs(manager, name)):
+        return
+    try:
+        import nltk
+
+        nltk.data.find("tokenizers/punkt_tab")
+    except (ImportError, LookupError) as error:
+        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("1", "ON", "YES", "TRUE") and not isinstance(error, ImportError):
+            return  # the harness fetches it
+        raise ValueError(
+            f"{name} needs NLTK's punkt_tab, which is not here. Where there is a network, once: pip install 'tsdkd[eval]'; "
+            "python -c \"import nltk; nltk.download('punkt_tab')\"."
+        ) from error
+
+
+def task_digest(manager: Any, name: str) -> str:
+    """A short digest of a task's configuration and of the local files that it reads."""
+    hashed = hashlib.sha256()
+    for leaf, config in leaf_configs(manager, name):
+        text = json.dumps(config, sort_keys=True, default=str)
+        hashed.update(f"{leaf} {re.sub('/[^ ]*/', '', text)}".encode())  # not where the package lies
+        files = (config.get("dataset_kwargs") or {}).get("data_files") or []
+        named = files.values() if isinstance(files, dict) else [files]
+        for file in (Path(f) for part in named for f in ([part] if isinstance(part, str) else part)):
+            if file.is_file():
+                hashed.update(file.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
 def load_task(manager: Any, name: str, shots: int | None = None) -> dict[str, Any]:
     """A task or group with its data.
 
@@ -109,7 +164,8 @@ def load_task(manager: Any, name: str, shots: int | None = None) -> dict[str, An
         ValueError: the data are neither cached nor to be had; which they are, and how to fetch them.
     """
     try:
-        loaded = manager.load([name])
+        with _code_may_be_named():
+            loaded = manager.load([name])
     except (OSError, ImportError, KeyError, ValueError) as error:
         sources = {(config.get("dataset_path"), config.get("dataset_name")) for _, config in leaf_configs(manager, name)}
         named = sorted((path, part) for path, part in sources if path and path != "json")
@@ -123,12 +179,12 @@ def load_task(manager: Any, name: str, shots: int | None = None) -> dict[str, An
                 f'"from datasets import load_dataset; {"; ".join(calls)}"; then again, with HF_HUB_OFFLINE=1 if you like.'
             ) from error
         raise ValueError(f"the task {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    _check_sentence_splitter(manager, name)
     for task in loaded["tasks"].values():
         if shots is not None and task.get_config("num_fewshot") != 0:  # a task that says 0 means it
             task.set_config(key="num_fewshot", value=shots)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)  # the harness's own default
     return loaded
 
 
@@ -142,6 +198,7 @@ def hf_model(model: Any, *, tokenizer: Any = None, dtype: str = "auto", batch_si
 
     if isinstance(model, str):
         options.update(_base_and_adapter(model, "pretrained", "peft"), dtype=dtype)
+        tokenizer = tokenizer or model  # of an adapter, the one beside it
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     else:
         options.update(pretrained=model)
@@ -175,17 +232,39 @@ def vllm_model(model: str, *, engine: Any = None, **options: Any) -> Any:
         mock.patch.object(by_vllm, "version", version),
         mock.patch.object(by_vllm, "LLM", LLM if engine is None else lambda **_: engine),
     ):
-        options = {"batch_size": "auto", "enable_thinking": False, **options}
-        return by_vllm.VLLM(**_base_and_adapter(model, "pretrained", "lora_local_path"), **options)
+        options = {"batch_size": "auto", "enable_thinking": False, "tokenizer": model, **options}
+        placed = _base_and_adapter(model, "pretrained", "lora_local_path")
+        if "lora_local_path" in placed:
+            options["max_lora_rank"] = max(16, _adapter(model).get("r") or 0)
+        return by_vllm.VLLM(**placed, **options)
+
+
+def _adapter(model: str) -> dict[str, Any]:
+    """An adapter's configuration; of anything else nothing."""
+    file = Path(model) / "adapter_config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _base_and_adapter(model: str, base_key: str, adapter_key: str) -> dict[str, Any]:
-    file = Path(model) / "adapter_config.json"
-    if not file.is_file():
-        return {base_key: model}
-    import json
+    adapter = _adapter(model)
+    return {base_key: adapter["base_model_name_or_path"], adapter_key: model} if adapter else {base_key: model}
 
-    return {base_key: json.loads(file.read_text())["base_model_name_or_path"], adapter_key: model}
+
+@contextmanager
+def _greedy_as_asked(lm: Any) -> Iterator[None]:
+    """transformers' generation without what a model's generation_config.json adds (a repetition penalty, a top-k), which
+    vLLM does not read here either; its end tokens stay."""
+    model: Any = getattr(lm, "model", None)
+    own = getattr(model, "generation_config", None)
+    if own is None or not hasattr(own, "eos_token_id"):
+        yield
+        return
+    kept = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = type(own)(**kept)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 # ---------------------------------------------------------------------- scores
@@ -206,6 +285,7 @@ class Score:
     version: Any
     shots: int | None
     n: int
+    max_gen_toks: int | None
     items: dict[str, str] | None
 
 
@@ -252,17 +332,16 @@ def score(
             continue
         if max_gen_toks is not None:
             task.set_config(key="generation_kwargs", value={"max_gen_toks": max_gen_toks}, update=True)
-        longest = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", getattr(lm, "max_gen_toks", 256))
-        context = getattr(lm, "max_length", None)
-        if context is not None and longest >= context:
+        tokens, context = longest(lm, task) or 0, getattr(lm, "max_length", None)
+        if context is not None and tokens >= context:
             raise ValueError(
-                f"{name} lets responses be {longest} tokens long, and the model's context of {context} leaves no room for a "
+                f"{name} lets responses be {tokens} tokens long, and the model's context of {context} leaves no room for a "
                 f"prompt: pass --max_gen_toks, e.g. {context // 2}."
             )
-    if allow_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     while True:
-        with random_state_kept():
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=1234)  # the harness's own, and again for each try
+        with random_state_kept(), _greedy_as_asked(lm), _code_may_be_named() if allow_code else nullcontext():
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
@@ -283,7 +362,7 @@ def score(
     if results is None:  # another process than the first
         return [], {}
     samples = {task: list(rows) for task, rows in (results.get("samples") or {}).items()}
-    return list(_scores(results, samples, loaded, name)), samples
+    return list(_scores(results, samples, loaded, name, lm)), samples
 
 
 def score_task(lm: Any, manager: Any, name: str, shots: int | None = None, **options: Any) -> tuple[list[Score], dict]:
@@ -311,7 +390,14 @@ def _halve_batches(lm: Any, name: str, error: BaseException, say: Callable[[str]
     say(f"{name}: out of memory with batches of {size}; again with {size // 2}.")
 
 
-def _scores(results: dict[str, Any], samples: dict[str, list], loaded: dict[str, Any], name: str) -> Iterator[Score]:
+def longest(lm: Any, task: Any) -> int | None:
+    """The longest response that a task allows, in tokens; None where choices are scored."""
+    if task.get_config("output_type") != "generate_until":
+        return None
+    return (task.get_config("generation_kwargs") or {}).get("max_gen_toks", getattr(lm, "max_gen_toks", 256))
+
+
+def _scores(results: dict[str, Any], samples: dict[str, list], loaded: dict[str, Any], name: str, lm: Any) -> Iterator[Score]:
     entries = {**results.get("results", {}), **results.get("groups", {})}
     benchmark = BY_TASK.get(name)
     ordered = [name] if name in entries else []
@@ -334,9 +420,10 @@ def _scores(results: dict[str, Any], samples: dict[str, list], loaded: dict[str,
                 value=float(entries[entry][key]),
                 stderr=float(stderr) if _is_number(stderr) else None,
                 higher_is_better=bool(better.get(metric, True)),
-                version=_one([results["versions"].get(entry)] + [results["versions"].get(m) for m in members]),
+                version=_one([results["versions"].get(part) for part in (entry, *members)]),
                 shots=_one([results["n-shot"].get(member) for member in members]),
                 n=sum(results["n-samples"][member]["effective"] for member in members),
+                max_gen_toks=max((longest(lm, loaded["tasks"][m]) or 0 for m in members), default=0) or None,
                 items=_item_scores(samples, members, metric, filter_name) if key == main else None,
             )
 
@@ -346,7 +433,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _one(values: list[Any]) -> Any:
-    return next((value for value in values if value is not None), None)
+    return next((value for value in values if value not in (None, "N/A")), None)
 
 
 def _item_scores(samples: dict[str, list], members: list[str], metric: str, filter_name: str) -> dict[str, str] | None:

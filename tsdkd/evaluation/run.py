@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tsdkd.evaluation import harness
 from tsdkd.evaluation.suite import BY_TASK
 from tsdkd.provenance import provenance
+
+_NEEDED = set("task requested task_digest metric score model model_digest label settings rows".split())
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Settings:
         limit: the first items only; the row says so.
         max_gen_toks: the longest response, in place of each task's own.
         shots: worked examples, in place of the suite's or the task's own.
-        seed: of sampling and of the choice of examples.
+        seed: of sampling; the worked examples are drawn with the harness's own seed, so that all models see the same.
         engine: `hf` or `vllm`.
         dtype: of the weights.
     """
@@ -42,7 +46,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Model:
-    """A model under evaluation: its name, a digest of its weights, and the label that tables show."""
+    """A model under evaluation: its name, a digest of its files, and the label that tables show."""
 
     name: str
     digest: str
@@ -61,7 +65,7 @@ class Model:
         """
         folder = Path(name).expanduser()
         if not folder.is_dir():
-            if name[:1] in "./~":
+            if name[:1] in "./~" or name.count("/") > 1:
                 raise ValueError(f"--model {name}: there is no such folder. Pass a folder with a model, or a model's name.")
             return cls(name, "", label or name)
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
@@ -78,24 +82,25 @@ class Model:
 
 
 def _digest(folder: Path) -> str:
-    """A short digest of a folder's weights: names, sizes, and the first and last mebibyte of each file."""
+    """A short digest of what a folder's answers depend on: weights, configurations, tokenizer and chat template, whole; of an
+    adapter its base's name, too, which its configuration holds."""
     hashed = hashlib.sha256()
-    for file in sorted(f for pattern in ("*.safetensors", "*.bin") for f in folder.glob(pattern)):
+    kinds = ("*.safetensors", "*.bin", "*config*.json", "token*", "vocab*", "merges*", "*.jinja", "added_tokens.json")
+    for file in sorted({file for kind in kinds for file in folder.glob(kind) if file.is_file()}):
+        hashed.update(file.name.encode())
         with file.open("rb") as stream:
-            size = file.stat().st_size
-            head = stream.read(1 << 20)
-            stream.seek(max(0, size - (1 << 20)))
-            hashed.update(f"{file.name} {size} ".encode() + head + stream.read())
+            while part := stream.read(1 << 24):
+                hashed.update(part)
     return hashed.hexdigest()[:16]
 
 
-def _key(requested: str, model: dict[str, str], settings: dict[str, Any]) -> str:
-    """What a scoring is known by: the task as it was asked for, the weights, the settings."""
-    return json.dumps([requested, model["model_digest"] or model["model"], settings], sort_keys=True)
+def _key(requested: str, task_digest: str, model: dict[str, str], settings: dict[str, Any]) -> str:
+    """What a scoring is known by: the task as it was asked for and as it was then, the model's files, the settings."""
+    return json.dumps([requested, task_digest, model["model_digest"] or model["model"], settings], sort_keys=True)
 
 
 def _key_of(row: dict[str, Any]) -> str:
-    return _key(row["requested"], row, row["settings"])
+    return _key(row["requested"], row["task_digest"], row, row["settings"])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -110,7 +115,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            missing = {"task", "requested", "metric", "score", "model", "model_digest", "settings", "rows"} - set(row)
+            missing = _NEEDED - set(row)
             if missing:
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
         except (json.JSONDecodeError, ValueError, TypeError) as error:
@@ -128,10 +133,24 @@ def _whole_scorings(path: Path, mend: bool) -> list[dict[str, Any]]:
     whole = [row for row in rows if count[_key_of(row)] >= row["rows"]]
     torn = path.is_file() and path.stat().st_size and not path.read_text().endswith("\n")
     if mend and (torn or len(whole) < len(rows)):
-        beside = path.with_name(path.name + ".mending")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in whole))
-        beside.replace(path)
+        _write_all(path, whole)
     return whole
+
+
+def _write_all(path: Path, rows: list[dict[str, Any]]) -> None:
+    beside = path.with_name(path.name + ".mending")
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    beside.replace(path)
+
+
+def _built(build: Callable[[], Any]) -> Any:
+    try:
+        return build()
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the model does not fit into memory ({str(error).splitlines()[0]}): load it in --dtype bfloat16, free the GPU, "
+            "lower vLLM's --gpu_memory_utilization, or use a larger GPU."
+        ) from error
 
 
 def rows_of(scores: list[harness.Score], requested: str, model: Model, settings: Settings, **more: Any) -> list[dict[str, Any]]:
@@ -153,6 +172,7 @@ def rows_of(scores: list[harness.Score], requested: str, model: Model, settings:
             "higher_is_better": s.higher_is_better,
             "n": s.n,
             "shots": s.shots,
+            "max_gen_toks": s.max_gen_toks,
             "version": s.version,
             "chat_template": settings.chat_template,
             "partial": settings.limit is not None,
@@ -209,17 +229,27 @@ def evaluate(
     standing = _whole_scorings(out, mend=writes)
     done = {_key_of(row) for row in standing}
     pairs = [(task, setting) for task in tasks for setting in settings]
-    wanted = [(task, setting, _key(task, model.fields(), dataclasses.asdict(setting))) for task, setting in pairs]
+    digests = {task: harness.task_digest(manager, task) for task in tasks}
+    wanted = [
+        (task, setting, _key(task, digests[task], model.fields(), dataclasses.asdict(setting))) for task, setting in pairs
+    ]
     left = [(task, setting) for task, setting, key in wanted if key not in done]
     if len(left) < len(wanted):
         say(f"{len(wanted) - len(left)} of {len(wanted)} scorings stand in {out} already.")
-    lm, began, kept = None, time.perf_counter(), [row for row in standing if _key_of(row) in {key for *_, key in wanted}]
+    asked = {key for *_, key in wanted}
+    kept = [row for row in standing if _key_of(row) in asked]
+    lm, began = None, time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
+    if writes and any(row["label"] != model.label for row in kept):
+        say(f"They stand under another label; they are now called {model.label!r}.")
+        renamed = [{**row, "label": model.label} if _key_of(row) in asked else row for row in standing]
+        _write_all(out, renamed)
+        kept = [row for row in renamed if _key_of(row) in asked]
     for task, setting in left:  # what is missing is said now, not hours later
         harness.load_task(manager, task, harness.shots_of(task, setting.shots))
     for number, (task, setting) in enumerate(left):
         if lm is None:
-            lm = build()
+            lm = _built(build)
         how = "chat template" if setting.chat_template else "no chat template"
         spent = time.perf_counter() - began
         remaining = f", about {spent / number * (len(left) - number) / 60:.0f} min left" if number else ""
@@ -240,7 +270,7 @@ def evaluate(
         if not scores or not writes:  # the first process has them
             continue
         seconds = round(time.perf_counter() - started, 1)
-        rows = rows_of(scores, task, model, setting, seconds=seconds, **more)
+        rows = rows_of(scores, task, model, setting, task_digest=digests[task], seconds=seconds, **more)
         if samples is not None:
             _write_samples(samples, answers, model, setting)
         with out.open("a") as file:  # in one write, so that a task's rows stand together or not at all
@@ -249,6 +279,15 @@ def evaluate(
         first = rows[0]
         say(f"    {first['metric']} ({first['filter']}) {first['score']:.4f}, n = {first['n']}, {seconds:.0f} s")
     return kept
+
+
+def _answer(sample: dict[str, Any]) -> Any:
+    """The text that was written; where choices were scored, the likeliest."""
+    found = [response[0] for response in sample["resps"] if response]
+    if not found or isinstance(found[0], str):
+        return found[0] if found else None
+    likeliest = max(range(len(found)), key=lambda number: float(found[number][0]))
+    return sample["arguments"][likeliest][1]
 
 
 def _write_samples(path: Path, answers: dict[str, list[dict[str, Any]]], model: Model, settings: Settings) -> None:
@@ -265,7 +304,7 @@ def _write_samples(path: Path, answers: dict[str, list[dict[str, Any]]], model: 
                     "chat_template": settings.chat_template,
                     "prompt": arguments[0][0] if arguments else None,
                     "target": sample["target"],
-                    "answer": sample["resps"][0][0] if sample["resps"] and sample["resps"][0] else None,
+                    "answer": _answer(sample),
                     "taken": sample["filtered_resps"],
                     **{metric: sample.get(metric) for metric in sample.get("metrics", [])},
                 }

@@ -46,7 +46,14 @@ PAPER = (
     Benchmark("MMLU-STEM", "mmlu_stem", 5, "acc", "none", None, "scored choices or written answers: choices"),
     Benchmark("SciQ", "sciq", 0, "acc", "none", None, "acc or acc_norm, with or without the supporting text: acc, with"),
     Benchmark(
-        "MBPP", "mbpp", 0, "pass_at_1", "none", 256, "which problems: the test split; the harness's default is 3-shot", True
+        "MBPP",
+        "mbpp",
+        0,
+        "pass_at_1",
+        "none",
+        256,
+        "the problems: test split; the prompt: fenced answers fail, not so in `mbpp_instruct`",
+        True,
     ),
     Benchmark("BBH", "bbh_cot_fewshot", 3, "exact_match", "get-answer", 1024, "chain of thought or direct: chain of thought"),
     Benchmark("MuSR", "leaderboard_musr", 0, "acc_norm", "none", None, "scored choices or written answers: choices, acc_norm"),

@@ -25,13 +25,17 @@ _NAMES = {
     "minillm": "MiniLLM",
     "gkd": "GKD",
     "tsdkd": "TSD-KD",
+    "tsdkdadaptive": "TSD-KD (adaptive)",
+    "tsdkdoffpolicy": "TSD-KD (off-policy)",
     "teacher": TEACHER,
     "student": STUDENT,
 }
+# What Table 3 calls the first and the last of its rows.
+_IN_ABLATION = {"GKD": "GKD (no part)", "TSD-KD": "gate + indirect + entropy"}
 LEVEL = 0.05
 _COLUMNS = (
-    "table chat_template label benchmark score stderr n partial best above_teacher p_against_student paired paper difference "
-    "p_against_paper"
+    "table chat_template label benchmark score stderr n partial best above_teacher runner_up p_against_student paired paper "
+    "difference p_against_paper"
 ).split()
 
 
@@ -81,19 +85,34 @@ def unpaired(difference: float, *variances: float) -> float:
 
 @dataclass(frozen=True)
 class Cell:
-    """A model's score on a benchmark, as a share of 1."""
+    """A model's score on a benchmark, a share of 1 where it is one."""
 
     score: float
     stderr: float
     n: int
     partial: bool
     items: dict[str, str] | None
+    higher_is_better: bool = True
+    settings: tuple = ()
+
+    @property
+    def is_share(self) -> bool:
+        return 0 <= self.score <= 1 and self.higher_is_better
+
+    @property
+    def merit(self) -> float:
+        """The score, or less than nothing where less is better."""
+        return self.score if self.higher_is_better else -self.score
+
+    def __str__(self) -> str:
+        return f"{100 * self.score:.1f}" if self.is_share else f"{self.score:.4g}"
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Cell:
         score, n = row["score"], row["n"]
         stderr = row["stderr"] if row["stderr"] is not None else math.sqrt(max(score * (1 - score), 0.0) / max(n, 1))
-        return cls(score, stderr, n, row["partial"], row.get("items"))
+        settings = (row.get("shots"), (row.get("settings") or {}).get("max_gen_toks"))
+        return cls(score, stderr, n, row["partial"], row.get("items"), row["higher_is_better"], settings)
 
     def p_value(self, other: Cell) -> tuple[float, bool]:
         """That this one and `other` are the same, and whether the test is paired."""
@@ -130,10 +149,23 @@ class Table:
         known = [TEACHER, STUDENT, *dict.fromkeys(label for label, _ in self.published)]
         return [*(label for label in dict.fromkeys(known) if label in ours), *(label for label in ours if label not in known)]
 
+    def comparable(self, label: str, column: str) -> Cell | None:
+        """A cell that may be compared with its column: of all items, and with the settings that most of the column has."""
+        cell = self.cells.get((label, column))
+        whole = [c.settings for (_, name), c in self.cells.items() if name == column and not c.partial]
+        if cell is None or cell.partial or cell.settings != max(whole, key=whole.count):
+            return None
+        return cell
+
+    def above_teacher(self, label: str, column: str) -> bool:
+        """Whether a label's score is better than the teacher's."""
+        cell, teacher = self.comparable(label, column), self.comparable(TEACHER, column)
+        return cell is not None and teacher is not None and label != TEACHER and cell.merit > teacher.merit
+
     def ranked(self, column: str) -> tuple[set[str], set[str]]:
         """The best labels of a column and the runners-up, the teacher left out."""
-        scores = {label: self.cells[label, column].score for label in self.labels if (label, column) in self.cells}
-        scores.pop(TEACHER, None)
+        found = {label: self.comparable(label, column) for label in self.labels if label != TEACHER}
+        scores = {label: cell.merit for label, cell in found.items() if cell is not None}
         if len(scores) < 2:
             return set(), set()
         first, *rest = sorted(set(scores.values()), reverse=True)
@@ -143,7 +175,7 @@ class Table:
 
     def against_student(self, label: str, column: str) -> tuple[float, bool] | None:
         """The p-value of a label's difference from the untrained student, and whether it is paired."""
-        cell, student = self.cells.get((label, column)), self.cells.get((STUDENT, column))
+        cell, student = self.comparable(label, column), self.comparable(STUDENT, column)
         if cell is None or student is None or label in (TEACHER, STUDENT):
             return None
         return cell.p_value(student)
@@ -163,7 +195,8 @@ def tables_of(rows: Iterable[dict[str, Any]], numbers: list[str] | None = None, 
 
     Args:
         rows: of results files; of two of a label and task the later one stands, a whole one before a partial one.
-        numbers: of the paper's tables; None takes 1 and 2.
+        numbers: of the paper's tables; None takes those of the models that the rows name (Tables 1 and 2 where they name none
+            of the paper's), and those whose labels stand in no other.
         roles: `teacher` and `student`, the labels that play them.
 
     Raises:
@@ -174,6 +207,7 @@ def tables_of(rows: Iterable[dict[str, Any]], numbers: list[str] | None = None, 
         if number not in published:
             raise ValueError(f"the paper has no table {number!r} of scores; it has: {', '.join(published)}.")
     kept: dict[bool, dict[tuple[str, str], Cell]] = {}
+    names: list[str] = []
     in_paper, labels = {column for table in published.values() for column in table["columns"]}, set()
     players = {label: role for role, label in ((TEACHER, roles.get("teacher")), (STUDENT, roles.get("student"))) if label}
     for row in rows:
@@ -181,6 +215,7 @@ def tables_of(rows: Iterable[dict[str, Any]], numbers: list[str] | None = None, 
         if not row["main"] or row["group"] is not None:
             continue
         label = players.get(row["label"]) or name_in_paper(row["label"])
+        names.append(str(row["model"]))
         cells = kept.setdefault(row["chat_template"], {})
         key = (label, row["benchmark"] or row["task"])
         if key not in cells or cells[key].partial or not row["partial"]:
@@ -191,7 +226,7 @@ def tables_of(rows: Iterable[dict[str, Any]], numbers: list[str] | None = None, 
     made: dict[str, list[Table]] = {}
     for chat, cells in sorted(kept.items()):
         tables = []
-        for number in numbers or ["1", "2"]:
+        for number in numbers or _reached(published, names, {label for label, _ in cells}):
             table = published[number]
             columns = [column for column in table["columns"] if any(column == name for _, name in cells)]
             if columns:
@@ -204,6 +239,15 @@ def tables_of(rows: Iterable[dict[str, Any]], numbers: list[str] | None = None, 
     return made
 
 
+def _reached(published: dict[str, Any], models: list[str], labels: set[str]) -> list[str]:
+    """The tables of the pair of models that the rows name, and those with a label that only they have."""
+    named = " ".join(models).casefold()
+    first = ["4"] if "gemma" in named else ["5"] if "qwen3" in named else ["1", "2"]
+    common = {label for number in "12459" for label in published[number]["rows"]}
+    own = {number: set(published[number]["rows"]) - common for number in "3678"}
+    return [number for number in published if number in first or labels & own.get(number, set())]
+
+
 def _table(number: str, printed: dict[str, Any], columns: list[str], cells: dict[tuple[str, str], Cell]) -> Table:
     published = {
         (label, column): value
@@ -211,6 +255,8 @@ def _table(number: str, printed: dict[str, Any], columns: list[str], cells: dict
         for column, value in zip(printed["columns"], row, strict=True)
     }
     here = {key: cell for key, cell in cells.items() if key[1] in columns}
+    if number == "3":
+        here = {(_IN_ABLATION.get(label, label), column): cell for (label, column), cell in here.items()}
     starred = {(label, column) for label, column in printed["starred"]}
     return Table(number, printed["title"], columns, here, published, starred, printed["notes"])
 
@@ -226,7 +272,11 @@ def markdown(table: Table) -> str:
             texts.append(_our_text(table, label, column, *ranks[column]))
         lines.append(_line([label, *texts]))
     legend = "**best**, <u>runner-up</u> (the teacher left out), \\* above the teacher, † differs from the untrained student"
-    lines += ["", f"{legend} (p < {LEVEL}; paired where the items are the same), ~ some items only."]
+    lines += [
+        "",
+        f"{legend} (p < {LEVEL}; paired where the items are the same), ~ some items only, § other shots "
+        "or response limits than the column's: neither is ranked or compared.",
+    ]
     if table.published:
         lines += [
             "",
@@ -248,16 +298,19 @@ def _our_text(table: Table, label: str, column: str, best: set[str], second: set
     cell = table.cells.get((label, column))
     if cell is None:
         return ""
-    text = f"{100 * cell.score:.1f}"
+    text = str(cell)
     if label in best:
         text = f"**{text}**"
     elif label in second:
         text = f"<u>{text}</u>"
-    teacher = table.cells.get((TEACHER, column))
-    if teacher is not None and label != TEACHER and cell.score > teacher.score:
+    if table.above_teacher(label, column):
         text += "\\*"
     test = table.against_student(label, column)
-    return text + ("†" if test is not None and test[0] < LEVEL else "") + ("~" if cell.partial else "")
+    if test is not None and test[0] < LEVEL:
+        text += "†"
+    if cell.partial:
+        return text + "~"
+    return text if table.comparable(label, column) else text + "§"
 
 
 def _paper_text(table: Table, label: str, column: str) -> str:
@@ -285,16 +338,15 @@ def as_csv(tables: dict[str, list[Table]]) -> str:
 
 
 def _values(table: Table, label: str, column: str, cell: Cell) -> list[Any]:
-    teacher = table.cells.get((TEACHER, column))
-    above = teacher is not None and label != TEACHER and cell.score > teacher.score
     student, printed = table.against_student(label, column), table.against_paper(label, column)
     return [
-        f"{100 * cell.score:.4f}",
-        f"{100 * cell.stderr:.4f}",
+        f"{100 * cell.score if cell.is_share else cell.score:.4f}",
+        f"{100 * cell.stderr if cell.is_share else cell.stderr:.4f}",
         cell.n,
         cell.partial,
         label in table.ranked(column)[0],
-        above,
+        table.above_teacher(label, column),
+        label in table.ranked(column)[1],
         *(("", "") if student is None else (f"{student[0]:.3g}", student[1])),
         table.published.get((label, column), ""),
         *(("", "") if printed is None else (f"{printed[0]:.4f}", f"{printed[1]:.3g}")),
@@ -314,7 +366,13 @@ def draw(tables: dict[str, list[Table]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [(setting, table, column) for setting, several in tables.items() for table in several for column in table.columns]
+    panels = [
+        (setting, table, column)
+        for setting, several in tables.items()
+        for table in several
+        for column in table.columns
+        if all(cell.is_share for (_, name), cell in table.cells.items() if name == column)
+    ]
     if not panels:
         raise ValueError("there is nothing to draw: no row belongs to a table that was asked for.")
     labels = list(dict.fromkeys(label for _, table, _ in panels for label in table.labels))

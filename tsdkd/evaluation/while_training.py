@@ -59,13 +59,29 @@ class EvaluateWhileTraining(TrainerCallback):
         harness.refuse_code(self.manager, tasks)
         for task in tasks:
             harness.load_task(self.manager, task)  # what is missing is said before the first step
-        if best is not None and best.partition("/")[0] not in tasks:
-            raise ValueError(f"eval_best={best!r} names no task that is scored: {', '.join(tasks)}; e.g. {tasks[0]}/accuracy.")
+        there = [f"{task}/{metric}" for task in tasks for metric in harness.metrics_of(self.manager, task)]
+        if best is not None and best not in there:
+            raise ValueError(f"eval_best={best!r} is no score of these tasks; there are: {', '.join(there)}.")
         self._scored: int | None = None
 
     @property
     def folder(self) -> Path:
         return Path(self.trainer.args.output_dir)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """What stands of steps that this run has yet to make is another run's: set aside, not competed with."""
+        if not self.trainer.accelerator.is_main_process:
+            return
+        rows = self.folder / "benchmarks.jsonl"
+        if rows.is_file():
+            lines = rows.read_text().splitlines(keepends=True)
+            ours = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            if len(ours) < len(lines):
+                rows.replace(rows.with_name("benchmarks.before.jsonl"))
+                rows.write_text("".join(ours))
+        record = self.folder / "best" / "best.json"
+        if record.is_file() and json.loads(record.read_text())["step"] > state.global_step:
+            record.replace(record.with_name("best.before.json"))
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
@@ -125,7 +141,7 @@ class EvaluateWhileTraining(TrainerCallback):
                 max_gen_toks=setting.max_gen_toks,
                 seed=setting.seed,
             )
-            rows += rows_of(scores, task, model, setting, step=step)
+            rows += rows_of(scores, task, model, setting, task_digest=harness.task_digest(self.manager, task), step=step)
         with (self.folder / "benchmarks.jsonl").open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
         return rows
@@ -133,8 +149,6 @@ class EvaluateWhileTraining(TrainerCallback):
     def _keep_best(self, scores: dict[str, float], rows: list[dict[str, Any]], step: int) -> None:
         if self.best is None:
             return
-        if self.best not in scores:
-            raise ValueError(f"eval_best={self.best!r} is no score of these tasks; there are: {', '.join(scores)}.")
         record = self.folder / "best" / "best.json"
         before = json.loads(record.read_text())["score"] if record.is_file() else None
         higher = next((row["higher_is_better"] for row in rows if f"{row['task']}/{row['metric']}" == self.best), True)
