@@ -414,7 +414,12 @@ def test_code_is_run_where_leave_was_given_and_the_environment_stays(tmp_path, m
     file = folder / "runs_code.yaml"
     file.write_text(file.read_text() + "unsafe_code: true\n")
     guard = "import os\n\nif os.environ.get('HF_ALLOW_CODE_EVAL') != '1':\n    raise ValueError('!!!WARNING!!!')\n\n"
-    (folder / "grading.py").write_text(guard + (folder / "grading.py").read_text())
+    graded = (
+        (folder / "grading.py")
+        .read_text()
+        .replace("    return", "    assert os.environ['HF_ALLOW_CODE_EVAL'] == '1'\n    return")
+    )
+    (folder / "grading.py").write_text(guard + graded)
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     model, out = Model.at(shipped("student")), tmp_path / "r.jsonl"
     with pytest.raises(ValueError, match="--allow-code-execution"):
