@@ -94,6 +94,9 @@ def test_the_transcription_is_whole_and_its_notes_are_true():
     assert max(leads) == pytest.approx(0.081, abs=5e-4)
     assert of("4", "MiniLLM")["IFEval"] > of("4", "Teacher")["IFEval"]
     assert min(of("5", label)["MATH"] for label in ("MiniLLM", "GKD")) > of("5", "Teacher")["MATH"]
+    stars = [(number, column) for number in "1245" for label, column in tables[number]["starred"] if label == "TSD-KD"]
+    assert stars == [("1", "MATH"), ("2", "SciQ"), ("4", "MBPP"), ("4", "IFEval"), ("5", "MATH")]
+    assert of("5", "TSD-KD")["MATH"] / of("5", "Teacher")["MATH"] == pytest.approx(1.25)
     assert of("9", "GKD")["MATH"] > of("9", "TSD-KD")["MATH"]
     assert of("3", "gate + indirect + entropy") == {k: v for k, v in of("1", "TSD-KD").items() if k != "MBPP"}
 
