@@ -38,6 +38,7 @@ def tiny_model(
     seed: int = 0,
     positions: int = 128,
     closes_soon: bool = False,
+    **overrides,
 ):
     """A model with random weights in float32; one that `closes_soon` ends its answers after a few tokens."""
     torch.manual_seed(seed)
@@ -46,6 +47,7 @@ def tiny_model(
     options["max_position_embeddings"] = positions
     if family in ("qwen2", "granite"):
         options.pop("head_dim")
+    options.update(overrides)
     model = AutoModelForCausalLM.from_config(config_class(**options)).eval()
     if closes_soon:
         with torch.no_grad():

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from tiny import config, prompts
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from tiny import config, prompts, save_tiny
+from transformers import BitsAndBytesConfig
 
 from tsdkd import TSDKDTrainer
-from tsdkd.demo.recreate import make_tokenizer
 
 pytestmark = pytest.mark.engines
-
-
-def save(folder: Path, seed: int, hidden: int) -> str:
-    """A model without biases whose layers fill bitsandbytes' blocks."""
-    torch.manual_seed(seed)
-    options = LlamaConfig(
-        vocab_size=64,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        initializer_range=0.3,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    AutoModelForCausalLM.from_config(options).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def test_a_lora_student_on_four_bits_learns_from_a_teacher_in_four_bits(tmp_path, monkeypatch):
@@ -44,10 +19,11 @@ def test_a_lora_student_on_four_bits_learns_from_a_teacher_in_four_bits(tmp_path
 
     # Where the CPU has AVX512-BF16, evaluation repacks the weights for good and training has no gradient through them.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+    blocks = {"num_key_value_heads": 2, "head_dim": 32}  # layers that fill bitsandbytes' blocks
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     trainer = TSDKDTrainer(
-        save(tmp_path / "s", 1, 64),
-        save(tmp_path / "t", 2, 128),
+        save_tiny(tmp_path / "s", seed=1, hidden=64, **blocks),
+        save_tiny(tmp_path / "t", seed=2, hidden=128, **blocks),
         config(tmp_path / "out", max_steps=3, teacher_model_init_kwargs={"quantization_config": nf4}),  # as in a recipe
         prompts(8),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_dropout=0.0),

@@ -60,15 +60,12 @@ def _problems(path: Path | None) -> list:
 
 
 def _scorer(own: argparse.Namespace) -> Callable[[Any], dict[str, Any]]:
-    """What scores a trained student on tasks of the harness; unknown ones are refused here."""
-    from tsdkd.cli.evaluate import bundled_tasks
+    """What scores a trained student on tasks of the harness; what cannot be scored is refused here."""
+    from tsdkd.cli.evaluate import bundled_tasks, names_in
     from tsdkd.evaluation import harness
 
-    tasks = [task.strip() for task in own.eval_tasks.split(",") if task.strip()]
-    manager = harness.find_tasks(tasks, [bundled_tasks(), *own.eval_include_path])
-    harness.refuse_code(manager, tasks)
-    for task in tasks:
-        harness.load_task(manager, task)  # what is missing is said before a method is trained
+    tasks = names_in(own.eval_tasks)
+    manager = harness.ready_tasks(tasks, [bundled_tasks(), *own.eval_include_path])
 
     def score(trainer: Any) -> dict[str, Any]:
         main, sizes = {}, {}

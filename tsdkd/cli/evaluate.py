@@ -16,6 +16,11 @@ def bundled_tasks() -> str:
     return str(files("tsdkd.demo").joinpath("eval_tasks"))
 
 
+def names_in(text: str | None) -> list[str]:
+    """The names in a comma-separated list."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
@@ -86,12 +91,12 @@ def _parser() -> argparse.ArgumentParser:
 def _tasks(own: argparse.Namespace) -> list[str]:
     from tsdkd.evaluation.suite import BY_TASK, PAPER
 
-    named = [task.strip() for task in (own.tasks or "").split(",") if task.strip()]
+    named = names_in(own.tasks)
     if not named and not own.suite:
         raise ValueError("nothing to score was named: pass --suite paper, or --tasks gsm8k,my_task.")
     if own.suite:
         named = [*(b.task for b in PAPER), *(task for task in named if task not in BY_TASK)]
-    skipped = {task.strip() for task in own.skip.split(",") if task.strip()}
+    skipped = set(names_in(own.skip))
     if skipped - set(named):
         raise ValueError(f"--skip {', '.join(sorted(skipped - set(named)))}: not among the tasks: {', '.join(named)}.")
     return [task for task in dict.fromkeys(named) if task not in skipped]

@@ -134,12 +134,12 @@ def build(data: DataArguments, config, model):
         peft_config=get_peft_config(model),
     )
     if data.eval_tasks:
-        from tsdkd.cli.evaluate import bundled_tasks
+        from tsdkd.cli.evaluate import bundled_tasks, names_in
         from tsdkd.evaluation.while_training import EvaluateWhileTraining
 
         scoring = EvaluateWhileTraining(
             trainer,
-            [task.strip() for task in data.eval_tasks.split(",") if task.strip()],
+            names_in(data.eval_tasks),
             data.eval_every,
             best=data.eval_best,
             include_path=[bundled_tasks(), *([data.eval_include_path] if data.eval_include_path else [])],

@@ -188,6 +188,19 @@ def load_task(manager: Any, name: str, shots: int | None = None) -> dict[str, An
     return loaded
 
 
+def ready_tasks(names: list[str], include_path: Iterable[str | Path]) -> Any:
+    """The task manager of tasks that a run will score later: each is known, runs no code, and has its data here.
+
+    Raises:
+        ValueError: as `find_tasks`, `refuse_code` and `load_task`.
+    """
+    manager = find_tasks(names, include_path)
+    refuse_code(manager, names)
+    for name in names:
+        load_task(manager, name)
+    return manager
+
+
 # ---------------------------------------------------------------------- models
 
 
@@ -365,9 +378,9 @@ def score(
     return list(_scores(results, samples, loaded, name, lm)), samples
 
 
-def score_task(lm: Any, manager: Any, name: str, shots: int | None = None, **options: Any) -> tuple[list[Score], dict]:
-    """`load_task` and `score`, with as many worked examples as were asked for, or the suite has, or the task itself."""
-    return score(lm, load_task(manager, name, shots_of(name, shots)), name, **options)
+def score_task(lm: Any, manager: Any, name: str, **options: Any) -> tuple[list[Score], dict]:
+    """`load_task` and `score`, with as many worked examples as the suite has, or the task itself."""
+    return score(lm, load_task(manager, name, shots_of(name, None)), name, **options)
 
 
 def shots_of(name: str, asked: int | None) -> int | None:
@@ -407,7 +420,7 @@ def _scores(results: dict[str, Any], samples: dict[str, list], loaded: dict[str,
         keys = [key for key in entries[entry] if "," in key and "_stderr," not in key and _is_number(entries[entry][key])]
         wanted = f"{benchmark.metric},{benchmark.filter}" if benchmark else None
         main = wanted if wanted in keys else next(iter(keys), None)
-        better = {**results.get("higher_is_better", {}).get(entry, {})}
+        better = results.get("higher_is_better", {}).get(entry, {})
         for key in sorted(keys, key=lambda key: key != main):
             metric, _, filter_name = key.partition(",")
             stderr = entries[entry].get(f"{metric}_stderr,{filter_name}")

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from tsdkd.data.rows import mend_rows, replace_rows
+from tsdkd.data.rows import read_rows as read_jsonl
 from tsdkd.evaluation import harness
 from tsdkd.evaluation.suite import BY_TASK
 from tsdkd.provenance import provenance
@@ -42,6 +44,10 @@ class Settings:
     seed: int = 0
     engine: str = "hf"
     dtype: str = "auto"
+
+    def of_scoring(self) -> dict[str, Any]:
+        """What `harness.score` is told."""
+        return {"chat_template": self.chat_template, "limit": self.limit, "max_gen_toks": self.max_gen_toks, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -107,40 +113,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a results file; a last line that was cut off is left out.
 
     Raises:
-        ValueError: a line in the middle that is no row.
+        ValueError: a line that is no row.
     """
-    if not path.is_file():
-        return []
-    rows, lines = [], path.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            missing = _NEEDED - set(row)
-            if missing:
-                raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        except (json.JSONDecodeError, ValueError, TypeError) as error:
-            if number == len(lines) and isinstance(error, json.JSONDecodeError):
-                break
-            raise ValueError(f"{path}, line {number} is no row of tsdkd evaluate: {error}.") from error
-        rows.append(row)
-    return rows
+    found = read_jsonl(path, "remove it, that task is then scored again")
+    for number, row in enumerate(found, 1):
+        missing = _NEEDED - set(row if isinstance(row, dict) else {})
+        if missing:
+            raise ValueError(f"{path}, line {number} is no row of tsdkd evaluate: it has no {', '.join(sorted(missing))}.")
+    return found
 
 
 def _whole_scorings(path: Path, mend: bool) -> list[dict[str, Any]]:
     """The rows of a results file without those of a scoring that was cut off while it was written; `mend` takes them out."""
-    rows = read_rows(path)
-    count = collections.Counter(map(_key_of, rows))
-    whole = [row for row in rows if count[_key_of(row)] >= row["rows"]]
-    torn = path.is_file() and path.stat().st_size and not path.read_text().endswith("\n")
-    if mend and (torn or len(whole) < len(rows)):
-        _write_all(path, whole)
+    found = read_rows(path)
+    count = collections.Counter(map(_key_of, found))
+    whole = [row for row in found if count[_key_of(row)] >= row["rows"]]
+    if mend:
+        mend_rows(path, whole)
     return whole
-
-
-def _write_all(path: Path, rows: list[dict[str, Any]]) -> None:
-    beside = path.with_name(path.name + ".mending")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    beside.replace(path)
 
 
 def _built(build: Callable[[], Any]) -> Any:
@@ -243,10 +233,10 @@ def evaluate(
     if writes and any(row["label"] != model.label for row in kept):
         say(f"They stand under another label; they are now called {model.label!r}.")
         renamed = [{**row, "label": model.label} if _key_of(row) in asked else row for row in standing]
-        _write_all(out, renamed)
+        replace_rows(out, renamed)
         kept = [row for row in renamed if _key_of(row) in asked]
-    for task, setting in left:  # what is missing is said now, not hours later
-        harness.load_task(manager, task, harness.shots_of(task, setting.shots))
+    # What is missing is said now, not hours later; each scoring has tasks of its own, since they keep their requests.
+    ready = [harness.load_task(manager, task, harness.shots_of(task, setting.shots)) for task, setting in left]
     for number, (task, setting) in enumerate(left):
         if lm is None:
             lm = _built(build)
@@ -255,18 +245,7 @@ def evaluate(
         remaining = f", about {spent / number * (len(left) - number) / 60:.0f} min left" if number else ""
         say(f"[{number + 1}/{len(left)}] {task} ({how}){remaining}")
         started = time.perf_counter()
-        scores, answers = harness.score_task(
-            lm,
-            manager,
-            task,
-            setting.shots,
-            chat_template=setting.chat_template,
-            limit=setting.limit,
-            max_gen_toks=setting.max_gen_toks,
-            seed=setting.seed,
-            allow_code=allow_code,
-            say=say,
-        )
+        scores, answers = harness.score(lm, ready[number], task, allow_code=allow_code, say=say, **setting.of_scoring())
         if not scores or not writes:  # the first process has them
             continue
         seconds = round(time.perf_counter() - started, 1)

@@ -55,10 +55,7 @@ class EvaluateWhileTraining(TrainerCallback):
         self.trainer, self.tasks, self.every, self.best, self.batch_size = trainer, tasks, every, best, batch_size
         engine = "vllm" if trainer.has_rollout_engine else "hf"
         self.settings = Settings(chat_template, limit, max_gen_toks, seed=trainer.args.seed, engine=engine, dtype="training")
-        self.manager = harness.find_tasks(tasks, include_path or [])
-        harness.refuse_code(self.manager, tasks)
-        for task in tasks:
-            harness.load_task(self.manager, task)  # what is missing is said before the first step
+        self.manager = harness.ready_tasks(tasks, include_path or [])  # what is missing is said before the first step
         there = [f"{task}/{metric}" for task in tasks for metric in harness.metrics_of(self.manager, task)]
         if best is not None and best not in there:
             raise ValueError(f"eval_best={best!r} is no score of these tasks; there are: {', '.join(there)}.")
@@ -121,7 +118,7 @@ class EvaluateWhileTraining(TrainerCallback):
         return scores
 
     def _rows(self, engine: Any, student: Any, step: int) -> list[dict[str, Any]]:
-        trainer, setting = self.trainer, self.settings
+        trainer = self.trainer
         tokenizer = trainer.processing_class
         if engine is not None:
             path = student_path(trainer)
@@ -132,16 +129,8 @@ class EvaluateWhileTraining(TrainerCallback):
         name = trainer.args.output_dir
         model = Model(name, f"step {step}", Path(name).name)
         for task in self.tasks:
-            scores, _ = harness.score_task(
-                lm,
-                self.manager,
-                task,
-                chat_template=setting.chat_template,
-                limit=setting.limit,
-                max_gen_toks=setting.max_gen_toks,
-                seed=setting.seed,
-            )
-            rows += rows_of(scores, task, model, setting, task_digest=harness.task_digest(self.manager, task), step=step)
+            scores, _ = harness.score_task(lm, self.manager, task, **self.settings.of_scoring())
+            rows += rows_of(scores, task, model, self.settings, task_digest=harness.task_digest(self.manager, task), step=step)
         with (self.folder / "benchmarks.jsonl").open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
         return rows

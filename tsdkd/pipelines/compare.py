@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tsdkd.data.rows import mend_rows, read_rows
 from tsdkd.provenance import provenance
 
 
@@ -46,25 +47,6 @@ def digest(texts: Sequence[str], paths: Sequence[str | None]) -> str:
     return made.hexdigest()[:16]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; a torn last line is left out.
-
-    Raises:
-        ValueError: a damaged line before the last.
-    """
-    rows = []
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}, line {number} is damaged ({error}): remove it, that run is then made again."
-                ) from error
-    return rows
-
-
 def compare(
     runs: Sequence[Run],
     train: Callable[[Run], tuple[Any, dict[str, Any]]],
@@ -89,11 +71,10 @@ def compare(
         the rows of these runs, in order.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    found = read_rows(out)
+    found = read_rows(out, "remove it, that run is then made again")
     done = {_identity(row): row for row in found}
-    whole = "".join(json.dumps(row) + "\n" for row in found)
-    if writes and out.is_file() and out.read_text() != whole:
-        out.write_text(whole)  # without the torn line
+    if writes:
+        mend_rows(out, found)
     rows = []
     for number, run in enumerate(runs, 1):
         wanted = {"label": run.label, "method": run.method, "options": run.options, "seed": run.seed, "settings": settings}

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tsdkd.data.rows import mend_rows, read_rows
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,18 +27,8 @@ def _read(path: Path, settings: dict[str, Any], mend: bool = False) -> dict[str,
         ValueError: a file that was written with other settings.
     """
     answers: dict[str, list[int]] = {}
-    kept: list[str] = []
-    lines = path.read_text().splitlines(keepends=True)
-    for number, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) - 1:  # an interruption in the middle of a line
-                break
-            raise ValueError(
-                f"{path}, line {number + 1} is damaged ({error}): remove the line to have it written again."
-            ) from error
-        kept.append(line)
+    rows = read_rows(path, "remove the line to have it written again")
+    for number, row in enumerate(rows):
         if number == 0:
             other = {name for name in {*settings, *row} if settings.get(name) != row.get(name)}
             if other:
@@ -47,10 +39,8 @@ def _read(path: Path, settings: dict[str, Any], mend: bool = False) -> dict[str,
                 )
             continue
         answers[row["prompt"]] = row["completion_ids"]
-    if mend and (len(kept) < len(lines) or (kept and not kept[-1].endswith("\n"))):
-        whole = path.with_suffix(".partial")
-        whole.write_text("".join(line if line.endswith("\n") else line + "\n" for line in kept))
-        whole.rename(path)
+    if mend:
+        mend_rows(path, rows)
     return answers
 
 
