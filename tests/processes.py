@@ -113,7 +113,7 @@ def main(folder: Path, scenario: str) -> None:
 
         trainer.teacher_model.model.register_forward_hook(poison)
     if scenario == "one rank dies" and os.environ.get("RANK") == "1":
-        trainer.prepare_step = lambda rollouts: (_ for _ in ()).throw(RuntimeError("this rank is out of memory"))
+        trainer.loop.prepare = lambda rollouts: (_ for _ in ()).throw(RuntimeError("this rank is out of memory"))
     result: dict = {"world": trainer.accelerator.num_processes}
     try:
         trainer.train()
@@ -121,7 +121,7 @@ def main(folder: Path, scenario: str) -> None:
         result["gradient"] = gradients.flat.tolist()
         result["evaluation"] = trainer.evaluate()
         result["tokens"] = trainer.trained_tokens
-        result["state"] = trainer.checkpoint_state()
+        result["state"] = trainer.loop.checkpoints.state()
     except FloatingPointError as error:
         result["stopped"] = str(error)
     (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))

@@ -17,10 +17,10 @@ from trl import DistillationConfig, DistillationTrainer
 from tsdkd import TSDKD, TokenDistillConfig, TokenDistillTrainer
 from tsdkd.demo.recreate import make_tokenizer
 from tsdkd.methods import GKD, METHODS, DistiLLM, MiniLLM, SeqKD, SpeculativeKD, SupervisedKD
-from tsdkd.rollouts import AnswerSource
+from tsdkd.rollouts import RolloutSource
 from tsdkd.selection import AdaptiveOpener
 from tsdkd.teachers import Recording
-from tsdkd.types import Answers, Rollouts
+from tsdkd.types import ReadPlan, Rollouts, RolloutSpec
 
 
 def general(folder, method, /, **kwargs):
@@ -47,6 +47,17 @@ def watch(obj, name, before):
     object.__setattr__(obj, name, watched)
 
 
+def watch_lengths(teacher, read):
+    """Note how many trained tokens a teacher is asked for at each call."""
+    hidden = teacher.hidden
+
+    def watched(rollouts, lengths):
+        read.append(sum(lengths))
+        return hidden(rollouts, lengths)
+
+    teacher.hidden = watched
+
+
 def answered(count=8, chat=False):
     texts = [f"{QUESTIONS[i]}" for i in range(count)]
     answers = [f"{i}+{i}={2 * i}\n#### {2 * i}" for i in range(10, 10 + count)]
@@ -67,7 +78,7 @@ def test_every_method_trains_by_its_name(tmp_path, name):
     trainer.train()
     assert not torch.equal(before, torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     row = rows(trainer)[-1]
-    assert row.get("answers/dataset") == (1.0 if trainer.answers.need_dataset else None)
+    assert row.get("answers/dataset") == (1.0 if trainer.loop.supply.spec.need_dataset else None)
     for term, weight in trainer.method.terms().items():
         assert not weight or f"loss/{term}" in row
     assert ("speculative/acceptance" in row) == (name == "speculative_kd")
@@ -103,7 +114,7 @@ def test_given_answers_are_trained_on_as_they_would_have_been_written(tmp_path, 
     trainer = general(tmp_path, SupervisedKD(), data=answered(4, chat), max_completion_length=30, max_steps=1)
     tokenizer = make_tokenizer()
     batches = []
-    watch(trainer, "prepare_step", batches.append)
+    watch(trainer.loop, "prepare", batches.append)
     trainer.train()
     given = {row["prompt"][0]["content"] if chat else row["prompt"]: row["completion"] for row in trainer.train_dataset}
     assert len(batches[0]) == 4
@@ -126,7 +137,7 @@ def test_lambda_mixes_sources_step_by_step(tmp_path):
     trainer = general(tmp_path, GKD(lmbda=0.5), student=student(), data=answered(8), max_steps=12, max_completion_length=20)
     trainer.train()
     drawn = [row["answers/dataset"] for row in rows(trainer)]
-    assert drawn == [float(trainer.source.draw(step, 12) == "dataset") for step in range(12)]
+    assert drawn == [float(trainer.loop.supply.source.draw(step, 12) == "dataset") for step in range(12)]
     assert 0 < sum(drawn) < 12
 
 
@@ -143,7 +154,7 @@ def test_the_teacher_writes_once_where_the_data_set_has_no_answers(tmp_path, mon
     row = trainer.train_dataset[3]
     assert row["prompt"] == QUESTIONS[3] and row["completion_ids"] == (greedy[: greedy.index(1) + 1] if 1 in greedy else greedy)
     again = general(tmp_path / "two", SupervisedKD(), **options)
-    monkeypatch.setattr(again, "_teacher_writes", lambda ids: pytest.fail("written a second time"))
+    monkeypatch.setattr(again.loop.supply.ahead, "by_teacher", lambda ids: pytest.fail("written a second time"))
     again.train()
 
 
@@ -164,7 +175,7 @@ def test_a_prefix_is_all_that_the_models_read(tmp_path):
     for name, method in {"cut": GKD(selection="prefix", selection_share=0.3), "whole": GKD(selection=_WholePrefix())}.items():
         seen = Gradients()
         trainer = general(tmp_path / name, method, rollouts=by_prompt, callbacks=[seen], max_steps=1, max_grad_norm=1e9)
-        watch(trainer.teacher, "score", lambda rollouts: read.append(sum(map(len, rollouts.completion_ids))))
+        watch_lengths(trainer.teacher, read)
         trainer.train()
         gradients[name] = seen.flat
         assert ("teacher/tokens_spared" in rows(trainer)[-1]) == (name == "cut")
@@ -185,14 +196,15 @@ def test_behind_an_opener_the_teacher_reads_nothing(tmp_path, method, monkeypatc
     flats, read = [], []
     for name in ("spared", "whole"):
         if name == "whole":
-            monkeypatch.setattr(type(method), "teacher_prefix", None)
+            monkeypatch.setattr(type(method), "reads", lambda self, lengths: ReadPlan.whole(lengths))
         seen = Gradients()
         trainer = general(tmp_path / name, method, rollouts=by_prompt, callbacks=[seen], max_steps=1, max_grad_norm=1e9)
-        watch(trainer.teacher, "score", lambda rollouts: read.append(sum(map(len, rollouts.completion_ids))))
+        watch_lengths(trainer.teacher, read)
         trainer.train()
         flats.append(seen.flat)
         assert ("teacher/tokens_spared" in rows(trainer)[-1]) == (name == "spared")
-    torch.testing.assert_close(flats[0], flats[1], rtol=1e-5, atol=1e-7)
+    # The teacher's batches are padded otherwise: some roundings of float32 of the largest gradient.
+    torch.testing.assert_close(flats[0], flats[1], rtol=1e-5, atol=4e-7 * flats[1].abs().max().item())
     assert read[0] < 0.6 * read[1]
 
 
@@ -263,12 +275,12 @@ def test_minillms_pretraining_loss_is_the_corpus_cross_entropy(tmp_path):
             processing_class=make_tokenizer(),
             callbacks=[seen],
         )
-        drawn = trainer.corpus.draw(8, 0, 0)
+        drawn = trainer.loop.scorer.corpus.draw(8, 0, 0)
         trainer.train()
         flats.append(seen.flat)
     torch.testing.assert_close(flats[0], flats[1], rtol=1e-4, atol=1e-7)
     model, losses = student(), []
-    for ids in trainer._corpus_ids(drawn):
+    for ids in trainer.loop.scorer.corpus.ids(drawn, trainer.tokenize_texts):
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"))
     mean = torch.cat(losses).mean()
@@ -345,7 +357,7 @@ def test_the_adaptive_openers_history_is_the_rollouts_in_their_order(tmp_path, b
         data=prompts(16),
     )
     asked = []
-    watch(trainer, "prepare_step", asked.append)
+    watch(trainer.loop, "prepare", asked.append)
     trainer.train()
     expected = []
     student_model, teacher = tiny_model(seed=1), tiny_model(seed=2, hidden=48)
@@ -356,7 +368,7 @@ def test_the_adaptive_openers_history_is_the_rollouts_in_their_order(tmp_path, b
                 logs = [m(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (student_model, teacher)]
             h_s, h_t = (-(log.exp() * log).sum(-1).mean().item() for log in logs)
             expected.append(h_s - h_t)
-    history = trainer.method.adaptive_opener
+    history = trainer.loop.state.history
     assert len(history.smoothed) == 16 and history.raw == pytest.approx(expected[-4:], abs=1e-4)
     smooth, raw = [], []
     for step in (expected[:8], expected[8:]):
@@ -369,12 +381,12 @@ def test_the_methods_state_is_part_of_the_checkpoint(tmp_path):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
     trainer = general(tmp_path, TSDKD(adaptive_opener=True), rollouts=by_prompt, **options, data=prompts(16))
     trainer.train()
-    whole = trainer.method.adaptive_opener.state_dict()
+    whole = trainer.loop.state.state_dict()
     saved = json.loads((tmp_path / "checkpoint-2" / "tsdkd_state_0.json").read_text())["state"]
     assert len(saved["smoothed"]) == 8 and len(whole["smoothed"]) == 12
     resumed = general(tmp_path, TSDKD(adaptive_opener=True), rollouts=by_prompt, **options, data=prompts(16))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.method.adaptive_opener.smoothed == pytest.approx(whole["smoothed"], abs=1e-5)
+    assert resumed.loop.state.history.smoothed == pytest.approx(whole["smoothed"], abs=1e-5)
     (tmp_path / "checkpoint-2" / "tsdkd_state_0.json").unlink()
     with pytest.raises(ValueError, match=r"has no tsdkd_state_0\.json, which holds the method's state"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -394,14 +406,16 @@ def test_distillm_raises_its_share_and_replays(tmp_path):
         max_completion_length=20,
     )
     sources = []
-    watch(trainer, "note_source", sources.append)
+    watch(trainer.loop.supply, "_log", sources.append)
     kept = []
-    watch(trainer.source, "keep", kept.append)
+    watch(trainer.loop.supply.source, "keep", kept.append)
     trainer.train()
-    assert trainer.source.share == pytest.approx(1.0)  # the loss never changes, which is 0 worse: 5 of 6 comparisons reach 1
+    assert trainer.loop.supply.source.share == pytest.approx(
+        1.0
+    )  # the loss never changes, which is 0 worse: 5 of 6 comparisons reach 1
     assert {"fresh", "buffer"} <= set(sources) and len(kept) == sources.count("fresh")
-    assert len(trainer.source.buffer) == 4
-    state = json.loads(json.dumps(trainer.checkpoint_state()))
+    assert len(trainer.loop.supply.source.buffer) == 4
+    state = json.loads(json.dumps(trainer.loop.checkpoints.state()))
     assert state["answers"]["share"] == pytest.approx(1.0) and len(state["answers"]["buffer"]) == 4
 
 
@@ -415,9 +429,9 @@ def test_distillm_resumes_where_it_was(tmp_path):
     for name in ("whole", "resumed"):
         trainer = general(tmp_path, method, student=student(), data=answered(24), eval_dataset=answered(4), **shared)
         sources = []
-        watch(trainer, "note_source", sources.append)
+        watch(trainer.loop.supply, "_log", sources.append)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if name == "resumed" else None)
-        runs[name] = (sources, trainer.source.state_dict(), rows(trainer)[-1]["loss"])
+        runs[name] = (sources, trainer.loop.supply.source.state_dict(), rows(trainer)[-1]["loss"])
     assert runs["resumed"][0] == runs["whole"][0][3:] and len(set(runs["whole"][0])) > 1
     ours, whole = (runs[name][1] for name in ("resumed", "whole"))
     assert ours["buffer"] == whole["buffer"] and len(ours["buffer"]) == 8 and ours["share"] == whole["share"]
@@ -447,10 +461,10 @@ def test_of_several_evaluation_sets_the_first_decides(tmp_path):
         max_completion_length=20,
     )
     trainer.train()
-    assert trainer.source.share == 0.0 and trainer.source.deciding == "eval_a"
-    trainer.source.previous_loss = -1.0
+    assert trainer.loop.supply.source.share == 0.0 and trainer.loop.supply.source.deciding == "eval_a"
+    trainer.loop.supply.source.previous_loss = -1.0
     trainer.evaluate()
-    assert trainer.source.share == 0.0  # outside of training nothing moves
+    assert trainer.loop.supply.source.share == 0.0  # outside of training nothing moves
 
 
 def test_the_teacher_answers_every_evaluation_set(tmp_path):
@@ -472,7 +486,7 @@ def test_a_budget_goes_on_after_a_resumption(tmp_path):
 def test_distillm_without_an_evaluation_says_that_its_share_stays(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="tsdkd"):
         general(tmp_path, DistiLLM(replay_capacity=8, initial_share=0.25), data=answered(8))
-    assert caplog.text.count("the share of the student's answers stays at 0.25") == 1
+    assert caplog.text.count("the share of the student's completions stays at 0.25") == 1
 
 
 def test_a_token_budget_ends_the_run(tmp_path):
@@ -500,7 +514,7 @@ def test_a_recording_draws_its_sources_as_training_would(tmp_path):
         lines = [json.loads(line) for line in shard.read_text().splitlines()]
         from_data = [tokenizer.decode(row["completion_ids"][:-1]).strip() == given[row["prompt"]] for row in lines]
         drawn.append("dataset" if all(from_data) else "fresh")
-    source = AnswerSource(Answers(share=0.5), seed=42, rows=4)
+    source = RolloutSource(RolloutSpec(share=0.5), seed=42, rows=4)
     assert drawn == [source.draw(step, 8) for step in range(8)] and set(drawn) == {"fresh", "dataset"}
 
 
@@ -565,7 +579,7 @@ def test_a_recording_of_something_else_or_damaged_is_refused_before_training(tmp
         general(tmp_path / "again", GKD()).record(folder)
     with pytest.raises(ValueError, match="leave train_dataset and the teacher out"):
         general(tmp_path / "both", GKD(), recording=str(folder))
-    with pytest.raises(ValueError, match="answers of up to 12 tokens, but max_completion_length=2 would cut them: pass 12"):
+    with pytest.raises(ValueError, match="completions of up to 12 tokens, but max_completion_length=2 would cut them: pass 12"):
         from_recording(tmp_path / "short", folder, GKD(), max_completion_length=2)
     with pytest.raises(ValueError, match=r"was made with another student.*any_recording=True"):
         from_recording(tmp_path / "other", folder, GKD(), seed=7)
@@ -575,7 +589,7 @@ def test_a_recording_of_something_else_or_damaged_is_refused_before_training(tmp
         from_recording(tmp_path, changed, GKD())
     stranger = from_recording(tmp_path / "stranger", folder, GKD())
     with pytest.raises(ValueError, match="are not in the recording"):
-        stranger.teacher.score(Rollouts([[5, 6]], [[7]], [[1]]))
+        stranger.teacher.hidden(Rollouts([[5, 6]], [[7]], [[1]]), [1])
 
 
 # ---------------------------------------------------------------------- refusals
@@ -639,7 +653,7 @@ def test_a_gate_that_reads_other_tokens_makes_the_models_read_them(tmp_path):
 
     for selection in ("opener", "prefix", "random"):
         method = GKD(selection=selection, selection_share=0.4, gate=Relative())
-        assert method.teacher_prefix is None and method.reads(10) == 10
+        assert method.reads([10, 3]) == ReadPlan.whole([10, 3])
         trainer = general(tmp_path / selection, method, rollouts=by_prompt, max_steps=1)
         trainer.train()
         assert "teacher/tokens_spared" not in rows(trainer)[-1]
@@ -647,9 +661,9 @@ def test_a_gate_that_reads_other_tokens_makes_the_models_read_them(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"use_vllm": True}, {"teacher_answers_engine": "vllm", "method": "seq_kd"}])
 def test_a_missing_or_refused_vllm_is_said_before_anything_is_loaded(tmp_path, monkeypatch, wrong):
-    from tsdkd.trainers import trl_seams
+    from tsdkd.trainers import engines
 
-    monkeypatch.setattr(trl_seams, "is_vllm_available", lambda: False)
+    monkeypatch.setattr(engines, "is_vllm_available", lambda: False)
     with pytest.raises(
         ValueError, match=r"vLLM is not installed\. Install one that TRL 1\.16 takes: pip install 'tsdkd\[vllm\]'"
     ):
@@ -661,7 +675,7 @@ def test_a_missing_or_refused_vllm_is_said_before_anything_is_loaded(tmp_path, m
         )
         return True
 
-    monkeypatch.setattr(trl_seams, "is_vllm_available", old)
+    monkeypatch.setattr(engines, "is_vllm_available", old)
     with pytest.raises(ValueError, match=r"You have version 0\.9 installed\. Install one"):
         general(tmp_path, None, **wrong)
 
@@ -675,7 +689,7 @@ def test_rows_that_fill_no_batch_are_counted(tmp_path, caplog):
 
 
 def test_tools_and_given_answers_do_not_go_together(tmp_path):
-    with pytest.raises(ValueError, match="tools were given to a method that trains on the data set's answers"):
+    with pytest.raises(ValueError, match="tools were given to a method that trains on the data set's completions"):
         TokenDistillTrainer(
             model=save_tiny(tmp_path / "s"),
             teacher_model=save_tiny(tmp_path / "t"),

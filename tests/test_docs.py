@@ -11,7 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import QUESTIONS, save_tiny
+from tiny import QUESTIONS, config, prompts, save_tiny, tiny_model
+
+from tsdkd import TokenDistillConfig, TokenDistillTrainer
+from tsdkd.demo.recreate import make_tokenizer
+from tsdkd.losses import DIVERGENCES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -124,6 +128,21 @@ def test_example_04_compares_and_goes_on_where_it_was(tmp_path):
     assert [json.loads(line)["method"] for line in file.read_text().splitlines()] == ["gkd", "minillm", "seq_kd"]
 
 
-def test_example_05(tmp_path):
-    out = run_example("05_your_own_method.py", tmp_path)
-    assert "selection/share" in out and out.count("loss/direct") == 2
+YOUR_OWN = sorted((ROOT / "examples" / "your_own").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", YOUR_OWN, ids=[path.stem for path in YOUR_OWN])
+def test_what_is_a_users_own_takes_twenty_lines(path, tmp_path, capsys):
+    assert len(path.read_text().splitlines()) <= 20
+    scope = runpy.run_path(str(path), run_name="__main__")
+    DIVERGENCES.pop("total_variation", None)
+    for name in {"Mine", "Guided"} & scope.keys():
+        options = config(tmp_path, TokenDistillConfig)
+        models = {"model": tiny_model(seed=1), "teacher_model": tiny_model(seed=2, hidden=48)}
+        trainer = TokenDistillTrainer(
+            **models, args=options, method=scope[name](), train_dataset=prompts(8), processing_class=make_tokenizer()
+        )
+        trainer.train()
+        (row, *_) = [row for row in trainer.state.log_history if "loss" in row]
+        assert row["loss"] == pytest.approx(sum(w * row[f"loss/{t}"] for t, w in trainer.method.terms().items()), rel=1e-5)
+    assert {"Mine", "Guided"} & scope.keys() or capsys.readouterr().out

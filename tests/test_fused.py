@@ -16,9 +16,10 @@ from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsdkd import TSDKD, Head, TokenBatch, fused, fused_tsd_kd_loss, tsd_kd_loss
-from tsdkd.fused import chunks, function, tiles_torch
+from tsdkd.fused import chunks, run, tiles_torch
+from tsdkd.losses import resolve_divergence
 from tsdkd.selection import SELECTIONS, EntropyGapGate, TopEntropy, direct_count
-from tsdkd.types import Counts, Objective
+from tsdkd.types import Counts, DivergenceTerm, EntropyTerm, Objective, RankingTerm, ReadPlan, SampledTerm
 
 # Triton runs in its interpreter (TRITON_INTERPRET=1), chosen when it is imported: `make test` runs this file once more.
 ENGINES = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
@@ -46,6 +47,16 @@ def case(vocab=12, teacher_vocab=14, hidden=5, teacher_hidden=7, dtype=torch.flo
     return batch, student, teacher
 
 
+def direct(divergence="generalized_jsd", parameter=0.9, temperature=1.0, more=(), **term):
+    """An objective with one divergence term, and others after it."""
+    resolved = resolve_divergence(divergence, beta=parameter, alpha=parameter)
+    return Objective((DivergenceTerm(name="direct", divergence=resolved, **term), *more), temperature)
+
+
+def sampled(function=lambda log_p, rows: -log_p, weight=1.0):
+    return SampledTerm(name="sampled", weight=weight, function=function)
+
+
 def gradients(loss, batch, head):
     wanted = [t for t in (batch.student_hidden, head.weight, head.bias) if t is not None and t.requires_grad]
     return torch.autograd.grad(loss, wanted)
@@ -67,21 +78,53 @@ OBJECTIVES = {
     ).objective(),
     **{f"all terms, {name} selected": TSDKD(selection=name, selection_share=0.4).objective() for name in SELECTIONS},
     **{
-        f"{name} selected alone": Objective(divergence_parameter=0.5, gate=EntropyGapGate(), selection=rule(0.4))
+        f"{name} selected alone": direct(parameter=0.5, gate=EntropyGapGate(), selection=rule(0.4))
         for name, rule in SELECTIONS.items()
     },
-    "a selection of one's own": Objective(selection=lambda s: s.divergence > 0.5 * s.divergence.mean(-1, keepdim=True)),
+    "a selection of one's own": direct(selection=lambda s: s.divergence > 0.5 * s.divergence.mean(-1, keepdim=True)),
     "entropy target and a selection": TSDKD(entropy_target="teacher", selection="random", indirect_weight=0.0).objective(),
-    "sampled tokens": Objective(direct_weight=0.0, sampled_weight=1.0, sampled=lambda log_p, rows: -log_p),
-    "sampled tokens beside reverse KL": Objective(
-        "reverse_kl",
-        0.0,
-        sampled_weight=0.7,
-        sampled=lambda log_p, rows: (log_p - SHIFTS[rows].to(log_p)).exp(),
-        temperature=1.3,
+    "sampled tokens": Objective((sampled(),)),
+    "sampled tokens beside reverse KL": direct(
+        "reverse_kl", temperature=1.3, more=[sampled(lambda log_p, rows: (log_p - SHIFTS[rows].to(log_p)).exp(), 0.7)]
+    ),
+    "two divergences, a gate and a selection": direct(
+        "forward_kl",
+        gate=EntropyGapGate(),
+        more=[
+            DivergenceTerm(
+                name="other",
+                weight=0.3,
+                divergence=resolve_divergence("skew_reverse_kl"),
+                gate=EntropyGapGate(2.0),
+                selection=SELECTIONS["opener"](0.5),
+            )
+        ],
+    ),
+    "two selected divergences": direct(
+        "forward_kl",
+        selection=SELECTIONS["prefix"](0.4),
+        more=[
+            DivergenceTerm(name="other", divergence=resolve_divergence("reverse_kl"), selection=SELECTIONS["top_entropy"](0.5))
+        ],
+    ),
+    "two of every kind": Objective(
+        (
+            RankingTerm(name="a", num_candidates=3, selection=SELECTIONS["opener"](0.4)),
+            RankingTerm(name="b", num_candidates=6, weight=0.2, gate=EntropyGapGate()),
+            EntropyTerm(name="c", selection=TopEntropy(0.3)),
+            EntropyTerm(name="d", target="teacher", weight=0.5, gate=EntropyGapGate()),
+            SampledTerm(name="e", function=lambda log_p, rows: -log_p, selection=SELECTIONS["random"](0.5)),
+            SampledTerm(name="f", function=lambda log_p, rows: log_p.exp(), gate=EntropyGapGate(), weight=0.7),
+        )
+    ),
+    "a divergence of one's own": direct(lambda s, t: (s.softmax(-1) - t.softmax(-1)).abs().sum(-1) / 2, temperature=1.3),
+    "a divergence of one's own, selected": direct(
+        lambda s, t: (s.log_softmax(-1) - t.log_softmax(-1)).square().mean(-1),
+        gate=EntropyGapGate(),
+        selection=SELECTIONS["entropy_or_divergence"](0.5),
     ),
     **{
-        f"{name}({parameter})": Objective(name, parameter, gate=EntropyGapGate(), temperature=1.3)
+        f"{name}({parameter})": direct(name, parameter, gate=EntropyGapGate(), temperature=1.3)
         for name in ("forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl")
         for parameter in ((0.0,) if name in ("forward_kl", "reverse_kl") else (0.0, 0.1, 0.7))
     },
@@ -98,6 +141,11 @@ def test_values_and_gradients_equal_the_reference(impl, name, vocab, teacher_voc
     ours = fused.evaluate(objective, batch, student, teacher, impl=impl, chunk_tokens=chunk)
     for field in ("loss", "indirect", "direct", "entropy", "sampled", "ranking_nll", "candidate_tau"):
         torch.testing.assert_close(getattr(ours, field).detach(), getattr(expected, field).detach(), **EXACT)
+    assert list(ours.terms) == list(expected.terms)
+    for term, found in ours.terms.items():
+        for field in ("value", "tokens", "weights", "per_token"):
+            a, b = getattr(found, field).detach(), getattr(expected.terms[term], field).detach()
+            torch.testing.assert_close(a.double(), b.double(), **EXACT)
     for part in ("statistics", "weights"):
         for field in dataclasses.fields(getattr(ours, part)):
             if field.name == "rows":
@@ -259,7 +307,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(impl):
 @pytest.mark.parametrize("impl", ["torch"])  # in Triton's interpreter this takes minutes, or reads by itself
 def test_nothing_is_read_back_from_the_device(impl, monkeypatch):
     """As on a GPU, where reading waits for the whole queue; on a CPU it is free and saves rows."""
-    monkeypatch.setattr(function, "reads_are_free", lambda device: False)
+    monkeypatch.setattr(run, "reads_are_free", lambda device: False)
     batch, student, teacher = case(300, 300, tokens=TOKENS)
     expected = TSDKD().loss(batch, student, teacher, impl="reference")
     wanted = gradients(expected.loss, batch, student)
@@ -463,13 +511,12 @@ def test_rules_of_a_users_own_are_fused_too(impl):
     def disagreeing(statistics):  # needs both models; not known from lengths
         return (statistics.top1_agreement == 0) & (statistics.divergence > statistics.divergence.median())
 
-    objective = Objective(
+    objective = direct(
         gate=lambda s: 1.0 / (1.0 + s.teacher_entropy),
-        indirect_weight=0.3,
-        num_candidates=5,
-        opener=disagreeing,
-        entropy_weight=0.2,
-        top_entropy=disagreeing,
+        more=[
+            RankingTerm(name="indirect", weight=0.3, num_candidates=5, selection=disagreeing),
+            EntropyTerm(name="entropy", weight=0.2, selection=disagreeing),
+        ],
     )
     expected = fused.evaluate(objective, batch, student, teacher, impl="reference")
     ours = fused.evaluate(objective, batch, student, teacher, impl=impl, chunk_tokens=4)
@@ -484,8 +531,8 @@ def test_rules_of_a_users_own_are_fused_too(impl):
 def test_a_selected_direct_term_does_not_depend_on_the_split(impl, name):
     """Row by row, with the whole step's counts, the loss and gradient of the whole."""
     batch, student, teacher = case(40, 40)
-    objective = Objective(selection=SELECTIONS[name](0.4), gate=EntropyGapGate())
-    counts = Counts(TOKENS, 0, 3, direct_count(objective.selection, LENGTHS))
+    objective = direct(selection=SELECTIONS[name](0.4), gate=EntropyGapGate())
+    counts = Counts(TOKENS, 0, 3, direct_count(SELECTIONS[name](0.4), LENGTHS))
     whole = fused.evaluate(objective, batch, student, teacher, counts=counts, impl=impl)
     alone = fused.evaluate(objective, batch, student, teacher, impl=impl)
     torch.testing.assert_close(whole.loss.detach(), alone.loss.detach(), **EXACT)
@@ -504,28 +551,32 @@ def test_a_selected_direct_term_does_not_depend_on_the_split(impl, name):
 @pytest.mark.parametrize(
     "objective,student_rows,teacher_rows",
     [
-        (Objective(), 10, 10),
-        (Objective(selection=SELECTIONS["prefix"](0.5)), 6, 6),
-        (Objective(selection=SELECTIONS["random"](0.5)), 6, 6),
-        (Objective(selection=SELECTIONS["top_entropy"](0.5)), 16, 6),
-        (Objective(selection=SELECTIONS["entropy_or_divergence"](0.5)), 17, 17),
+        (direct(), 10, 10),
+        (direct(selection=SELECTIONS["prefix"](0.5)), 6, 6),
+        (direct(selection=SELECTIONS["random"](0.5)), 6, 6),
+        (direct(selection=SELECTIONS["top_entropy"](0.5)), 16, 6),
+        (direct(selection=SELECTIONS["entropy_or_divergence"](0.5)), 17, 17),
         (TSDKD(direct_weight=0.0, entropy_weight=0.0).objective(), 10, 0),
         (TSDKD(direct_weight=0.0, indirect_weight=0.0).objective(), 13, 0),
-        (Objective(direct_weight=0.0, sampled_weight=1.0, sampled=lambda log_p, rows: -log_p), 10, 0),
+        (Objective((sampled(),)), 10, 0),
     ],
 )
 def test_heads_are_projected_on_what_the_terms_read(objective, student_rows, teacher_rows, monkeypatch):
     batch, student, teacher = case(40, 40)
-    rows, project = {"student": 0, "teacher": 0}, function._Run._project
+    rows, project = {"student": 0, "teacher": 0}, run.Run._project
 
-    def counting(run, name, where):
-        out = project(run, name, where)
+    def counting(self, name, where):
+        out = project(self, name, where)
         rows[name] += len(out)
         return out
 
-    monkeypatch.setattr(function._Run, "_project", counting)
+    monkeypatch.setattr(run.Run, "_project", counting)
     fused.evaluate(objective, batch, student, teacher, impl=ENGINES[0], chunk_tokens=4)
     assert rows == {"student": student_rows, "teacher": teacher_rows}
+
+
+def plan_of(batch, teacher):
+    return ReadPlan(batch.lengths, batch.lengths, tuple(teacher))
 
 
 @pytest.mark.parametrize("impl", ["reference", *ENGINES])
@@ -536,27 +587,28 @@ def test_what_the_teacher_did_not_read_changes_nothing(impl, name):
     ranking = TSDKD(direct_weight=0.0, opener_entropy_share=0.4, top_entropy_fraction=0.4).objective()
     objective = {**OBJECTIVES, "ranking on the opener": ranking}[name]
     expected = fused.evaluate(objective, batch, student, teacher, impl=impl)
-    opener = expected.weights.selected if objective.direct_weight else expected.opener_mask
+    is_direct = "direct" in expected.terms
+    opener = expected.weights.selected if is_direct else expected.opener_mask
     lengths = tuple(opener.sum(-1).tolist())
     junk = torch.where(opener[expected.mask].unsqueeze(-1), batch.teacher_hidden, torch.full((), 1e3, dtype=torch.float64))
-    part = dataclasses.replace(batch, teacher_hidden=junk, teacher_lengths=lengths)
+    part = dataclasses.replace(batch, teacher_hidden=junk, plan=plan_of(batch, lengths))
     ours = fused.evaluate(objective, part, student, teacher, impl=impl)
     torch.testing.assert_close(ours.loss.detach(), expected.loss.detach(), **EXACT)
     wanted = gradients(expected.loss, batch, student)
     for a, b in zip(gradients(ours.loss, part, student), wanted, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
-    fewer = dataclasses.replace(part, teacher_lengths=tuple(min(1, n) for n in lengths))
+    fewer = dataclasses.replace(part, plan=plan_of(batch, [min(1, n) for n in lengths]))
     clipped = fused.evaluate(objective, fewer, student, teacher, impl=impl)
-    chosen = clipped.weights.selected if objective.direct_weight else clipped.opener_mask
+    chosen = clipped.weights.selected if is_direct else clipped.opener_mask
     assert chosen.sum(-1).tolist() == [min(1, n) for n in lengths]
     with pytest.raises(ValueError, match="reads the teacher on every token"):
-        fused.evaluate(Objective(), part, student, teacher, impl=impl)
+        fused.evaluate(direct(), part, student, teacher, impl=impl)
 
 
 @pytest.mark.parametrize("impl", ["reference", *ENGINES])
 def test_a_loss_that_reads_no_teacher_needs_none(impl):
     batch, student, teacher = case(40, 40)
-    objective = Objective(direct_weight=0.0, sampled_weight=1.0, sampled=lambda log_p, rows: -log_p)
+    objective = Objective((sampled(),))
     alone = dataclasses.replace(batch, teacher_hidden=None)
     with_teacher = fused.evaluate(objective, batch, student, teacher, impl=impl).loss.detach()
     without = fused.evaluate(objective, alone, student, None, impl=impl).loss.detach()
@@ -564,11 +616,11 @@ def test_a_loss_that_reads_no_teacher_needs_none(impl):
     logits = student.logits(batch.student_hidden).detach()
     torch.testing.assert_close(with_teacher, torch.nn.functional.cross_entropy(logits, batch.token_ids))
     with pytest.raises(ValueError, match="no hidden states or no head of one were given"):
-        fused.evaluate(Objective(), alone, student, None, impl=impl)
+        fused.evaluate(direct(), alone, student, None, impl=impl)
     with pytest.raises(ValueError, match=r"TokenBatch\.token_ids is None"):
         fused.evaluate(objective, dataclasses.replace(batch, token_ids=None), student, None, impl=impl)
     with pytest.raises(ValueError, match="counts say nothing of the tokens that the direct term selects"):
-        fused.evaluate(Objective(selection=SELECTIONS["random"](0.5)), batch, student, teacher, counts=Counts(1, 1, 1))
+        fused.evaluate(direct(selection=SELECTIONS["random"](0.5)), batch, student, teacher, counts=Counts(1, 1, 1))
 
 
 @pytest.mark.parametrize("impl", ENGINES)
@@ -584,9 +636,9 @@ def test_a_gate_that_reads_other_tokens_costs_a_sweep_and_is_exact(impl, needs, 
             return torch.sigmoid(value - mean)
 
     batch, student, teacher = case(60, 60)
-    objective = Objective(gate=Relative(), indirect_weight=0.0)
+    objective = direct(gate=Relative())
     expected = fused.evaluate(objective, batch, student, teacher, impl="reference")
-    with caplog.at_level(logging.INFO, logger="tsdkd.fused.function"):
+    with caplog.at_level(logging.INFO, logger="tsdkd.fused.reads"):
         ours = fused.evaluate(objective, batch, student, teacher, impl=impl, chunk_tokens=4)
     assert ("the student's head" if needs == "student" else "both heads") + " ahead of the loss" in caplog.text
     torch.testing.assert_close(ours.loss.detach(), expected.loss.detach(), **EXACT)
@@ -675,8 +727,8 @@ def test_the_automatic_chunk_is_announced_once(caplog, monkeypatch):
 
 
 def test_top_entropys_count_is_known_from_lengths():
-    assert function._static_count(TopEntropy(0.1), (100, 5, 0)) == 11
-    assert function._static_count(lambda s: s.mask, (100,)) is None
+    assert EntropyTerm(name="e", selection=TopEntropy(0.1)).kept((100, 5, 0)) == 11
+    assert EntropyTerm(name="e", selection=lambda s: s.mask).kept((100,)) is None
 
 
 @pytest.mark.parametrize("impl", ENGINES)

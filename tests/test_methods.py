@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import oracles
+import oracles_open as open_oracles
 import oracles_rivals as rivals
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tsdkd import TSDKD, Head, TokenBatch, methods, tsd_kd_loss
-from tsdkd.methods import GKD, METHODS, DistiLLM, MiniLLM, SeqKD, SpeculativeKD, SupervisedKD, resolve_method
+from tsdkd.methods import (
+    AKL,
+    GKD,
+    METHODS,
+    TAID,
+    DistiLLM,
+    MiniLLM,
+    SeqKD,
+    SpeculativeKD,
+    Summary,
+    SupervisedKD,
+    resolve_method,
+)
+from tsdkd.methods.akl import adaptive_kl
 from tsdkd.selection import DivergenceAwareGate, EntropyOrDivergence, RandomTokens
 from tsdkd.types import Counts, TokenStatistics
 
@@ -229,7 +246,7 @@ def test_the_options_beyond_the_paper_equal_the_oracle():
 def test_every_method_is_documented_and_has_its_parts(name):
     page = (Path(methods.__file__).parent / "README.md").read_text()
     method = METHODS[name](**({"num_candidates": 4} if name == "tsd_kd" else {}))
-    assert isinstance(method, methods.Method) and method.name == name
+    assert isinstance(method, methods.Method) and method.name == name and hash(method) is not None
     assert method.paper["id"] in page and f"`{name}.py`" in page
     assert {"title", "id", "citation"} == set(method.paper)
     batch, *heads = case()
@@ -273,7 +290,7 @@ def test_options_that_make_no_sense_are_refused(cls, options, message):
 
 
 def test_an_unknown_method_or_option_is_refused_by_name():
-    with pytest.raises(ValueError, match="method='gdk' is unknown; choose one of: distillm, gkd, minillm"):
+    with pytest.raises(ValueError, match="method='gdk' is unknown; choose one of: akl, distillm, gkd, minillm"):
         resolve_method("gdk")
     with pytest.raises(ValueError, match="method 'seq_kd' has no option 'beta'; it has: kd_temperature"):
         resolve_method("seq_kd", {"beta": 0.5})
@@ -292,3 +309,52 @@ def test_a_random_selection_depends_on_seed_and_row_alone():
     assert not torch.equal(chosen((5, 11), 20, seed=1), both)
     shares = torch.stack([chosen((row,), 20)[0] for row in range(2000)]).float().mean(0)
     assert (shares - 0.3).abs().max() < 0.05  # five standard deviations of a share of 0.3 over 2000 rows
+
+
+# ---------------------------------------------------------------------- methods that came after: adaptive KL, interpolation
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("tau,mass", [(1.0, 0.5), (1.7, 0.8), (0.6, 1.0)])
+def test_akl_equals_its_oracle(impl, tau, mass):
+    batch, *heads = case()
+
+    def oracle(x):
+        tokens = [token for response in responses(x, batch) for token in response]
+        return sum(open_oracles.akl(s, t[:VOCAB], tau, mass) for s, t in tokens) / len(tokens)
+
+    for row in batch.teacher_hidden:  # the head is decided by no rounding
+        assert mass == 1.0 or open_oracles.akl_head_margin(row[:VOCAB].tolist(), tau, mass) > 1e-9
+    check(AKL(head_mass=mass, kd_temperature=tau), oracle, impl, batch, heads)
+
+
+def test_akl_at_equal_models_is_zero_with_a_gradient_of_zero():
+    logits = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    value = adaptive_kl(logits, logits.detach())
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert value.abs().max() < 1e-15 and gradient.abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_taid_equals_its_oracle(impl, share):
+    batch, *heads = case()
+
+    def oracle(x):
+        tokens = [token for response in responses(x, batch) for token in response]
+        return sum(open_oracles.taid(s, t[:VOCAB], share, 1.3) for s, t in tokens) / len(tokens)
+
+    check(TAID(start_share=share, kd_temperature=1.3), oracle, impl, batch, heads)
+
+
+@given(st.lists(st.floats(0.01, 5.0), min_size=1, max_size=30), st.integers(1, 40), st.sampled_from([5e-4, 0.2]))
+def test_taids_share_follows_the_oracle(losses, steps, step_size):
+    state = TAID(step_size=step_size).start(steps)
+    shares = [state.share]
+    for step, loss in enumerate(losses, 1):
+        state.after_step(Summary(step, loss, {"direct": loss}))
+        shares.append(state.share)
+        other = TAID(step_size=step_size).start(steps)  # a checkpoint after every step changes nothing
+        other.load_state_dict(json.loads(json.dumps(state.state_dict())))
+        state = other
+    assert shares == pytest.approx(open_oracles.taid_shares(losses, steps, alpha=step_size), abs=1e-12)

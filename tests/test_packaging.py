@@ -37,7 +37,7 @@ def test_wheel_and_sdist_work_outside_of_the_checkout(tmp_path):
     assert not [name for name in names if name.startswith("tests")]
     models = sum(i.file_size for i in zipfile.ZipFile(wheel).infolist() if i.filename.startswith("tsdkd/demo/models/"))
     assert models <= 8 * 2**20
-    assert any(name.endswith("tsdkd/selection.py") for name in tarfile.open(sdist).getnames())
+    assert any(name.endswith("tsdkd/selection/masks.py") for name in tarfile.open(sdist).getnames())
 
     # A fresh environment that sees the packages of this one, but not this checkout.
     folder = tmp_path / "venv"

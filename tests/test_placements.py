@@ -28,7 +28,7 @@ LAUNCHES = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
 def test_recipes_parse_into_the_config_and_map_their_columns(recipe):
     from datasets import Dataset
 
-    from tsdkd.data.prompts import check_prompts, map_prompts
+    from tsdkd.data.prompts import are_chats, map_prompts, prompt_problems
 
     data, config, model = parse(["--config", str(recipe), "--use_cpu"])
     gpus = 8
@@ -43,7 +43,7 @@ def test_recipes_parse_into_the_config_and_map_their_columns(recipe):
         made, prompt_column=data.prompt_column, drop_duplicates=data.drop_duplicate_prompts, as_chat=data.prompt_as_chat
     )
     assert [row["prompt"][0]["content"] for row in rows] == ["q1", "q2", "q3"] and rows.column_names == ["prompt"]
-    assert check_prompts(rows, "train_dataset") is True
+    assert are_chats(rows) and not list(prompt_problems(rows, "train_dataset"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -189,7 +189,7 @@ def test_a_quantized_teacher_is_not_sharded(tmp_path):
 
 
 def test_a_split_that_vllm_could_not_make_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("tsdkd.trainers.trl_seams.SeamTrainer.vllm_problem", staticmethod(lambda: None))
+    monkeypatch.setattr("tsdkd.trainers.setup.vllm_problem", lambda: None)
     monkeypatch.setattr("tsdkd.trainers.TSDKDConfig.world_size", 6)
     student = save_tiny(tmp_path / "s")  # two heads
     vllm = {"use_vllm": True, "vllm_mode": "colocate", "data": prompts(24)}

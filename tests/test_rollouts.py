@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 from tsdkd.data.completions import answer_ids, answer_text
-from tsdkd.rollouts import AnswerSource, InterleavedWriter, mixed, speculative, write_once
+from tsdkd.rollouts import RolloutSource, InterleavedWriter, mixed, speculative, write_once
 from tsdkd.rollouts.sources import fresh_share
-from tsdkd.types import Answers, Replay, Rollouts
+from tsdkd.types import Replay, Rollouts, RolloutSpec
 
 # ---------------------------------------------------------------------- sources
 
@@ -30,7 +30,7 @@ from tsdkd.types import Answers, Replay, Rollouts
 def test_distillms_draw_equals_the_oracle(phi, schedule, step, full, seed):
     import random
 
-    source = AnswerSource(Answers(replay=Replay(capacity=8, start=phi, schedule=schedule)), seed, rows=4)
+    source = RolloutSource(RolloutSpec(replay=Replay(capacity=8, start=phi, schedule=schedule)), seed, rows=4)
     source.keep([{"prompt": str(i)} for i in range(8 if full else 4)])
     lot = random.Random(f"{seed}/{step}").random()
     s = rivals.s_of(schedule, step, 100)
@@ -40,7 +40,7 @@ def test_distillms_draw_equals_the_oracle(phi, schedule, step, full, seed):
 
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=30))
 def test_the_share_grows_when_an_evaluation_is_worse(losses):
-    source = AnswerSource(Answers(replay=Replay()), 0, rows=1)
+    source = RolloutSource(RolloutSpec(replay=Replay()), 0, rows=1)
     share, previous = 0.0, None
     for loss in losses:
         source.evaluated(loss)
@@ -51,22 +51,22 @@ def test_the_share_grows_when_an_evaluation_is_worse(losses):
 
 
 def test_lambda_is_the_share_of_steps_and_every_process_draws_alike():
-    draws = [AnswerSource(Answers(share=0.3), seed=5, rows=1).draw(step, 10_000) for step in range(10_000)]
-    again = AnswerSource(Answers(share=0.3), seed=5, rows=99, processes=8)
+    draws = [RolloutSource(RolloutSpec(share=0.3), seed=5, rows=1).draw(step, 10_000) for step in range(10_000)]
+    again = RolloutSource(RolloutSpec(share=0.3), seed=5, rows=99, processes=8)
     assert [again.draw(step, 10_000) for step in range(100)] == draws[:100]
     assert set(draws) == {"fresh", "dataset"}
     assert abs(draws.count("fresh") / 10_000 - 0.3) < 5 * math.sqrt(0.21 / 10_000)
     for share, only in ((1.0, "fresh"), (0.0, "dataset")):
-        assert {AnswerSource(Answers(share=share), 0, 1).draw(step, 9) for step in range(200)} == {only}
+        assert {RolloutSource(RolloutSpec(share=share), 0, 1).draw(step, 9) for step in range(200)} == {only}
 
 
 def test_the_buffer_forgets_the_oldest_and_continues_from_its_state():
-    source = AnswerSource(Answers(replay=Replay(capacity=4, start=1.0)), 0, rows=2)
+    source = RolloutSource(RolloutSpec(replay=Replay(capacity=4, start=1.0)), 0, rows=2)
     source.keep([{"prompt": "a", "completion_ids": [1]}, {"prompt": "b", "completion_ids": [2]}])
     source.keep([{"prompt": str(i), "completion_ids": [i]} for i in range(3)])
     assert [row["prompt"] for row in source.buffer] == ["b", "0", "1", "2"]
     source.evaluated(2.0)
-    other = AnswerSource(Answers(replay=Replay(capacity=4)), 0, rows=2)
+    other = RolloutSource(RolloutSpec(replay=Replay(capacity=4)), 0, rows=2)
     other.load_state_dict(json.loads(json.dumps(source.state_dict())))
     assert other.replayed(7, 2) == source.replayed(7, 2) and len(other.replayed(7, 4)) == 4
     assert (other.share, other.previous_loss) == (1.0, 2.0)
@@ -74,7 +74,7 @@ def test_the_buffer_forgets_the_oldest_and_continues_from_its_state():
 
 def test_a_buffer_that_no_step_fits_into_is_refused():
     with pytest.raises(ValueError, match=r"replay_capacity=10 over 2 processes is 5 rows each, but a step takes 8.*Pass 16"):
-        AnswerSource(Answers(replay=Replay(capacity=10)), 0, rows=8, processes=2)
+        RolloutSource(RolloutSpec(replay=Replay(capacity=10)), 0, rows=8, processes=2)
 
 
 # ---------------------------------------------------------------------- two models

@@ -99,7 +99,7 @@ def test_rules_read_statistics():
 
 @given(st.lists(st.lists(st.floats(-3, 3), max_size=6), min_size=1, max_size=20))
 def test_adaptive_opener_equals_the_oracle(steps):
-    opener = selection.AdaptiveOpener(window=16, warmup=5)
+    opener = selection.OpenerHistory(selection.AdaptiveOpener(window=16, warmup=5))
     raw, smoothed = [], []
     for difficulties in steps:
         expected, raw, smoothed = oracles.adaptive_opener_shares(raw, smoothed, difficulties, window=16, minimum=5)
@@ -109,9 +109,9 @@ def test_adaptive_opener_equals_the_oracle(steps):
 
 
 def test_adaptive_opener_continues_from_its_state():
-    first = selection.AdaptiveOpener(warmup=2)
+    first = selection.OpenerHistory(selection.AdaptiveOpener(warmup=2))
     first.append([0.1, 0.5, 0.2])
-    second = selection.AdaptiveOpener(warmup=2)
+    second = selection.OpenerHistory(selection.AdaptiveOpener(warmup=2))
     second.load_state_dict(first.state_dict())
     assert second.shares_for([0.0, 0.3, 9.0]) == first.shares_for([0.0, 0.3, 9.0]) == [0.10, 0.15, 0.20]
 

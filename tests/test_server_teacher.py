@@ -103,7 +103,7 @@ def test_the_hidden_states_are_the_models_own_from_servers_in_turn(served, dtype
     teacher, norm = teacher_of(path, servers, dtype=dtype, rows=1)
     teacher.check(TEXT, ids_of(TEXT), norm)
     counts = [len(server.asked) for server in servers]
-    scored = teacher.score(ROLLOUTS)
+    scored = teacher.hidden(ROLLOUTS, ROLLOUTS.lengths)
     assert [len(server.asked) - n for server, n in zip(servers, counts, strict=True)] == [2, 1]  # a row is untrained
     for states, prompt, completion, mask in zip(
         scored, ROLLOUTS.prompt_ids, ROLLOUTS.completion_ids, ROLLOUTS.completion_mask, strict=True
@@ -152,11 +152,11 @@ def test_a_failing_server_is_asked_again_and_another_takes_over(served, caplog):
     teacher, _ = teacher_of(path, servers, rows=8)
     servers[0].faults = ["fail", "fail"]
     with caplog.at_level(logging.WARNING, logger="tsdkd"):
-        scored = teacher.score(ROLLOUTS)
+        scored = teacher.hidden(ROLLOUTS, ROLLOUTS.lengths)
     assert len(scored) == 4 and "failed (500: out of memory). (attempt 1 of 3)" in caplog.text
     assert len(servers[1].asked) == 1
     servers[0].stop()
-    assert torch.equal(teacher.score(ROLLOUTS)[0], scored[0])
+    assert torch.equal(teacher.hidden(ROLLOUTS, ROLLOUTS.lengths)[0], scored[0])
 
 
 def test_a_dead_teacher_ends_the_run_with_a_checkpoint_and_it_goes_on_from_there(served, tmp_path):
@@ -166,7 +166,7 @@ def test_a_dead_teacher_ends_the_run_with_a_checkpoint_and_it_goes_on_from_there
     trainer = run(tmp_path / "run", path, servers, max_steps=4)
     trainer.teacher.pause = 0.01
     steps = []
-    prepare = trainer.prepare_step
+    prepare = trainer.loop.prepare
 
     def dying(rollouts):
         steps.append(1)
@@ -175,7 +175,7 @@ def test_a_dead_teacher_ends_the_run_with_a_checkpoint_and_it_goes_on_from_there
                 server.faults = ["fail"] * 20
         return prepare(rollouts)
 
-    trainer.prepare_step = dying
+    trainer.loop.prepare = dying
     with pytest.raises(TeacherUnavailable, match=r"did not answer 5 times.*resume from the last checkpoint: no step was lost"):
         trainer.train()
     for server in servers:
@@ -238,7 +238,7 @@ def test_addresses_and_keys(served, caplog, monkeypatch):
         ServerTeacher(["http://10.0.0.7:8000"], head)
     assert "private network" in caplog.text and "is not set" not in caplog.text
     teacher, _ = teacher_of(path, servers)
-    teacher.score(ROLLOUTS)
+    teacher.hidden(ROLLOUTS, ROLLOUTS.lengths)
     assert servers[0].asked[-1][1] == "Bearer secret"
 
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from tsdkd import TokenDistillConfig, TokenDistillTrainer, TSDKDConfig, TSDKDTrainer
 from tsdkd.demo.recreate import make_tokenizer
+from tsdkd.methods import Method
 from tsdkd.teachers.heads import check_head, head_of, last_hidden_state
 from tsdkd.trainers import NonFiniteError
 from tsdkd.types import Rollouts
@@ -186,8 +187,8 @@ def test_unequal_vocabularies_train_unmodified_and_only_shared_ids_are_sampled(t
         student.get_output_embeddings().weight[64:] *= 5
     seen = []
     trainer = make(tmp_path, student=student, teacher=tiny_model(vocab_size=teacher_size, seed=2), max_completion_length=24)
-    original = trainer.prepare_step
-    trainer.prepare_step = lambda rollouts: (seen.append(rollouts), original(rollouts))[1]
+    original = trainer.loop.prepare
+    trainer.loop.prepare = lambda rollouts: (seen.append(rollouts), original(rollouts))[1]
     trainer.train()
     ids = [i for rollouts in seen for completion in rollouts.completion_ids for i in completion]
     assert len(ids) > 50 and max(ids) < 64
@@ -263,18 +264,18 @@ def test_a_steps_rollouts_are_sorted_by_length_and_trimmed(tmp_path):
     """Micro-batches of like rows: what each computes is its own longest row, not the step's."""
     trainer = make(tmp_path, rollouts=by_prompt, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1)
     widths, rows_seen = [], []
-    original = trainer.token_loss
+    original = trainer.loop.compute
 
-    def spy(student, inputs):
-        rollouts = trainer.rollouts_of(inputs)
+    def spy(student, step):
+        rollouts = step.rollouts
         sizes = [len(p) + len(c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
         ids, _, _ = rollouts.padded(0, "cpu")
         assert ids.shape == (2, max(sizes))
         widths.append(max(sizes))
         rows_seen.extend(tuple(p) for p in rollouts.prompt_ids)
-        return original(student, inputs)
+        return original(student, step)
 
-    trainer.token_loss = spy
+    trainer.loop.compute = spy
     trainer.train()
     assert widths == sorted(widths, reverse=True) and len(set(widths)) > 1
     assert len(set(rows_seen)) == 8  # every row once
@@ -287,7 +288,7 @@ def test_scores_do_not_depend_on_the_teachers_batches(tmp_path):
     results = []
     for size in (1, 2, 3):
         trainer.teacher.batch_size = size
-        results.append(trainer.teacher.score(rollouts))
+        results.append(trainer.teacher.hidden(rollouts, rollouts.lengths))
     assert [tuple(h.shape) for h in results[0]] == [(2, 48), (0, 48), (3, 48)]
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -297,13 +298,7 @@ def test_scores_do_not_depend_on_the_teachers_batches(tmp_path):
 def test_term_gradient_norms_are_those_of_the_weighted_terms(tmp_path):
     trainer = make(tmp_path, rollouts=by_prompt, term_grad_norm_steps=1, max_steps=1, entropy_weight=0.0)
     captured = {}
-    original = type(trainer.method).loss
-
-    def loss(method, batch, *args, **kwargs):
-        captured.setdefault("batch", (batch, args, kwargs))
-        return original(method, batch, *args, **kwargs)
-
-    object.__setattr__(trainer, "method", Spy(trainer.method, captured))
+    trainer.loop.loss.method = Spy(trainer.method, captured)
     trainer.train()
     row = rows(trainer)[0]
     hidden, total = captured["hidden"], 0.0
@@ -314,18 +309,17 @@ def test_term_gradient_norms_are_those_of_the_weighted_terms(tmp_path):
     torch.testing.assert_close(total, hidden.grad, rtol=1e-4, atol=1e-8)
 
 
-class Spy:
-    """A method of the user's own that notes the gradients of its terms; it also proves that any object will do."""
+class Spy(Method):
+    """A method of the user's own that notes the gradients of its terms; its loss is another method's."""
+
+    name = "spy"
 
     def __init__(self, inner, notes, term=None):
         self.inner, self.notes, self.term = inner, notes, term
-        self.name, self.paper = "spy", inner.paper
+        self.paper = inner.paper
 
-    def counts(self, lengths):
-        return self.inner.counts(lengths)
-
-    def terms(self):
-        return self.inner.terms()
+    def objective(self, batch=None, state=None):
+        return self.inner.objective(batch, state)
 
     def only(self, term):
         return Spy(self.inner.only(term), self.notes, term)
@@ -683,7 +677,9 @@ def test_a_nan_stops_before_the_optimizer_step_and_nothing_is_saved(tmp_path, po
     for name in names:
         assert name in str(error.value)
     if "hidden states" in names[0]:
-        assert re.search(r"first at token \d+ of an answer to a prompt of \d+ tokens that ends with ids \[", str(error.value))
+        assert re.search(
+            r"first at token \d+ of a completion after a prompt of \d+ tokens that ends with ids \[", str(error.value)
+        )
     assert list(after) == [1] and all(torch.equal(a, b) for a, b in zip(after[1], trainer.model.parameters(), strict=True))
     assert not list(tmp_path.glob("checkpoint-*"))
 

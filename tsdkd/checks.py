@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -116,3 +117,33 @@ def check_finite(name: str, hidden: torch.Tensor, mask: torch.Tensor) -> None:
             "in all): the model's weights are damaged or its dtype overflows. Check the checkpoint, or run it in bfloat16 or "
             "float32."
         )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that cannot be run, before anything is loaded.
+
+    Args:
+        what: what was received.
+        why: why it cannot work, where that is not plain.
+        do: what to do.
+    """
+
+    what: str
+    why: str = ""
+    do: str = ""
+
+    def __str__(self) -> str:
+        if not self.why:
+            return f"{self.what}: {self.do}." if self.do else f"{self.what}."
+        return f"{self.what}: {self.why}." + (f" {self.do[0].upper()}{self.do[1:]}." if self.do else "")
+
+
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise the first of some problems.
+
+    Raises:
+        ValueError: its text.
+    """
+    for problem in problems:
+        raise ValueError(str(problem))

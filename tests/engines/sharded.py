@@ -79,8 +79,8 @@ def poisoned_run(trainer) -> dict:
 
     trainer.teacher_model.model.register_forward_hook(poison)
     seen, result = [], {}
-    prepare = trainer.prepare_step
-    trainer.prepare_step = lambda rollouts: seen.append(weights_of(trainer.model)) or prepare(rollouts)
+    prepare = trainer.loop.prepare
+    trainer.loop.prepare = lambda rollouts: seen.append(weights_of(trainer.model)) or prepare(rollouts)
     try:
         trainer.train()
     except FloatingPointError as error:
@@ -95,8 +95,7 @@ def loaded_in_shares(folder: Path) -> dict:
     from transformers import AutoModelForCausalLM
 
     from tsdkd.teachers.zero3 import zero3_config
-    from tsdkd.trainers.models import restore_buffers
-    from tsdkd.trainers.trl_seams import loading_under
+    from tsdkd.trainers.loading import loading_under, restore_buffers
 
     torch.distributed.init_process_group("gloo")
     path = str(folder.parent / "student")

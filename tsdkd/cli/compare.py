@@ -69,7 +69,7 @@ def _scorer(own: argparse.Namespace) -> Callable[[Any], dict[str, Any]]:
 
     def score(trainer: Any) -> dict[str, Any]:
         main, sizes = {}, {}
-        with trainer.model_for_writing() as student:
+        with trainer.student() as student:
             lm = harness.hf_model(student, tokenizer=trainer.processing_class, batch_size=64)
             for task in tasks:
                 (first, *_), _ = harness.score_task(
@@ -118,7 +118,6 @@ def main(arguments: list[str]) -> int:
     from tsdkd.cli.train import build, parse
     from tsdkd.demo.scoring import accuracy
     from tsdkd.pipelines.compare import Run, compare, digest, table
-    from tsdkd.teachers import ZeRO3Teacher
     from tsdkd.trainers import TokenDistillConfig
 
     on_tasks = _scorer(own) if own.eval_tasks else None
@@ -142,8 +141,8 @@ def main(arguments: list[str]) -> int:
             found = on_tasks(trainer)
         else:
             found = accuracy(trainer.model, trainer.processing_class, problems, trainer.max_completion_length)
-        if isinstance(trainer.teacher, ZeRO3Teacher):
-            trainer.teacher.close()  # dropping it would not free it
+        if trainer.teacher is not None:
+            trainer.teacher.close()  # dropping a sharded one would not free it
         return found
 
     runs = [Run(label, seed=seed, **method) for seed in range(own.seeds) for label, method in labelled.items()]

@@ -93,7 +93,7 @@ def build(data: DataArguments, config, model):
     if model.model_name_or_path is None:
         raise ValueError("no student was given: pass --student NAME_OR_PATH (model_name_or_path in YAML).")
     recorded = config.recording is not None
-    if config.teacher_model_name_or_path is None and not recorded and getattr(config.build_method(), "reads_teacher", True):
+    if config.teacher_model_name_or_path is None and not recorded and config.build_method().reads_teacher:
         raise ValueError("no teacher was given: pass --teacher NAME_OR_PATH (teacher_model_name_or_path in YAML).")
     if data.dataset_name is None and not recorded:
         raise ValueError("no prompts were given: pass --dataset_name NAME_OR_FILE (a data set or a JSONL file).")

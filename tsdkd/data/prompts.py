@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from tsdkd.checks import Problem
 
 _SHOWN = 5
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -32,56 +34,69 @@ def _kind(prompt: Any) -> str:
     return type(prompt).__name__
 
 
-def check_prompts(dataset: Any, role: str, rows_needed: int = 1, batch: str = "") -> bool:
-    """Refuse a data set that cannot be trained on; whether its prompts are chats.
+def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = "") -> Iterator[Problem]:
+    """What keeps a data set from being trained on: splits instead of rows, no `prompt` column, images, too few rows, or prompts
+    that are empty, None, or partly text and partly chats (with their row numbers).
 
     Args:
         dataset: a `datasets.Dataset`; of an `IterableDataset` only the columns are checked.
         role: `train_dataset` or `eval_dataset`, for messages.
         rows_needed: the rows of one generation batch.
         batch: how that number comes about, for messages.
-
-    Raises:
-        ValueError: splits instead of rows, no `prompt` column, images, too few rows, or prompts that are empty, None, or
-            partly text and partly chats (with their row numbers).
     """
     if isinstance(dataset, dict):
-        raise ValueError(
-            f"{role} holds the splits {', '.join(dataset)}: pass one of them, e.g. dataset[{next(iter(dataset))!r}]."
-        )
+        first = next(iter(dataset), "train")
+        yield Problem(f"{role} holds the splits {', '.join(dataset)}", do=f"pass one of them, e.g. dataset[{first!r}]")
+        return
     columns = getattr(dataset, "column_names", None)
     if isinstance(dataset, (list, tuple)) and columns is None:
-        raise ValueError(f"{role} is a {type(dataset).__name__}: make it a data set with datasets.Dataset.from_list(rows).")
+        yield Problem(f"{role} is a {type(dataset).__name__}", do="make it a data set with datasets.Dataset.from_list(rows)")
+        return
     if columns is not None and "prompt" not in columns:
-        raise ValueError(
-            f"{role} has no 'prompt' column; it has: {', '.join(columns) or 'none'}. Rename the one that holds the prompts, "
-            f"e.g. dataset.rename_column({(columns or ['instruction'])[0]!r}, 'prompt'), or pass --prompt_column."
+        yield Problem(
+            f"{role} has no 'prompt' column; it has: {', '.join(columns) or 'none'}",
+            do=f"rename the one that holds the prompts, e.g. dataset.rename_column({(columns or ['instruction'])[0]!r}, "
+            "'prompt'), or pass --prompt_column",
         )
+        return
     if columns is not None and {"image", "images"} & set(columns):
-        raise ValueError(f"{role} has images: this trainer distils text only. Remove the column with dataset.remove_columns.")
+        yield Problem(f"{role} has images", "this trainer distils text only", "remove the column with dataset.remove_columns")
     if not hasattr(dataset, "__len__"):
-        return False
+        return
     if len(dataset) < rows_needed:
-        raise ValueError(
-            f"{role} has {len(dataset)} rows but one generation batch takes {rows_needed}{batch}: nothing would be trained. "
-            "Add prompts, or lower per_device_train_batch_size or gradient_accumulation_steps."
+        yield Problem(
+            f"{role} has {len(dataset)} rows but one generation batch takes {rows_needed}{batch}",
+            "nothing would be trained",
+            "add prompts, or lower per_device_train_batch_size or gradient_accumulation_steps",
         )
+    kinds = _kinds(dataset)
+    for kind, rows in kinds.items():
+        if kind not in ("text", "chat"):
+            yield Problem(
+                f"{role} has {len(rows)} prompts that are {kind} ({_rows(rows)})",
+                "a prompt is a text or a list of chat messages {'role': …, 'content': …}, with something in it",
+                "remove or mend those rows",
+            )
+    if len(kinds) > 1 and set(kinds) == {"text", "chat"}:
+        yield Problem(
+            f"{role} mixes prompts of two types",
+            f"{len(kinds['text'])} are text ({_rows(kinds['text'])}) and {len(kinds['chat'])} are chats "
+            f"({_rows(kinds['chat'])})",
+            "make them one type: [{'role': 'user', 'content': text}]",
+        )
+
+
+def _kinds(dataset: Any) -> dict[str, list[int]]:
+    """The rows of each kind of prompt."""
     kinds: dict[str, list[int]] = {}
     for row, prompt in enumerate(dataset["prompt"]):
         kinds.setdefault(_kind(prompt), []).append(row)
-    for kind, rows in kinds.items():
-        if kind not in ("text", "chat"):
-            raise ValueError(
-                f"{role} has {len(rows)} prompts that are {kind} ({_rows(rows)}): a prompt is a text or a list of chat "
-                "messages {'role': …, 'content': …}, with something in it. Remove or mend those rows."
-            )
-    if len(kinds) > 1:
-        raise ValueError(
-            f"{role} mixes prompts of two types: {len(kinds['text'])} are text ({_rows(kinds['text'])}) and "
-            f"{len(kinds['chat'])} are chats ({_rows(kinds['chat'])}). Make them one type: "
-            "[{'role': 'user', 'content': text}]."
-        )
-    return "chat" in kinds
+    return kinds
+
+
+def are_chats(dataset: Any) -> bool:
+    """Whether a data set's prompts are chats; False of a stream, whose rows are not read ahead."""
+    return hasattr(dataset, "__len__") and len(dataset) > 0 and _kind(dataset[0]["prompt"]) == "chat"
 
 
 def fitting_rows(lengths: Sequence[int], limit: int, why: str, role: str, drop: bool) -> list[int]:

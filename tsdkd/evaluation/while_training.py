@@ -53,7 +53,7 @@ class EvaluateWhileTraining(TrainerCallback):
         if every < 1:
             raise ValueError(f"eval_every={every}: it must be 1 or more.")
         self.trainer, self.tasks, self.every, self.best, self.batch_size = trainer, tasks, every, best, batch_size
-        engine = "vllm" if trainer.has_rollout_engine else "hf"
+        engine = "vllm" if trainer.generation.has_engine else "hf"
         self.settings = Settings(chat_template, limit, max_gen_toks, seed=trainer.args.seed, engine=engine, dtype="training")
         self.manager = harness.ready_tasks(tasks, include_path or [])  # what is missing is said before the first step
         there = [f"{task}/{metric}" for task in tasks for metric in harness.metrics_of(self.manager, task)]
@@ -98,7 +98,7 @@ class EvaluateWhileTraining(TrainerCallback):
         trainer.model.eval()
         with harness.random_state_kept(), ExitStack() as stack:
             engine = stack.enter_context(trainer.rollout_engine())
-            student = stack.enter_context(trainer.model_for_writing()) if engine is None else None
+            student = stack.enter_context(trainer.student()) if engine is None else None
             if trainer.accelerator.is_main_process:
                 try:
                     rows = self._rows(engine, student, step)

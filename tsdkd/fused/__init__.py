@@ -9,16 +9,33 @@ pass: only `.loss` carries one, and it can be backpropagated once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from tsdkd.checks import check_choice, check_positive, check_share, check_weight
+from tsdkd.checks import check_candidates, check_choice, check_positive, check_weight
 from tsdkd.fused import function, reference, tiles_torch
-from tsdkd.losses import ENTROPY_TARGETS, STAGE_WEIGHTS
-from tsdkd.types import Counts, Head, LossTerms, Objective, TokenBatch, TokenStatistics
+from tsdkd.fused.decide import Layout
+from tsdkd.fused.reads import dense_terms, reads_teacher, teacher_scope
+from tsdkd.fused.reads import read_plan as read_plan
+from tsdkd.losses import ENTROPY_TARGETS, STAGE_WEIGHTS, check_divergence, resolve_divergence
+from tsdkd.types import (
+    Counts,
+    Divergence,
+    DivergenceTerm,
+    EntropyTerm,
+    Head,
+    LossTerms,
+    Objective,
+    RankingTerm,
+    SampledTerm,
+    TokenBatch,
+    TokenStatistics,
+)
 
 ENGINES = ("auto", "reference", "torch", "triton")
 
@@ -81,7 +98,7 @@ def evaluate(
 
     Args:
         objective: what to compute.
-        batch: the trained tokens' hidden states and the responses' lengths.
+        batch: the trained tokens' hidden states and the completions' lengths.
         student_head, teacher_head: cut to the shared vocabulary here; no teacher (nor hidden states of one) where no term
             reads it.
         counts: what the terms are divided by; None counts this batch alone.
@@ -92,30 +109,30 @@ def evaluate(
             blocks back from the device, once a chunk; `"reference"` ignores it.
 
     Returns:
-        `LossTerms`, per-token members `[responses, longest]`.
+        `LossTerms`, per-token members `[completions, longest]`.
 
     Raises:
-        ValueError: an unknown engine, a chunk below one token, hidden states that do not fit their heads.
+        ValueError: an unknown engine, a chunk below one token, hidden states that do not fit their heads, a divergence of
+            your own that two rows show to be none.
     """
     check_choice("impl", impl, ENGINES)
     check_positive("temperature", objective.temperature)
     check_weight("gradient_filter", gradient_filter)
     check_batch(batch, student_head, teacher_head)
-    if batch.cut:
-        objective = dataclasses.replace(objective, selection=None)
-    _check_needs(objective, batch, teacher_head, counts)
+    if batch.plan is not None and batch.plan.is_cut:
+        objective = objective.without_selections()
+    _check_needs(objective, batch, teacher_head)
     student_head, teacher_head = shared_heads(student_head, teacher_head)
+    for term in objective.active:
+        if isinstance(term, RankingTerm):
+            check_candidates(term.num_candidates, student_head.size)
+    for term in dense_terms(objective):
+        if tiles_torch.written_tile(term.divergence) is None:
+            check_divergence_once(term.divergence, student_head.size, batch.student_hidden.device)
+    engine: dict[str, Any] = {"impl": impl, "chunk_tokens": chunk_tokens, "gradient_filter": gradient_filter}
     ahead = _selected_ahead(objective, batch)
     if ahead is not None:
-        index, lengths, mask = ahead
-        inner = dataclasses.replace(objective, selection=None)
-        own = Counts(len(index), 0, sum(length > 0 for length in lengths))
-        divisors = own if counts is None else dataclasses.replace(counts, tokens=counts.of_direct, direct=None)
-        engine: dict[str, Any] = {"impl": impl, "chunk_tokens": chunk_tokens, "gradient_filter": gradient_filter}
-        terms = evaluate(inner, batch.keep(index, lengths), student_head, teacher_head, counts=divisors, **engine)
-        terms.sums["selection/share"] = (mask.sum(), mask.new_tensor(sum(batch.lengths), dtype=torch.long))
-        laid = terms.spread(mask)
-        return dataclasses.replace(laid, statistics=dataclasses.replace(laid.statistics, mask=batch.mask()))
+        return _on_selected(objective, batch, student_head, teacher_head, counts, ahead, engine)
     if impl != "reference":
         tiles = _triton_tiles(batch) if impl == "triton" else tiles_torch
         return function.evaluate(objective, batch, student_head, teacher_head, counts, tiles, chunk_tokens, gradient_filter)
@@ -130,26 +147,59 @@ def evaluate(
         counts,
         token_ids=batch.token_ids,
         rows=batch.rows,
-        readable=None if batch.teacher_lengths is None else batch.readable(),
+        readable=batch.readable(),
     )
 
 
-def _check_needs(objective: Objective, batch: TokenBatch, teacher_head: Head | None, counts: Counts | None) -> None:
+def check_divergence_once(divergence: Divergence, vocab_size: int, device: torch.device) -> None:
+    """`losses.check_divergence`, once for each function, vocabulary and device; every time where it cannot be hashed."""
+    try:
+        key = divergence.function, vocab_size, str(device)
+        if key not in _checked:
+            check_divergence(divergence, vocab_size, device)
+            _checked[key] = None
+            if len(_checked) > 64:  # functions that are made anew for every call
+                _checked.pop(next(iter(_checked)))
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        check_divergence(divergence, vocab_size, device)
+
+
+_checked: dict[tuple, None] = {}
+
+
+def check_objective(objective: Objective) -> None:
+    """Refuse options of terms that no engine knows.
+
+    Raises:
+        ValueError: which, and what there is.
+    """
+    for term in objective.terms:
+        if isinstance(term, RankingTerm):
+            check_choice("ranking_stage_weights", term.stage_weights, STAGE_WEIGHTS)
+        elif isinstance(term, EntropyTerm):
+            check_choice("entropy_target", term.target, ENTROPY_TARGETS)
+        elif type(term) not in (DivergenceTerm, SampledTerm):
+            raise ValueError(
+                f"the term {term.name} is a {type(term).__name__}, which no engine computes: use a DivergenceTerm with a "
+                "divergence of your own, a RankingTerm, an EntropyTerm or a SampledTerm."
+            )
+
+
+def _check_needs(objective: Objective, batch: TokenBatch, teacher_head: Head | None) -> None:
     """Refuse a batch that lacks what a term reads."""
-    check_choice("ranking_stage_weights", objective.ranking_stage_weights, STAGE_WEIGHTS)
-    check_choice("entropy_target", objective.entropy_target, ENTROPY_TARGETS)
-    reads_teacher = objective.opener is not None or reference.teacher_scope(objective) != "none"
-    if reads_teacher and (batch.teacher_hidden is None or teacher_head is None):
+    check_objective(objective)
+    scope = teacher_scope(objective)
+    if reads_teacher(objective) and (batch.teacher_hidden is None or teacher_head is None):
         raise ValueError("the objective reads the teacher, but no hidden states or no head of one were given: pass both.")
-    if batch.teacher_lengths is not None and reference.teacher_scope(objective) == "all":
-        raise ValueError("the objective reads the teacher on every token, but teacher_lengths says that it was not read there.")
-    if objective.sampled is not None and batch.token_ids is None:
-        raise ValueError("the objective reads the sampled tokens, but TokenBatch.token_ids is None: pass their ids.")
-    if counts is not None and counts.direct is None and objective.selection is not None:
-        raise ValueError(
-            "counts say nothing of the tokens that the direct term selects: pass Counts(tokens, selected, responses, direct), "
-            "the last from selection.direct_count over the step's lengths."
-        )
+    if batch.plan is not None and batch.plan.teacher != batch.plan.student and scope == "all":
+        raise ValueError("the objective reads the teacher on every token, but the plan says that it was not read there.")
+    for term in objective.active:
+        if isinstance(term, SampledTerm) and batch.token_ids is None:
+            raise ValueError("the objective reads the sampled tokens, but TokenBatch.token_ids is None: pass their ids.")
+        if isinstance(term, SampledTerm) and term.function is None:
+            raise ValueError(f"the term {term.name} has no function: the batch lacks what it is made of, or it was left out.")
 
 
 def _selected_ahead(objective: Objective, batch: TokenBatch) -> tuple[torch.Tensor, list[int], torch.Tensor] | None:
@@ -157,70 +207,85 @@ def _selected_ahead(objective: Objective, batch: TokenBatch) -> tuple[torch.Tens
 
     Then no model's head is projected on the others. None in every other case.
     """
-    selection = objective.selection
-    others = (objective.opener, objective.top_entropy, objective.sampled)
-    own_token = reference.needs_of(objective.gate, "token") in ("token", "lengths")
-    alone = objective.direct_weight and own_token and not any(other is not None for other in others)
-    count = getattr(selection, "count", None)
-    if selection is None or count is None or reference.needs_of(selection, "both") != "lengths" or not alone:
+    active = objective.active
+    if len(active) != 1 or not isinstance(active[0], DivergenceTerm):
         return None
-    lengths = [count(length) for length in batch.lengths]
+    selection, gate = active[0].selection, active[0].gate
+    own_token = gate is None or gate.reads in ("token", "lengths")
+    if selection is None or selection.count is None or selection.reads != "lengths" or not own_token:
+        return None
+    lengths = [selection.count(length) for length in batch.lengths]
     mask = batch.mask()
-    selected = selection(TokenStatistics(mask, torch.zeros_like(mask, dtype=torch.float32), rows=batch.rows)) & mask
-    layout = reference.Layout(batch.lengths, mask.device)
+    empty = torch.zeros_like(mask, dtype=torch.float32)
+    selected = selection(TokenStatistics(mask, empty, rows=batch.rows)).bool() & mask
+    layout = Layout(batch.lengths, mask.device)
     index = torch.nonzero_static(layout.pack(selected), size=sum(lengths))[:, 0]
     return index, lengths, selected
 
 
-def generalized_jsd(
-    batch: TokenBatch, student_head: Head, teacher_head: Head, *, beta: float = 0.9, temperature: float = 1.0, **options: Any
+def _on_selected(
+    objective: Objective,
+    batch: TokenBatch,
+    student_head: Head,
+    teacher_head: Head | None,
+    counts: Counts | None,
+    ahead: tuple[torch.Tensor, list[int], torch.Tensor],
+    engine: dict[str, Any],
 ) -> LossTerms:
-    """The token mean of `losses.generalized_jsd` from hidden states and heads; `options` as in `evaluate`."""
-    check_share("beta", beta)
-    objective = Objective("generalized_jsd", beta, temperature=temperature)
-    return evaluate(objective, batch, student_head, teacher_head, **options)
+    """The objective on the tokens that `_selected_ahead` found, laid out on all."""
+    index, lengths, mask = ahead
+    (term,) = objective.active
+    divisor = sum(lengths) if counts is None else counts.of(term)
+    divisors = Counts(divisor, responses=sum(length > 0 for length in lengths), divisors={term.name: divisor})
+    kept = batch.keep(index, lengths)
+    terms = evaluate(objective.without_selections(), kept, student_head, teacher_head, counts=divisors, **engine)
+    terms.sums["selection/share"] = (mask.sum(), mask.new_tensor(sum(batch.lengths), dtype=torch.long))
+    laid = terms.spread(mask)
+    return dataclasses.replace(laid, statistics=dataclasses.replace(laid.statistics, mask=batch.mask()))
 
 
-def forward_kl(
-    batch: TokenBatch, student_head: Head, teacher_head: Head, *, temperature: float = 1.0, **options: Any
+def divergence_mean(
+    divergence: str | Callable,
+    batch: TokenBatch,
+    student_head: Head,
+    teacher_head: Head,
+    *,
+    temperature: float = 1.0,
+    beta: float | None = None,
+    alpha: float | None = None,
+    **options: Any,
 ) -> LossTerms:
-    """The token mean of `losses.forward_kl` from hidden states and heads; `options` as in `evaluate`."""
-    objective = Objective("forward_kl", 0.0, temperature=temperature)
-    return evaluate(objective, batch, student_head, teacher_head, **options)
+    """The token mean of a divergence from hidden states and heads.
+
+    Args:
+        divergence: a name in `losses.DIVERGENCES`, or a function as `losses.resolve_divergence` takes it.
+        temperature: τ, above 0.
+        beta, alpha: of the named ones that have it.
+        options: as in `evaluate`.
+
+    Raises:
+        ValueError: what `evaluate` and `losses.resolve_divergence` refuse.
+    """
+    given = {name: value for name, value in (("beta", beta), ("alpha", alpha)) if value is not None}
+    term = DivergenceTerm(name="direct", divergence=resolve_divergence(divergence, **given))
+    return evaluate(Objective((term,), temperature), batch, student_head, teacher_head, **options)
 
 
-def reverse_kl(
-    batch: TokenBatch, student_head: Head, teacher_head: Head, *, temperature: float = 1.0, **options: Any
-) -> LossTerms:
-    """The token mean of `losses.reverse_kl` from hidden states and heads; `options` as in `evaluate`."""
-    objective = Objective("reverse_kl", 0.0, temperature=temperature)
-    return evaluate(objective, batch, student_head, teacher_head, **options)
-
-
-def skew_forward_kl(
-    batch: TokenBatch, student_head: Head, teacher_head: Head, *, alpha: float = 0.1, temperature: float = 1.0, **options: Any
-) -> LossTerms:
-    """The token mean of `losses.skew_forward_kl` from hidden states and heads; `options` as in `evaluate`."""
-    check_share("alpha", alpha)
-    objective = Objective("skew_forward_kl", alpha, temperature=temperature)
-    return evaluate(objective, batch, student_head, teacher_head, **options)
-
-
-def skew_reverse_kl(
-    batch: TokenBatch, student_head: Head, teacher_head: Head, *, alpha: float = 0.1, temperature: float = 1.0, **options: Any
-) -> LossTerms:
-    """The token mean of `losses.skew_reverse_kl` from hidden states and heads; `options` as in `evaluate`."""
-    check_share("alpha", alpha)
-    objective = Objective("skew_reverse_kl", alpha, temperature=temperature)
-    return evaluate(objective, batch, student_head, teacher_head, **options)
+generalized_jsd = functools.partial(divergence_mean, "generalized_jsd")
+forward_kl = functools.partial(divergence_mean, "forward_kl")
+reverse_kl = functools.partial(divergence_mean, "reverse_kl")
+skew_forward_kl = functools.partial(divergence_mean, "skew_forward_kl")
+skew_reverse_kl = functools.partial(divergence_mean, "skew_reverse_kl")
 
 
 @torch.no_grad()
 def token_statistics(
     batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, objective: Objective | None = None, **options: Any
 ) -> TokenStatistics:
-    """Entropies, divergence and agreement of every token, `[responses, longest]`, without any gradient's arithmetic.
+    """Entropies, divergence and agreement of every token, `[completions, longest]`, without any gradient's arithmetic.
 
-    `objective` says what is read (`Objective(direct_weight=0.0)`: the student alone, without a teacher).
+    `objective` says what is read (`Objective(())`: the student alone, without a teacher); None is a generalized JSD.
     """
-    return evaluate(objective or Objective(), batch, student_head, teacher_head, **options).statistics
+    if objective is None:
+        objective = Objective((DivergenceTerm(name="direct", divergence=reference.MEASURE),))
+    return evaluate(objective, batch, student_head, teacher_head, **options).statistics

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tsdkd.fused.tiles_torch import Shape
+from tsdkd.fused.tiles_torch import LogitTransform
 
 # Columns that the gradient filter keeps or skips together.
 _FILTER_BLOCK = 512
@@ -27,12 +27,12 @@ def compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
 
 
 @dataclass
-class Side:
+class Operands:
     """One model's hidden states and head, ready for products."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
-    shape: Shape
+    transform: LogitTransform
 
     def project(self, rows: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Hidden states of some tokens times the head, `[rows, vocab]`, into `out`."""
@@ -42,8 +42,8 @@ class Side:
     def scores(self, rows: torch.Tensor, ids: torch.Tensor, work: torch.dtype) -> torch.Tensor:
         """The logits of some ids `[rows, k]` of some tokens: k rows of the head each."""
         products = torch.einsum("nh,nkh->nk", self.hidden[rows], self.weight[ids]).to(work)
-        bias = None if self.shape.bias is None else self.shape.bias[ids]
-        return Shape(bias, self.shape.scale, self.shape.softcap).apply_(products)
+        bias = None if self.transform.bias is None else self.transform.bias[ids]
+        return LogitTransform(bias, self.transform.scale, self.transform.softcap).apply_(products)
 
 
 class Gradients:
@@ -54,32 +54,32 @@ class Gradients:
 
     def __init__(
         self,
-        side: Side,
+        operands: Operands,
         full_vocab: int,
         wanted: tuple[bool, bool, bool],
         work: torch.dtype,
         smallest: float,
         unit: torch.Tensor,
     ) -> None:
-        tokens, size = side.hidden.shape
-        self.side = side
+        tokens, size = operands.hidden.shape
+        self.operands = operands
         self.smallest = smallest
         self.unit = unit
         self.skipped = self.columns = 0
-        vocab = side.weight.shape[0]
-        self.hidden = torch.zeros(tokens, size, dtype=work, device=side.hidden.device) if wanted[0] else None
-        self.weight = torch.zeros(full_vocab, size, dtype=work, device=side.hidden.device) if wanted[1] else None
-        self.bias = torch.zeros(full_vocab, dtype=work, device=side.hidden.device) if wanted[2] else None
+        vocab = operands.weight.shape[0]
+        self.hidden = torch.zeros(tokens, size, dtype=work, device=operands.hidden.device) if wanted[0] else None
+        self.weight = torch.zeros(full_vocab, size, dtype=work, device=operands.hidden.device) if wanted[1] else None
+        self.bias = torch.zeros(full_vocab, dtype=work, device=operands.hidden.device) if wanted[2] else None
         self._cut = None if self.weight is None else self.weight[:vocab]
 
     def add_rows(self, rows: slice | torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor) -> None:
         """`gradient` `[rows, vocab]` with respect to the products of `rows`, each row to be multiplied by `scale`."""
         scale = (scale / self.unit).unsqueeze(-1)
-        weighted = (self.side.hidden[rows] * scale).to(gradient.dtype)
+        weighted = (self.operands.hidden[rows] * scale).to(gradient.dtype)
         for columns in self._columns(gradient):
             part = gradient[:, columns]
             if self.hidden is not None:
-                add = (part @ self.side.weight[columns]).to(self.hidden.dtype) * scale
+                add = (part @ self.operands.weight[columns]).to(self.hidden.dtype) * scale
                 if isinstance(rows, slice):
                     self.hidden[rows] += add
                 else:
@@ -115,10 +115,10 @@ class Gradients:
         """`gradient` `[rows, k]` with respect to the products of the ids `[rows, k]` of some tokens."""
         gradient = gradient / self.unit
         if self.hidden is not None:
-            heads = self.side.weight[ids].to(gradient.dtype)  # [rows, k, hidden]
+            heads = self.operands.weight[ids].to(gradient.dtype)  # [rows, k, hidden]
             self.hidden.index_add_(0, rows, torch.einsum("nk,nkh->nh", gradient, heads))
         if self.weight is not None:
-            parts = gradient.unsqueeze(-1) * self.side.hidden[rows].to(gradient.dtype).unsqueeze(1)
+            parts = gradient.unsqueeze(-1) * self.operands.hidden[rows].to(gradient.dtype).unsqueeze(1)
             # ids repeat: index_add_ adds them in any order on a GPU, index_put_ sorts them first
             self.weight.index_put_((ids.flatten(),), parts.flatten(0, 1), accumulate=True)
         if self.bias is not None:

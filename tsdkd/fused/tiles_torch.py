@@ -14,8 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
 
 import torch
+
+from tsdkd.losses import DIVERGENCES
+from tsdkd.types import Divergence
 
 # Elements of one temporary of a block: five of them fit into a few MiB of cache.
 _BLOCK_ELEMENTS = 1 << 18
@@ -62,7 +67,7 @@ class RowStatistics:
 
 
 @dataclass(frozen=True)
-class Shape:
+class LogitTransform:
     """How raw products become logits: `cap · tanh(scale · (product + bias) / cap)`."""
 
     bias: torch.Tensor | None = None
@@ -82,7 +87,7 @@ class Shape:
     def at(self, products: torch.Tensor, ids: torch.Tensor, work: torch.dtype) -> torch.Tensor:
         """The logits of some ids `[rows, n]` of `products` `[rows, vocab]`."""
         bias = None if self.bias is None else self.bias.to(work)[ids]
-        return Shape(bias, self.scale, self.softcap).apply_(products.gather(1, ids).to(work))
+        return LogitTransform(bias, self.scale, self.softcap).apply_(products.gather(1, ids).to(work))
 
     def slope(self, logits: torch.Tensor) -> torch.Tensor:
         """d logits / d products, from the logits; a new tensor."""
@@ -114,32 +119,52 @@ def tile_maxima(logits: torch.Tensor) -> torch.Tensor:
     return highest
 
 
-def top_candidates(products: torch.Tensor, k: int, highest: torch.Tensor, shape: Shape | None = None) -> torch.Tensor:
+def top_candidates(
+    products: torch.Tensor, k: int, highest: torch.Tensor, transform: LogitTransform | None = None
+) -> torch.Tensor:
     """Ids of the k highest logits of each row, best first; of equal logits the lower id is the earlier.
 
     Exact without sorting the vocabulary: the k best tiles by (highest logit, position) hold the k best tokens, since each
     tile before another holds a token that comes before all of the other's.
 
     Args:
-        products: `[rows, vocab]`; logits where `shape` is None.
+        products: `[rows, vocab]`; logits where `transform` is None.
         highest: `tile_maxima` of the logits.
-        shape: from products to logits.
+        transform: from products to logits.
     """
     vocab = products.shape[1]
     best = highest.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
     ids = (best.unsqueeze(-1) * _TOPK_TILE + torch.arange(_TOPK_TILE, device=products.device)).flatten(1)
     inside = ids.clamp(max=vocab - 1)
-    values = products.gather(1, inside) if shape is None else shape.at(products, inside, highest.dtype)
+    values = products.gather(1, inside) if transform is None else transform.at(products, inside, highest.dtype)
     values = values.masked_fill(ids >= vocab, -math.inf)
     order = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return ids.gather(1, order)
 
 
-def canonical(divergence: str, parameter: float) -> str:
-    """The divergence's name, its ends under the names of the KLs that they are."""
-    if divergence == "generalized_jsd" and parameter in (0.0, 1.0):
-        return "forward_kl" if parameter == 0.0 else "reverse_kl"
-    return divergence.removeprefix("skew_") if parameter == 0.0 else divergence
+# The divergences that have a tile of their own here and in `tiles_triton.py`; autograd differentiates every other.
+_WRITTEN: dict[Any, str] = {
+    function: name
+    for name, function in DIVERGENCES.items()
+    if name in ("forward_kl", "generalized_jsd", "reverse_kl", "skew_forward_kl", "skew_reverse_kl")
+}
+
+
+def written_tile(divergence: Divergence) -> tuple[str, float] | None:
+    """The name and the parameter of the hand-written tile that computes a divergence, or None."""
+    name = _WRITTEN.get(divergence.function) if isinstance(divergence.function, FunctionType) else None
+    if name is None:
+        return None
+    if divergence.parameter is None:
+        return (name, 0.0) if name in ("forward_kl", "reverse_kl") else None
+    return canonical(name, divergence.parameter)
+
+
+def canonical(name: str, parameter: float) -> tuple[str, float]:
+    """The tile of a divergence; its ends go by the names of the KLs that they are."""
+    if name == "generalized_jsd" and parameter in (0.0, 1.0):
+        return ("forward_kl" if parameter == 0.0 else "reverse_kl"), 0.0
+    return (name.removeprefix("skew_") if parameter == 0.0 else name), parameter
 
 
 def _normalise_(logits: torch.Tensor, highest: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -165,7 +190,6 @@ def _divergence(kind: str, parameter: float, log_s, p_s, log_t, p_t, spare, grad
 
     `log_t` and `p_t` are overwritten, `log_s` and `p_s` are kept.
     """
-    kind = canonical(kind, parameter)
     if kind == "forward_kl":  # gradient p_S − p_T
         value = _dot(p_t, log_t.sub_(log_s), spare)
         torch.sub(p_s, p_t, out=gradient)
@@ -201,14 +225,28 @@ def _divergence(kind: str, parameter: float, log_s, p_s, log_t, p_t, spare, grad
     raise AssertionError(f"unknown divergence {kind!r}")
 
 
+def _by_autograd(
+    divergence: Divergence, student: torch.Tensor, teacher: torch.Tensor, gradient: torch.Tensor | None
+) -> torch.Tensor:
+    """Any divergence of a block of tempered logits, `[rows]`; its gradient into `gradient` where one is wanted."""
+    if gradient is None:
+        with torch.no_grad():
+            return divergence(student, teacher)
+    with torch.enable_grad():
+        leaf = student.requires_grad_()
+        value = divergence(leaf, teacher)
+        (found,) = torch.autograd.grad(value.sum(), leaf)
+    gradient.copy_(found)
+    return value.detach()
+
+
 def sweep(
     student: torch.Tensor,
     teacher: torch.Tensor | None,
     *,
-    student_shape: Shape,
-    teacher_shape: Shape,
-    divergence: str,
-    parameter: float,
+    student_transform: LogitTransform,
+    teacher_transform: LogitTransform,
+    divergence: Divergence,
     temperature: float,
     statistics: RowStatistics,
     with_gradient: bool,
@@ -219,8 +257,9 @@ def sweep(
         student, teacher: `[rows, vocab]`, hidden states times head weights; the student's are overwritten by
             ∂divergence/∂product (without the row's weight), the teacher's are spoilt. Without a teacher the student's
             statistics alone are written, and there is no gradient.
-        student_shape, teacher_shape: from products to logits.
-        divergence, parameter, temperature: as an `Objective` names them.
+        student_transform, teacher_transform: from products to logits.
+        divergence: by a tile of its own, or differentiated by autograd, block by block.
+        temperature: τ.
         statistics: where the rows' statistics go, in float32 or float64.
         with_gradient: False leaves the student's products spoilt and skips the gradient's arithmetic.
     """
@@ -229,11 +268,12 @@ def sweep(
     work = statistics.divergence.dtype
     spares = [torch.empty(min(size, rows), vocab, dtype=work, device=student.device) for _ in range(4)]
     k = statistics.candidates.shape[1]
+    tile = written_tile(divergence)
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         p_s, p_t, gradient, spare = (buffer[: stop - start] for buffer in spares)
         into = statistics.rows(start, stop)
-        s = student_shape.apply_(student[start:stop].to(work))
+        s = student_transform.apply_(student[start:stop].to(work))
         tiles = tile_maxima(s)
         ids, s_highest = top_candidates(s, k, tiles), tiles.amax(-1, keepdim=True)
         into.candidates.copy_(ids)
@@ -241,47 +281,54 @@ def sweep(
         if temperature != 1.0:
             s.mul_(1.0 / temperature)
             s_highest.mul_(1.0 / temperature)
+        s_logits = s.clone() if tile is None and teacher is not None else s  # the next line overwrites it
         s_log_total = _normalise_(s, s_highest, p_s)
         into.student_entropy.copy_(_dot(p_s, s, spare)[:, 0]).neg_()
         if teacher is None:
             continue
-        t = teacher_shape.apply_(teacher[start:stop].to(work))
+        t = teacher_transform.apply_(teacher[start:stop].to(work))
         t_highest = t.amax(-1, keepdim=True)
         torch.gather(t, 1, ids, out=into.teacher_scores)
         into.agreement.copy_(into.teacher_scores[:, 0] == t_highest[:, 0])
         if temperature != 1.0:
             t.mul_(1.0 / temperature)
             t_highest.mul_(1.0 / temperature)
+        t_logits = t.clone() if tile is None else t
         _normalise_(t, t_highest, p_t)
         into.teacher_entropy.copy_(_dot(p_t, t, spare)[:, 0]).neg_()
-        into.divergence.copy_(_divergence(divergence, parameter, s, p_s, t, p_t, spare, gradient)[:, 0])
+        if tile is None:
+            into.divergence.copy_(_by_autograd(divergence, s_logits, t_logits, gradient if with_gradient else None))
+        else:
+            into.divergence.copy_(_divergence(*tile, s, p_s, t, p_t, spare, gradient)[:, 0])
         if with_gradient:
-            _through_shape_(gradient, s, s_log_total, student_shape, temperature)
+            _through_transform_(gradient, s, s_log_total, student_transform, temperature)
             student[start:stop].copy_(gradient)
 
 
-def _through_shape_(gradient, log_p, log_total, shape: Shape, temperature: float) -> None:
+def _through_transform_(gradient, log_p, log_total, transform: LogitTransform, temperature: float) -> None:
     """From ∂/∂(tempered logit) to ∂/∂product, in place; `log_p` is spoilt where there is a soft cap."""
-    factor = shape.scale / temperature
-    if shape.softcap is not None:
-        logits = log_p.add_(log_total).mul_(temperature / shape.softcap)
+    factor = transform.scale / temperature
+    if transform.softcap is not None:
+        logits = log_p.add_(log_total).mul_(temperature / transform.softcap)
         gradient.addcmul_(gradient, logits.square_(), value=-1.0)
     if factor != 1.0:
         gradient.mul_(factor)
 
 
-def entropy_gradient(student: torch.Tensor, *, student_shape: Shape, temperature: float, work: torch.dtype) -> None:
-    """Overwrite the student's products `[rows, vocab]` by ∂entropy/∂product = −p_S (log p_S + H_S) through the shape."""
-    for rows, s, log_total, p, gradient in _normalised_blocks(student, student_shape, temperature, work):
+def entropy_gradient(
+    student: torch.Tensor, *, student_transform: LogitTransform, temperature: float, work: torch.dtype
+) -> None:
+    """Overwrite the student's products `[rows, vocab]` by ∂entropy/∂product = −p_S (log p_S + H_S) through the transform."""
+    for rows, s, log_total, p, gradient in _normalised_blocks(student, student_transform, temperature, work):
         minus_entropy = _dot(p, s, gradient)
         torch.sub(minus_entropy, s, out=gradient)
         gradient.mul_(p)
-        _through_shape_(gradient, s, log_total, student_shape, temperature)
+        _through_transform_(gradient, s, log_total, student_transform, temperature)
         student[rows].copy_(gradient)
 
 
 def sampled_gradient(
-    student: torch.Tensor, ids: torch.Tensor, *, student_shape: Shape, temperature: float, work: torch.dtype
+    student: torch.Tensor, ids: torch.Tensor, *, student_transform: LogitTransform, temperature: float, work: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Overwrite the student's products `[rows, vocab]` by ∂log p_S(id)/∂product, for one id a row.
 
@@ -293,18 +340,20 @@ def sampled_gradient(
     """
     log_p = torch.empty(len(ids), dtype=work, device=student.device)
     entropy = torch.empty_like(log_p)
-    for rows, s, log_total, p, gradient in _normalised_blocks(student, student_shape, temperature, work):
+    for rows, s, log_total, p, gradient in _normalised_blocks(student, student_transform, temperature, work):
         column = ids[rows].unsqueeze(-1)
         log_p[rows] = s.gather(1, column)[:, 0]
         entropy[rows] = -_dot(p, s, gradient)[:, 0]
         torch.neg(p, out=gradient)
         gradient.scatter_add_(1, column, torch.ones_like(column, dtype=work))
-        _through_shape_(gradient, s, log_total, student_shape, temperature)
+        _through_transform_(gradient, s, log_total, student_transform, temperature)
         student[rows].copy_(gradient)
     return log_p, entropy
 
 
-def _normalised_blocks(student: torch.Tensor, shape: Shape, temperature: float, work: torch.dtype) -> Iterator[tuple]:
+def _normalised_blocks(
+    student: torch.Tensor, transform: LogitTransform, temperature: float, work: torch.dtype
+) -> Iterator[tuple]:
     """Blocks of rows: where, log-probabilities, log-normaliser `[rows, 1]`, probabilities, and a spare buffer."""
     rows, vocab = student.shape
     size = block_rows(vocab, student.device, rows)
@@ -312,7 +361,7 @@ def _normalised_blocks(student: torch.Tensor, shape: Shape, temperature: float, 
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         p, spare = (buffer[: stop - start] for buffer in spares)
-        s = shape.apply_(student[start:stop].to(work))
+        s = transform.apply_(student[start:stop].to(work))
         if temperature != 1.0:
             s.mul_(1.0 / temperature)
         log_total = _normalise_(s, s.amax(-1, keepdim=True), p)

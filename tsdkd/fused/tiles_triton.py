@@ -9,13 +9,19 @@ float32 (float64 for float64 products); a program's order of summation is fixed,
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
 import triton
 import triton.language as tl
 
-from tsdkd.fused.tiles_torch import _TOPK_TILE, RowStatistics, Shape, canonical, top_candidates
+from tsdkd.fused import tiles_torch
+from tsdkd.fused.tiles_torch import _TOPK_TILE, LogitTransform, RowStatistics, top_candidates, written_tile
+from tsdkd.types import Divergence
+
+logger = logging.getLogger(__name__)
+_announced: set[str] = set()
 
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "generalized_jsd": 2, "skew_forward_kl": 3, "skew_reverse_kl": 4}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -218,9 +224,22 @@ _sums_kernel = _tuned(_sums_and_gradient, ["s_ptr"])
 _student_kernel = _tuned(_student_rows, ["s_ptr"])
 
 
-def _shape_arguments(shape: Shape, like: torch.Tensor) -> tuple[torch.Tensor, float, float, bool, bool]:
-    bias = like if shape.bias is None else shape.bias
-    return bias, shape.scale, 1.0 if shape.softcap is None else shape.softcap, shape.bias is not None, shape.softcap is not None
+def _arguments_of(transform: LogitTransform, like: torch.Tensor) -> tuple[torch.Tensor, float, float, bool, bool]:
+    bias = like if transform.bias is None else transform.bias
+    return (
+        bias,
+        transform.scale,
+        1.0 if transform.softcap is None else transform.softcap,
+        transform.bias is not None,
+        transform.softcap is not None,
+    )
+
+
+def _announce(divergence: Divergence) -> None:
+    """Say once that a divergence has no kernel."""
+    if divergence.name not in _announced:
+        _announced.add(divergence.name)
+        logger.warning("the divergence %s has no Triton kernel: impl='triton' takes the torch sweep for it.", divergence.name)
 
 
 def _work(dtype: torch.dtype):
@@ -231,28 +250,41 @@ def sweep(
     student: torch.Tensor,
     teacher: torch.Tensor | None,
     *,
-    student_shape: Shape,
-    teacher_shape: Shape,
-    divergence: str,
-    parameter: float,
+    student_transform: LogitTransform,
+    teacher_transform: LogitTransform,
+    divergence: Divergence,
     temperature: float,
     statistics: RowStatistics,
     with_gradient: bool,
 ) -> None:
-    """As `tiles_torch.sweep`."""
+    """As `tiles_torch.sweep`, which takes the divergences that have no kernel."""
+    tile = written_tile(divergence)
+    if tile is None and teacher is not None:
+        _announce(divergence)
+        tiles_torch.sweep(
+            student,
+            teacher,
+            student_transform=student_transform,
+            teacher_transform=teacher_transform,
+            divergence=divergence,
+            temperature=temperature,
+            statistics=statistics,
+            with_gradient=with_gradient,
+        )
+        return
+    kind, parameter = ("forward_kl", 0.0) if tile is None else tile
     rows, vocab = student.shape
     if rows == 0:
         return
     if teacher is None:  # the student stands in for it, and what would be the teacher's is thrown away
         assert not with_gradient
-        teacher, teacher_shape = student, student_shape
+        teacher, teacher_transform = student, student_transform
         unread = statistics.blank(rows)
         unread.student_entropy, unread.candidates = statistics.student_entropy, statistics.candidates
         unread.student_scores, statistics = statistics.student_scores, unread
-    divergence = canonical(divergence, parameter)
     work = statistics.divergence.dtype
-    s_bias, s_scale, s_cap, has_s_bias, has_s_cap = _shape_arguments(student_shape, student)
-    t_bias, t_scale, t_cap, has_t_bias, has_t_cap = _shape_arguments(teacher_shape, teacher)
+    s_bias, s_scale, s_cap, has_s_bias, has_s_cap = _arguments_of(student_transform, student)
+    t_bias, t_scale, t_cap, has_t_bias, has_t_cap = _arguments_of(teacher_transform, teacher)
     tiles = torch.empty(rows, triton.cdiv(vocab, _TOPK_TILE), dtype=work, device=student.device)
     s_max, t_max, s_log, t_log = torch.empty(4, rows, dtype=work, device=student.device)
     flags = dict(S_BIAS=has_s_bias, S_CAP=has_s_cap, T_BIAS=has_t_bias, T_CAP=has_t_cap, WORK=_work(work), **_block())
@@ -260,38 +292,40 @@ def sweep(
         student, teacher, s_bias, t_bias, tiles, s_max, t_max, s_log, t_log,
         vocab, student.stride(0), tiles.shape[1], s_scale, s_cap, t_scale, t_cap, 1.0 / temperature, TILE=_TOPK_TILE, **flags,
     )  # fmt: skip
-    ids = top_candidates(student, statistics.candidates.shape[1], tiles, student_shape)
+    ids = top_candidates(student, statistics.candidates.shape[1], tiles, student_transform)
     statistics.candidates.copy_(ids)
-    statistics.student_scores.copy_(student_shape.at(student, ids, work))
-    statistics.teacher_scores.copy_(teacher_shape.at(teacher, ids, work))
+    statistics.student_scores.copy_(student_transform.at(student, ids, work))
+    statistics.teacher_scores.copy_(teacher_transform.at(teacher, ids, work))
     statistics.agreement.copy_(statistics.teacher_scores[:, 0] == t_max)
     _sums_kernel[(rows,)](
         student, teacher, s_bias, t_bias, s_max, t_max, s_log, t_log,
         statistics.student_entropy, statistics.teacher_entropy, statistics.divergence,
         vocab, student.stride(0), s_scale, s_cap, t_scale, t_cap, 1.0 / temperature, parameter,
-        KIND=KINDS[divergence], GRADIENT=with_gradient, TINY=torch.finfo(work).tiny, **flags,
+        KIND=KINDS[kind], GRADIENT=with_gradient, TINY=torch.finfo(work).tiny, **flags,
     )  # fmt: skip
 
 
-def entropy_gradient(student: torch.Tensor, *, student_shape: Shape, temperature: float, work: torch.dtype) -> None:
+def entropy_gradient(
+    student: torch.Tensor, *, student_transform: LogitTransform, temperature: float, work: torch.dtype
+) -> None:
     """As `tiles_torch.entropy_gradient`."""
-    _student_gradient(student, None, student_shape, temperature, work)
+    _student_gradient(student, None, student_transform, temperature, work)
 
 
 def sampled_gradient(
-    student: torch.Tensor, ids: torch.Tensor, *, student_shape: Shape, temperature: float, work: torch.dtype
+    student: torch.Tensor, ids: torch.Tensor, *, student_transform: LogitTransform, temperature: float, work: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `tiles_torch.sampled_gradient`."""
-    return _student_gradient(student, ids, student_shape, temperature, work)
+    return _student_gradient(student, ids, student_transform, temperature, work)
 
 
 def _student_gradient(
-    student: torch.Tensor, ids: torch.Tensor | None, shape: Shape, temperature: float, work: torch.dtype
+    student: torch.Tensor, ids: torch.Tensor | None, transform: LogitTransform, temperature: float, work: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, vocab = student.shape
     log_p, entropy = torch.zeros(2, rows, dtype=work, device=student.device)
     if rows:
-        bias, scale, cap, has_bias, has_cap = _shape_arguments(shape, student)
+        bias, scale, cap, has_bias, has_cap = _arguments_of(transform, student)
         _student_kernel[(rows,)](
             student, bias, student if ids is None else ids, log_p, entropy, vocab, student.stride(0), scale, cap,
             1.0 / temperature, S_BIAS=has_bias, S_CAP=has_cap, SAMPLED=ids is not None, WORK=_work(work), **_block(),

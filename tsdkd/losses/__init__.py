@@ -1,9 +1,5 @@
 """The formulas of the paper as small pure functions on logits: per token, unreduced, torch only."""
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from tsdkd.losses.divergence import (
     forward_kl,
     generalized_jsd,
@@ -23,19 +19,13 @@ from tsdkd.losses.ranking import (
     teacher_order,
 )
 from tsdkd.losses.reduction import divide, response_coefficients, token_coefficients, weighted_sum
-
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "forward_kl": forward_kl,
-    "generalized_jsd": generalized_jsd,
-    "reverse_kl": reverse_kl,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-}
+from tsdkd.losses.registry import DIVERGENCES, check_divergence, resolve_divergence
 
 __all__ = [
     "DIVERGENCES",
     "ENTROPY_TARGETS",
     "STAGE_WEIGHTS",
+    "check_divergence",
     "clipped_surrogate",
     "divide",
     "entropy_penalty",
@@ -44,6 +34,7 @@ __all__ = [
     "kendall_tau",
     "mean_of_rest",
     "plackett_luce_nll",
+    "resolve_divergence",
     "response_coefficients",
     "reverse_kl",
     "shared_vocabulary",

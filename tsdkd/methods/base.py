@@ -1,93 +1,181 @@
-"""What a method states: its loss, its terms and their weights, the counts that normalise them, and whose answers it reads."""
+"""What a method states: whose completions it trains on, the terms of its loss, and what changes from step to step."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
 from tsdkd import fused
 from tsdkd.checks import check_positive
-from tsdkd.selection import Gate, Selection, direct_count, resolve_gate, resolve_selection
-from tsdkd.types import Answers, Counts, Head, LossTerms, Objective, TokenBatch
+from tsdkd.losses import resolve_divergence
+from tsdkd.selection import Gate, Selection, resolve_gate, resolve_selection
+from tsdkd.types import (
+    Counts,
+    DivergenceTerm,
+    Head,
+    LossTerms,
+    Objective,
+    ReadPlan,
+    RolloutSpec,
+    SampledTerm,
+    TokenBatch,
+    TokenStatistics,
+)
 
 
-@runtime_checkable
-class Method(Protocol):
-    """A token-level distillation method, blind to trainers; any object with these members is one.
+@dataclass(frozen=True)
+class Summary:
+    """A step that was made, as host numbers over all processes.
 
     Attributes:
-        name: how a config names it; an attribute `title`, where there is one, is its name in prose.
-        paper: `title`, `id` (arXiv) and `citation` (BibTeX), for the model card.
-
-    A method may have more; a trainer that does not find them takes what stands in brackets:
-        answers: whose answers it trains on (`types.Answers()`: the student's own).
-        reads_teacher: whether its loss reads the teacher at all (True).
-        reads(length): how many of a response's first tokens its terms read (all of them); the rest is not run through any
-            model, and `loss` gets a batch that is `cut`.
-        teacher_prefix: a selection on the student's statistics, the first tokens of a response, outside of which no term reads
-            the teacher: then the student reads first, and the teacher the prefix alone (None).
-        pretraining_weight, pretraining_loss(batch, student_head, counts): a language-model loss on a corpus beside the answers,
-            and its weight (0).
-        state: what changes from step to step and belongs to a checkpoint, e.g. an `AdaptiveOpener` (None).
+        step: the optimizer step, from 1.
+        loss: of the step, without a corpus's part; None where the state does not ask for it (`State.reads_loss`).
+        terms: each term's value by its name; empty likewise.
+        observed: what `State.observe` gave, a list for each completion with a token, in the order of the rollouts.
     """
 
-    name: str
-    paper: dict[str, str]
+    step: int
+    loss: float | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
+    observed: Sequence[Sequence[float]] = ()
 
-    def counts(self, lengths: Sequence[int]) -> Counts:
-        """What the terms are divided by, from the trained tokens of each response of a step."""
-        ...
+
+class State:
+    """What changes from step to step and belongs to a checkpoint; the trainer makes, feeds and saves it.
+
+    Attributes:
+        reads_loss: whether `after_step` is to be given the step's loss and terms; reading them waits for the device, so
+            they ride on the guard's one reduction.
+    """
+
+    reads_loss: ClassVar[bool] = False
+
+    def observe(self, statistics: TokenStatistics) -> torch.Tensor | None:
+        """`[completions, n]` of a micro-batch, to be collected for the step; None is nothing."""
+        return None
+
+    def after_step(self, summary: Summary) -> None:
+        """Called once an optimizer step's gradients are sound, on every process with the same numbers."""
+
+    def after_evaluation(self, loss: float, name: str) -> None:
+        """Called after an evaluation during training, with its loss and its prefix (`eval`, `eval_<set>`)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON; empty is nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+
+
+class Method(abc.ABC):
+    """A token-level distillation method, blind to trainers: a base class with a default for everything but the objective.
+
+    Options are a frozen dataclass's fields, and hashable; what changes is in a `State`, which a run makes by `start`.
+
+    Attributes:
+        name: how a config names it, and what its runs are called.
+        title: its name in prose; the name where it is empty.
+        paper: `title`, `id` (arXiv) and `citation` (BibTeX), for the model card.
+        pretraining_weight: weight of a language-model loss on a corpus beside the completions; 0 is none.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[Mapping[str, str]] = {"title": "", "id": "", "citation": ""}
+    pretraining_weight: float = 0.0
+
+    @abc.abstractmethod
+    def objective(self, batch: TokenBatch | None = None, state: State | None = None) -> Objective:
+        """The terms and their temperature, so that a term may close over its batch and over the run's state.
+
+        Without a batch: every term by name, weight, selection and gate, as counts and logs need them. With one, a term that
+        the batch does not allow (recorded log-probabilities in an evaluation) is left out. Without a state: the first.
+        """
+
+    @property
+    def rollouts(self) -> RolloutSpec:
+        """Whose completions it trains on; the student's own, unless a paper's file says otherwise."""
+        return RolloutSpec()
+
+    def start(self, max_steps: int | None) -> State:
+        """The state of a run of so many optimizer steps; None outside of training (evaluation, recording, pages)."""
+        return State()
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether its loss reads the teacher at all."""
+        return fused.reads_teacher(self.objective())
 
     def terms(self) -> dict[str, float]:
         """Each term's weight in the loss, by the name it is logged under."""
-        ...
+        return {term.name: term.weight for term in self.objective().terms}
+
+    def counts(self, lengths: Sequence[int]) -> Counts:
+        """What the terms are divided by, from the trained tokens of each completion of a step."""
+        return self.objective().counts(lengths)
+
+    def reads(self, lengths: Sequence[int]) -> ReadPlan:
+        """How much of each completion the models read."""
+        return fused.read_plan(self.objective(), tuple(lengths))
 
     def only(self, term: str) -> Method:
         """The same method with every other term's weight 0."""
-        ...
+        return _OneTerm(self, term)
 
     def loss(
-        self, batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, counts: Counts | None = None, **engine: Any
+        self,
+        batch: TokenBatch,
+        student_head: Head,
+        teacher_head: Head | None,
+        *,
+        counts: Counts | None = None,
+        state: State | None = None,
+        **engine: Any,
     ) -> LossTerms:
         """The loss of packed tokens; `engine` is handed to `fused.evaluate` (`impl`, `chunk_tokens`)."""
-        ...
+        return fused.evaluate(self.objective(batch, state), batch, student_head, teacher_head, counts=counts, **engine)
+
+
+class _OneTerm(Method):
+    """A method with one of its terms on."""
+
+    def __init__(self, method: Method, term: str) -> None:
+        self.method, self.term = method, term
+        self.name, self.title, self.paper = method.name, method.title, method.paper  # type: ignore[misc]
+
+    def objective(self, batch: TokenBatch | None = None, state: State | None = None) -> Objective:
+        return self.method.objective(batch, state).only(self.term)
+
+    def start(self, max_steps: int | None) -> State:
+        return self.method.start(max_steps)
+
+    @property
+    def rollouts(self) -> RolloutSpec:
+        return self.method.rollouts
+
+    def counts(self, lengths: Sequence[int]) -> Counts:
+        return self.method.counts(lengths)
 
 
 def cross_entropy(log_probs: torch.Tensor, rows: slice) -> torch.Tensor:
-    """−log p_S(y_t), as an objective's term on the tokens that stand."""
+    """−log p_S(y_t), as the function of a term on the tokens that stand."""
     return -log_probs
 
 
-def step_counts(lengths: Sequence[int], selection: Selection | None = None, top_entropy: int = 0) -> Counts:
-    """What a step's terms are divided by, from its lengths; `top_entropy` tokens are selected by the entropy term."""
-    direct = None if selection is None else direct_count(selection, lengths)
-    return Counts(sum(lengths), top_entropy, sum(length > 0 for length in lengths), direct)
-
-
-def reads_own_token(gate: str | Gate | None) -> bool:
-    """Whether a gate reads nothing of other tokens; every named one does not."""
-    return not callable(gate) or getattr(gate, "needs", "token") == "token"
-
-
-def reads_of(selection: str | Selection | None, share: float, gate: str | Gate | None, length: int) -> int:
-    """How many of a response's first tokens a direct term reads, where lengths tell."""
-    of_rule = getattr(resolve_selection(selection, share), "reads", None) if reads_own_token(gate) else None
-    return length if of_rule is None else of_rule(length)
-
-
-def prefix_of(selection: Selection | None) -> Selection | None:
-    """The selection, where it keeps first tokens that the student's statistics tell; else None."""
-    is_prefix = getattr(selection, "is_prefix", False) and getattr(selection, "needs", "both") == "student"
-    return selection if is_prefix else None
+PRETRAINING = Objective((SampledTerm(name="pretraining", function=cross_entropy),))
+"""The language-model loss of a corpus: −log p_S of its tokens, the mean over them, untempered."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivergenceMethod(abc.ABC):
+class DivergenceMethod(Method):
     """What methods share whose loss is one divergence per token, weighed and selected: a base for a paper's file.
+
+    A file of its own sets `name`, `paper` and, where it names the divergence itself, `divergence_of`.
 
     Attributes:
         gate: a name in `selection.GATES` or a function of `TokenStatistics`; `"none"` is weight 1.
@@ -106,48 +194,18 @@ class DivergenceMethod(abc.ABC):
     def __post_init__(self) -> None:
         check_positive("gate_sharpness", self.gate_sharpness)
         check_positive("kd_temperature", self.kd_temperature)
-        resolve_gate(self.gate, self.gate_sharpness)
-        resolve_selection(self.selection, self.selection_share)
+        self.objective()  # refuses an unknown gate, selection or divergence
 
     @abc.abstractmethod
-    def divergence_of(self) -> tuple[str, float]:
-        """The divergence's name in `losses` and its parameter (0 of one without)."""
+    def divergence_of(self, state: State | None = None) -> Any:
+        """The divergence: a name in `losses.DIVERGENCES`, a function of two logit tensors, or what
+        `losses.resolve_divergence` gives; it may follow the run's state."""
 
-    @property
-    def answers(self) -> Answers:
-        """The student's own, unless a paper's file says otherwise."""
-        return Answers()
-
-    def objective(self) -> Objective:
-        """The direct term, as an engine reads it."""
-        name, parameter = self.divergence_of()
-        return Objective(
-            divergence=name,
-            divergence_parameter=parameter,
+    def objective(self, batch: TokenBatch | None = None, state: State | None = None) -> Objective:
+        term = DivergenceTerm(
+            name="direct",
+            divergence=resolve_divergence(self.divergence_of(state)),
             gate=resolve_gate(self.gate, self.gate_sharpness),
             selection=resolve_selection(self.selection, self.selection_share),
-            temperature=self.kd_temperature,
         )
-
-    def counts(self, lengths: Sequence[int]) -> Counts:
-        return step_counts(lengths, resolve_selection(self.selection, self.selection_share))
-
-    def reads(self, length: int) -> int:
-        """How many of a response's first tokens the term reads: a prefix spares both models the rest."""
-        return reads_of(self.selection, self.selection_share, self.gate, length)
-
-    @property
-    def teacher_prefix(self) -> Selection | None:
-        """The selection, where it is a prefix that the student's statistics tell."""
-        return prefix_of(resolve_selection(self.selection, self.selection_share)) if reads_own_token(self.gate) else None
-
-    def terms(self) -> dict[str, float]:
-        return {"direct": 1.0}
-
-    def only(self, term: str) -> DivergenceMethod:
-        return self
-
-    def loss(
-        self, batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, counts: Counts | None = None, **engine: Any
-    ) -> LossTerms:
-        return fused.evaluate(self.objective(), batch, student_head, teacher_head, counts=counts, **engine)
+        return Objective((term,), self.kd_temperature)

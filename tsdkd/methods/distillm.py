@@ -1,12 +1,14 @@
-"""DistiLLM (Ko et al. 2024): skew divergences, an adaptive share of the student's answers, and a replay buffer."""
+"""DistiLLM (Ko et al. 2024): skew divergences, an adaptive share of the student's completions, and a replay buffer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tsdkd.checks import check_choice, check_count, check_share, check_weight
-from tsdkd.methods.base import DivergenceMethod
-from tsdkd.types import Answers, Replay
+from tsdkd.losses import resolve_divergence
+from tsdkd.methods.base import DivergenceMethod, State
+from tsdkd.types import Divergence, Replay, RolloutSpec
 
 DIVERGENCES = ("skew_forward_kl", "skew_reverse_kl")
 SCHEDULES = ("decreasing", "constant", "increasing")
@@ -14,25 +16,25 @@ SCHEDULES = ("decreasing", "constant", "increasing")
 
 @dataclass(frozen=True, kw_only=True)
 class DistiLLM(DivergenceMethod):
-    """Skew KL on answers of the data set and, as the student gets worse on them, more and more on its own.
+    """Skew KL on completions of the data set and, as the student gets worse on them, more and more on its own.
 
     loss = KL(p_T ‖ α p_T + (1 − α) p_S), or the reverse, KL(p_S ‖ (1 − α) p_T + α p_S), the mean over tokens.
 
     Attributes:
-        divergence: `"skew_reverse_kl"` or `"skew_forward_kl"`.
+        divergence: `"skew_reverse_kl"`, `"skew_forward_kl"`, or a function of two logit tensors.
         alpha: α, 0.1 in the paper.
         replay_capacity: rows of the replay buffer, 1000 in the released code.
-        initial_share: φ at the start, the probability of the student's answers.
+        initial_share: φ at the start, the probability of the student's completions.
         share_increase: what φ grows by when an evaluation's loss is worse, to 1 at most.
         loss_tolerance: how much worse, nats.
-        schedule: s(t), the share of fresh answers among the student's: `"decreasing"` (1 − t/T, the released default),
+        schedule: s(t), the share of fresh completions among the student's: `"decreasing"` (1 − t/T, the released default),
             `"constant"` (0.5) or `"increasing"` (t/T).
 
     References:
         Ko et al. 2024, sections 3.1 and 3.2, Algorithm 1; arXiv 2402.03898.
     """
 
-    divergence: str = "skew_reverse_kl"
+    divergence: str | Callable = "skew_reverse_kl"
     alpha: float = 0.1
     replay_capacity: int = 1000
     initial_share: float = 0.0
@@ -57,18 +59,19 @@ class DistiLLM(DivergenceMethod):
     }
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("divergence", self.divergence, DIVERGENCES)
+        if isinstance(self.divergence, str):
+            check_choice("divergence", self.divergence, DIVERGENCES)
         check_choice("schedule", self.schedule, SCHEDULES)
         for name in ("alpha", "initial_share", "share_increase"):
             check_share(name, getattr(self, name))
         check_weight("loss_tolerance", self.loss_tolerance)
         check_count("replay_capacity", self.replay_capacity)
+        super().__post_init__()
 
     @property
-    def answers(self) -> Answers:
+    def rollouts(self) -> RolloutSpec:
         replay = Replay(self.replay_capacity, self.initial_share, self.share_increase, self.loss_tolerance, self.schedule)
-        return Answers(replay=replay, evaluate_on="dataset")
+        return RolloutSpec(replay=replay, evaluate_on="dataset")
 
-    def divergence_of(self) -> tuple[str, float]:
-        return self.divergence, self.alpha
+    def divergence_of(self, state: State | None = None) -> Divergence:
+        return resolve_divergence(self.divergence, alpha=self.alpha)

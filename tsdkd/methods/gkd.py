@@ -1,28 +1,33 @@
-"""GKD (Agarwal et al. 2024): the generalized JSD on the student's own answers, or on the data set's."""
+"""GKD (Agarwal et al. 2024): the generalized JSD on the student's own completions, or on the data set's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tsdkd.checks import check_share
-from tsdkd.methods.base import DivergenceMethod
-from tsdkd.types import Answers
+from tsdkd.losses import resolve_divergence
+from tsdkd.methods.base import DivergenceMethod, State
+from tsdkd.types import Divergence, RolloutSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class GKD(DivergenceMethod):
     """On-policy distillation with a divergence of choice.
 
-    loss = JSD_β(p_T ‖ p_S), the mean over tokens; answers by the student with probability λ, else the data set's.
+    loss = JSD_β(p_T ‖ p_S), the mean over tokens; completions by the student with probability λ, else the data set's.
 
     Attributes:
-        beta: β of the divergence: 0 forward KL, 1 reverse KL; 0.9 is what the TSD-KD paper compares with.
-        lmbda: λ, the probability, drawn for each step, of the student's answers: 1 on-policy, 0 the data set's.
+        divergence: a name in `losses.DIVERGENCES` or a function of the student's and the teacher's logits, `[tokens, vocab]`
+            each, to `[tokens]`.
+        beta: β of the generalized JSD: 0 forward KL, 1 reverse KL; 0.9 is what the TSD-KD paper compares with.
+        lmbda: λ, the probability, drawn for each step, of the student's completions: 1 on-policy, 0 the data set's.
 
     References:
         Agarwal et al. 2024, Algorithm 1; arXiv 2306.13649.
     """
 
+    divergence: str | Callable = "generalized_jsd"
     beta: float = 0.9
     lmbda: float = 1.0
 
@@ -43,13 +48,13 @@ class GKD(DivergenceMethod):
     }
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_share("beta", self.beta)
         check_share("lmbda", self.lmbda)
+        super().__post_init__()
 
     @property
-    def answers(self) -> Answers:
-        return Answers(share=self.lmbda, evaluate_on="student" if self.lmbda else "dataset")
+    def rollouts(self) -> RolloutSpec:
+        return RolloutSpec(share=self.lmbda, evaluate_on="student" if self.lmbda else "dataset")
 
-    def divergence_of(self) -> tuple[str, float]:
-        return "generalized_jsd", self.beta
+    def divergence_of(self, state: State | None = None) -> Divergence:
+        return resolve_divergence(self.divergence, beta=self.beta)

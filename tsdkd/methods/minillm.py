@@ -1,28 +1,22 @@
-"""MiniLLM (Gu et al. 2024): the reverse KL of whole answers by policy gradient."""
+"""MiniLLM (Gu et al. 2024): the reverse KL of whole completions by policy gradient."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from tsdkd import fused
 from tsdkd.checks import check_positive, check_share, check_weight
-from tsdkd.losses import clipped_surrogate, mean_of_rest
-from tsdkd.methods.base import cross_entropy, step_counts
-from tsdkd.types import Answers, Counts, Head, LossTerms, Objective, TokenBatch
-
-TERMS = ("direct", "sampled")
+from tsdkd.losses import clipped_surrogate, mean_of_rest, resolve_divergence
+from tsdkd.methods.base import Method, State
+from tsdkd.types import DivergenceTerm, Objective, RolloutSpec, SampledTerm, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiniLLM:
+class MiniLLM(Method):
     """Reverse KL of sequences, its gradient split into a single step, exact, and what follows it, sampled.
 
     loss = KL(p_S ‖ p_T) at each token − w_t R̄_{t+1} log p_S(y_t), both the mean over tokens: R̄_{t+1} is the mean of
     r = log p_T(y)/p_S(y) over the later tokens, w_t = p_S(y_t) / p̃(y_t) the importance of a token that was drawn from the
-    mixture p̃ = α p_T + (1 − α) p_S. r and w come from the log-probabilities recorded when the answer was written; the
+    mixture p̃ = α p_T + (1 − α) p_S. r and w come from the log-probabilities recorded when the completion was written; the
     second part is clipped as PPO's.
 
     Attributes:
@@ -70,44 +64,24 @@ class MiniLLM:
         check_positive("kd_temperature", self.kd_temperature)
 
     @property
-    def answers(self) -> Answers:
-        return Answers(writer="mixed", options={"alpha": self.alpha, "temperature": self.kd_temperature})
+    def rollouts(self) -> RolloutSpec:
+        return RolloutSpec(writer="mixed", options={"alpha": self.alpha, "temperature": self.kd_temperature})
 
-    def counts(self, lengths: Sequence[int]) -> Counts:
-        return step_counts(lengths)
+    def objective(self, batch: TokenBatch | None = None, state: State | None = None) -> Objective:
+        single_step = DivergenceTerm(name="direct", weight=self.direct_weight, divergence=resolve_divergence("reverse_kl"))
+        if batch is not None and not batch.recorded:  # an evaluation: the student's plain completions
+            return Objective((single_step,), self.kd_temperature)
+        function = None if batch is None else self._surrogate(batch)
+        rest = SampledTerm(name="sampled", weight=self.sampled_weight, function=function)
+        return Objective((single_step, rest), self.kd_temperature)
 
-    def terms(self) -> dict[str, float]:
-        return {"direct": self.direct_weight, "sampled": self.sampled_weight}
+    def _surrogate(self, batch: TokenBatch):
+        """What follows each token, as the clipped policy-gradient loss of its log-probability."""
+        old, teacher, mixture = (batch.recorded[name] for name in ("student", "teacher", "mixture"))
+        following = mean_of_rest(teacher - old, batch.lengths, normalise=self.length_normalisation)
+        advantages = (old - mixture).exp() * following
 
-    def only(self, term: str) -> MiniLLM:
-        off: dict[str, Any] = {f"{other}_weight": 0.0 for other in TERMS if other != term}
-        return dataclasses.replace(self, **off)
+        def surrogate(log_probs, rows):
+            return clipped_surrogate(log_probs, old[rows].to(log_probs), advantages[rows].to(log_probs), self.clip)
 
-    def loss(
-        self, batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, counts: Counts | None = None, **engine: Any
-    ) -> LossTerms:
-        sampled = None
-        if self.sampled_weight and batch.recorded:  # an evaluation scores the student's plain answers, nothing recorded
-            old, teacher, mixture = (batch.recorded[name] for name in ("student", "teacher", "mixture"))
-            following = mean_of_rest(teacher - old, batch.lengths, normalise=self.length_normalisation)
-            advantages = (old - mixture).exp() * following
-
-            def sampled(log_probs, rows):
-                return clipped_surrogate(log_probs, old[rows].to(log_probs), advantages[rows].to(log_probs), self.clip)
-
-        objective = Objective(
-            divergence="reverse_kl",
-            divergence_parameter=0.0,
-            direct_weight=self.direct_weight,
-            sampled_weight=self.sampled_weight,
-            sampled=sampled,
-            temperature=self.kd_temperature,
-        )
-        return fused.evaluate(objective, batch, student_head, teacher_head, counts=counts, **engine)
-
-    def pretraining_loss(
-        self, batch: TokenBatch, student_head: Head, *, counts: Counts | None = None, **engine: Any
-    ) -> LossTerms:
-        """−log p_S of a corpus's tokens, the mean over them, untempered."""
-        objective = Objective(direct_weight=0.0, sampled_weight=1.0, sampled=cross_entropy)
-        return fused.evaluate(objective, batch, student_head, None, counts=counts, **engine)
+        return surrogate

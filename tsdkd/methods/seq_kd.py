@@ -1,22 +1,19 @@
-"""SeqKD (Kim & Rush 2016): cross-entropy on answers that the teacher wrote."""
+"""SeqKD (Kim & Rush 2016): cross-entropy on completions that the teacher wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from tsdkd import fused
 from tsdkd.checks import check_positive
-from tsdkd.methods.base import cross_entropy, step_counts
-from tsdkd.types import Answers, Counts, Head, LossTerms, Objective, TokenBatch
+from tsdkd.methods.base import Method, State, cross_entropy
+from tsdkd.types import Objective, RolloutSpec, SampledTerm, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeqKD:
+class SeqKD(Method):
     """Sequence-level distillation: the student learns to write what the teacher wrote.
 
-    loss = −log p_S(y_t), the mean over tokens, y the data set's answers or, where there are none, the teacher's.
+    loss = −log p_S(y_t), the mean over tokens, y the data set's completions or, where there are none, the teacher's.
 
     Attributes:
         kd_temperature: τ of p_S.
@@ -29,7 +26,6 @@ class SeqKD:
 
     name = "seq_kd"
     title = "SeqKD"
-    reads_teacher = False
     paper = {  # noqa: RUF012  (a constant of the class, not a field)
         "title": "Sequence-Level Knowledge Distillation",
         "id": "1606.07947",
@@ -48,20 +44,8 @@ class SeqKD:
         check_positive("kd_temperature", self.kd_temperature)
 
     @property
-    def answers(self) -> Answers:
-        return Answers(share=0.0, teacher_may_write=True, evaluate_on="dataset")
+    def rollouts(self) -> RolloutSpec:
+        return RolloutSpec(share=0.0, teacher_may_write=True, evaluate_on="dataset")
 
-    def counts(self, lengths: Sequence[int]) -> Counts:
-        return step_counts(lengths)
-
-    def terms(self) -> dict[str, float]:
-        return {"sampled": 1.0}
-
-    def only(self, term: str) -> SeqKD:
-        return self
-
-    def loss(
-        self, batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, counts: Counts | None = None, **engine: Any
-    ) -> LossTerms:
-        objective = Objective(direct_weight=0.0, sampled_weight=1.0, sampled=cross_entropy, temperature=self.kd_temperature)
-        return fused.evaluate(objective, batch, student_head, teacher_head, counts=counts, **engine)
+    def objective(self, batch: TokenBatch | None = None, state: State | None = None) -> Objective:
+        return Objective((SampledTerm(name="sampled", function=cross_entropy),), self.kd_temperature)

@@ -1,12 +1,14 @@
-"""Speculative KD (Xu et al. 2025): the student's answers, each unlikely token replaced by one of the teacher's."""
+"""Speculative KD (Xu et al. 2025): the student's completions, each unlikely token replaced by one of the teacher's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tsdkd.checks import check_choice, check_count, check_share
-from tsdkd.methods.base import DivergenceMethod
-from tsdkd.types import Answers
+from tsdkd.losses import resolve_divergence
+from tsdkd.methods.base import DivergenceMethod, State
+from tsdkd.types import Divergence, RolloutSpec
 
 DIVERGENCES = ("forward_kl", "generalized_jsd", "reverse_kl")
 
@@ -15,12 +17,12 @@ DIVERGENCES = ("forward_kl", "generalized_jsd", "reverse_kl")
 class SpeculativeKD(DivergenceMethod):
     """Interleaved sampling: a token of the student that is not among the teacher's K best gives way to the teacher's own.
 
-    loss = D(p_T ‖ p_S), the mean over tokens of the interleaved answers. K = vocabulary is on-policy, K = 0 the teacher's
-    answers.
+    loss = D(p_T ‖ p_S), the mean over tokens of the interleaved completions. K = vocabulary is on-policy, K = 0 the teacher's
+    completions.
 
     Attributes:
         top_k: K, 25 in the paper.
-        divergence: `"generalized_jsd"`, `"forward_kl"` or `"reverse_kl"`.
+        divergence: `"generalized_jsd"`, `"forward_kl"`, `"reverse_kl"`, or a function of two logit tensors.
         beta: β of the generalized JSD.
 
     References:
@@ -28,7 +30,7 @@ class SpeculativeKD(DivergenceMethod):
     """
 
     top_k: int = 25
-    divergence: str = "generalized_jsd"
+    divergence: str | Callable = "generalized_jsd"
     beta: float = 0.5
 
     name = "speculative_kd"
@@ -49,14 +51,15 @@ class SpeculativeKD(DivergenceMethod):
     }
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("divergence", self.divergence, DIVERGENCES)
+        if isinstance(self.divergence, str):
+            check_choice("divergence", self.divergence, DIVERGENCES)
         check_share("beta", self.beta)
         check_count("top_k", self.top_k, smallest=0)
+        super().__post_init__()
 
     @property
-    def answers(self) -> Answers:
-        return Answers(writer="speculative", options={"top_k": self.top_k})
+    def rollouts(self) -> RolloutSpec:
+        return RolloutSpec(writer="speculative", options={"top_k": self.top_k})
 
-    def divergence_of(self) -> tuple[str, float]:
-        return self.divergence, self.beta if self.divergence == "generalized_jsd" else 0.0
+    def divergence_of(self, state: State | None = None) -> Divergence:
+        return resolve_divergence(self.divergence, beta=self.beta)

@@ -1,16 +1,16 @@
-"""Supervised KD (Hinton et al. 2015): the forward KL on given answers."""
+"""Supervised KD (Hinton et al. 2015): the forward KL on given completions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tsdkd.methods.base import DivergenceMethod
-from tsdkd.types import Answers
+from tsdkd.methods.base import DivergenceMethod, State
+from tsdkd.types import RolloutSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedKD(DivergenceMethod):
-    """Knowledge distillation on the data set's answers, or on those that the teacher writes where there are none.
+    """Knowledge distillation on the data set's completions, or on those that the teacher writes where there are none.
 
     loss = KL(p_T ‖ p_S), the mean over tokens.
 
@@ -35,8 +35,8 @@ class SupervisedKD(DivergenceMethod):
     }
 
     @property
-    def answers(self) -> Answers:
-        return Answers(share=0.0, teacher_may_write=True, evaluate_on="dataset")
+    def rollouts(self) -> RolloutSpec:
+        return RolloutSpec(share=0.0, teacher_may_write=True, evaluate_on="dataset")
 
-    def divergence_of(self) -> tuple[str, float]:
-        return "forward_kl", 0.0
+    def divergence_of(self, state: State | None = None) -> str:
+        return "forward_kl"

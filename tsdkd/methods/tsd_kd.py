@@ -6,17 +6,14 @@ loss = α · indirect + direct + entropy (Eq. 13), every term on tokens of its o
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tsdkd import fused
 from tsdkd.checks import (
     check_candidates,
-    check_choice,
     check_count,
     check_finite,
     check_mask,
@@ -25,39 +22,51 @@ from tsdkd.checks import (
     check_share,
     check_weight,
 )
+from tsdkd.fused import check_divergence_once, check_objective
 from tsdkd.fused.reference import evaluate_logits
-from tsdkd.losses import ENTROPY_TARGETS, STAGE_WEIGHTS, shared_vocabulary
-from tsdkd.methods.base import prefix_of, reads_of, reads_own_token, step_counts
+from tsdkd.losses import resolve_divergence, shared_vocabulary
+from tsdkd.methods.base import Method, State, Summary
 from tsdkd.selection import (
     AdaptiveOpener,
     Gate,
     Opener,
+    OpenerHistory,
     Selection,
     TopEntropy,
     resolve_gate,
     resolve_selection,
-    top_count,
 )
-from tsdkd.types import Answers, Counts, Head, LossTerms, Objective, TokenBatch
-
-TERMS = ("indirect", "direct", "entropy")
+from tsdkd.types import (
+    Counts,
+    DivergenceTerm,
+    EntropyTerm,
+    Head,
+    LossTerms,
+    Objective,
+    RankingTerm,
+    RolloutSpec,
+    TokenBatch,
+    TokenStatistics,
+)
 
 
 @dataclass(frozen=True)
-class TSDKD:
+class TSDKD(Method):
     """Token-selective dual knowledge distillation, with the paper's values.
 
     Attributes:
         indirect_weight: α of Eq. 13; 0 switches the ranking term off.
         direct_weight: weight of the gated divergence.
         entropy_weight: weight of the entropy term.
-        beta: the divergence's β: 0 forward KL, 1 reverse KL (Eq. 1).
+        divergence: of the direct term, `"generalized_jsd"` (Eq. 1), another name in `losses.DIVERGENCES`, or a function of
+            the student's and the teacher's logits, `[tokens, vocab]` each and divided by τ, to `[tokens]`.
+        beta: β of the generalized JSD: 0 forward KL, 1 reverse KL (Eq. 1); not read by a divergence without one.
         gate: `"entropy_gap"` (Eq. 11), `"none"` (weight 1; all else off, this is GKD), `"divergence_aware"` or a
             function of `TokenStatistics`.
         gate_sharpness: γ.
         num_candidates: k, how many tokens the student proposes (section 3.1).
-        opener_entropy_share: c, the share of a response's entropy that its opener holds.
-        top_entropy_fraction: ρ, the share of a response's tokens whose entropy is minimised (Eq. 12).
+        opener_entropy_share: c, the share of a completion's entropy that its opener holds.
+        top_entropy_fraction: ρ, the share of a completion's tokens whose entropy is minimised (Eq. 12).
         kd_temperature: τ of the divergence and the entropies; ranking scores are untempered.
         ranking_stage_weights: `"uniform"` (the paper) or `"teacher_mass"`, an option of ours: a stage of the ranking
             weighs what the teacher's probability of the candidates not yet placed is.
@@ -65,8 +74,8 @@ class TSDKD:
         selection: which tokens the direct term takes: a name in `selection.SELECTIONS` or a function of
             `TokenStatistics`; `"none"` is all, the paper's.
         selection_share: the share that a named selection keeps.
-        adaptive_opener: choose c by each response's difficulty (A.7, Algorithm 2): True, or an `AdaptiveOpener`.
-        lmbda: the probability, drawn for each step, of the student's own answers; else the data set's (A.6: 0).
+        adaptive_opener: choose c by each completion's difficulty (A.7, Algorithm 2): True, or an `AdaptiveOpener`.
+        lmbda: the probability, drawn for each step, of the student's own completions; else the data set's (A.6: 0).
 
     References:
         TSD-KD section 3, A.9.
@@ -75,6 +84,7 @@ class TSDKD:
     indirect_weight: float = 0.1
     direct_weight: float = 1.0
     entropy_weight: float = 1.0
+    divergence: str | Callable = "generalized_jsd"
     beta: float = 0.9
     gate: str | Gate | None = "entropy_gap"
     gate_sharpness: float = 1.0
@@ -113,80 +123,66 @@ class TSDKD:
         check_positive("gate_sharpness", self.gate_sharpness)
         check_positive("kd_temperature", self.kd_temperature)
         check_count("num_candidates", self.num_candidates, smallest=2)
-        resolve_gate(self.gate, self.gate_sharpness)
-        resolve_selection(self.selection, self.selection_share)
-        check_choice("ranking_stage_weights", self.ranking_stage_weights, STAGE_WEIGHTS)
-        check_choice("entropy_target", self.entropy_target, ENTROPY_TARGETS)
-        if self.adaptive_opener is True:  # its history is the one thing here that changes
-            object.__setattr__(self, "adaptive_opener", AdaptiveOpener(fixed_share=self.opener_entropy_share))
+        if not isinstance(self.adaptive_opener, (bool, AdaptiveOpener)):
+            raise ValueError(f"adaptive_opener={self.adaptive_opener!r}: pass True, False or a tsdkd.AdaptiveOpener.")
+        check_objective(self.objective())
 
     @property
-    def answers(self) -> Answers:
-        """The student's own answers, or the data set's where `lmbda` says so."""
-        return Answers(share=self.lmbda, evaluate_on="student" if self.lmbda else "dataset")
+    def rollouts(self) -> RolloutSpec:
+        """The student's own completions, or the data set's where `lmbda` says so."""
+        return RolloutSpec(share=self.lmbda, evaluate_on="student" if self.lmbda else "dataset")
 
-    def reads(self, length: int) -> int:
-        """How many of a response's first tokens any term reads: a prefix, where the direct term is alone."""
-        objective = self.objective()
-        alone = objective.direct_weight and objective.opener is None and objective.top_entropy is None
-        return reads_of(self.selection, self.selection_share, self.gate, length) if alone else length
+    def start(self, max_steps: int | None) -> State:
+        """The adaptive opener's history, where there is one."""
+        if not self.adaptive_opener:
+            return State()
+        chosen = self.adaptive_opener
+        return OpenerState(AdaptiveOpener(fixed_share=self.opener_entropy_share) if chosen is True else chosen)
 
-    @property
-    def teacher_prefix(self) -> Selection | None:
-        """The longest of the openers outside of which no term reads the teacher."""
-        objective = self.objective()
-        if fused.reference.teacher_scope(objective) == "all" or not reads_own_token(self.gate):
-            return None
-        rules = [objective.selection] if objective.direct_weight else []
-        rules += [objective.opener] if objective.opener is not None else []
-        prefixes = [rule for rule in map(prefix_of, rules) if rule is not None]
-        if not rules or len(prefixes) < len(rules):
-            return None
-        return lambda statistics: functools.reduce(torch.logical_or, (rule(statistics) for rule in prefixes))
-
-    @property
-    def state(self) -> AdaptiveOpener | None:
-        """What changes from step to step and belongs to a checkpoint."""
-        return self.adaptive_opener if isinstance(self.adaptive_opener, AdaptiveOpener) else None
-
-    def objective(self) -> Objective:
-        """The three terms, as an engine reads them."""
-        ranks = self.indirect_weight != 0 and self.opener_entropy_share != 0
-        sharpens = self.entropy_weight != 0 and self.top_entropy_fraction != 0
-        return Objective(
-            divergence="generalized_jsd",
-            divergence_parameter=self.beta,
-            direct_weight=self.direct_weight,
+    def objective(self, batch: TokenBatch | None = None, state: State | None = None) -> Objective:
+        """The three terms of Eq. 13."""
+        state = self.start(None) if state is None else state
+        opener = state.history if isinstance(state, OpenerState) else Opener(self.opener_entropy_share)
+        indirect = RankingTerm(
+            name="indirect",
+            weight=self.indirect_weight if self.opener_entropy_share else 0.0,
+            selection=opener,
+            num_candidates=self.num_candidates,
+            stage_weights=self.ranking_stage_weights,
+        )
+        direct = DivergenceTerm(
+            name="direct",
+            weight=self.direct_weight,
+            divergence=resolve_divergence(self.divergence, beta=self.beta),
             gate=resolve_gate(self.gate, self.gate_sharpness),
             selection=resolve_selection(self.selection, self.selection_share),
-            indirect_weight=self.indirect_weight,
-            num_candidates=self.num_candidates,
-            opener=(self.state or Opener(self.opener_entropy_share)) if ranks else None,
-            ranking_stage_weights=self.ranking_stage_weights,
-            entropy_weight=self.entropy_weight,
-            top_entropy=TopEntropy(self.top_entropy_fraction) if sharpens else None,
-            entropy_target=self.entropy_target,
-            temperature=self.kd_temperature,
         )
+        entropy = EntropyTerm(
+            name="entropy",
+            weight=self.entropy_weight if self.top_entropy_fraction else 0.0,
+            selection=TopEntropy(self.top_entropy_fraction),
+            target=self.entropy_target,
+        )
+        return Objective((indirect, direct, entropy), self.kd_temperature)
 
-    def counts(self, lengths: Sequence[int]) -> Counts:
-        selected = sum(top_count(length, self.top_entropy_fraction) for length in lengths)
-        return step_counts(lengths, resolve_selection(self.selection, self.selection_share), selected)
 
-    def terms(self) -> dict[str, float]:
-        return {term: getattr(self, f"{term}_weight") for term in TERMS}
+class OpenerState(State):
+    """The adaptive opener's history (A.7, Algorithm 2)."""
 
-    def only(self, term: str) -> TSDKD:
-        off: dict[str, Any] = {f"{other}_weight": 0.0 for other in TERMS if other != term}
-        return dataclasses.replace(self, **off)
+    def __init__(self, options: AdaptiveOpener) -> None:
+        self.history = OpenerHistory(options)
 
-    def loss(
-        self, batch: TokenBatch, student_head: Head, teacher_head: Head | None, *, counts: Counts | None = None, **engine: Any
-    ) -> LossTerms:
-        objective = self.objective()
-        if teacher_head is not None and objective.opener is not None:
-            check_candidates(self.num_candidates, min(student_head.size, teacher_head.size))
-        return fused.evaluate(objective, batch, student_head, teacher_head, counts=counts, **engine)
+    def observe(self, statistics: TokenStatistics) -> torch.Tensor:
+        return self.history.difficulty(statistics).unsqueeze(-1)
+
+    def after_step(self, summary: Summary) -> None:
+        self.history.append([difficulty for (difficulty,) in summary.observed])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.history.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history.load_state_dict(state)
 
 
 def tsd_kd_loss(
@@ -197,6 +193,7 @@ def tsd_kd_loss(
     indirect_weight: float = 0.1,
     direct_weight: float = 1.0,
     entropy_weight: float = 1.0,
+    divergence: str | Callable = "generalized_jsd",
     beta: float = 0.9,
     gate: str | Gate | None = "entropy_gap",
     gate_sharpness: float = 1.0,
@@ -213,8 +210,8 @@ def tsd_kd_loss(
     """TSD-KD's objective on logits, for any training loop.
 
     Formula: `α · indirect + direct + entropy` (Eq. 13): the Plackett-Luce loss of the teacher's order of the student's k
-    best tokens, on each response's opener; the generalized JSD weighted by sigmoid(γ (H_S − H_T)); the entropy of the
-    top ρ of each response's tokens. Each term is divided by its count.
+    best tokens, on each completion's opener; the generalized JSD weighted by sigmoid(γ (H_S − H_T)); the entropy of the
+    top ρ of each completion's tokens. Each term is divided by its count.
 
     Args:
         student_logits: `[batch, completion, vocab_s]`, the logits that predict each completion token; float32 or
@@ -223,7 +220,9 @@ def tsd_kd_loss(
         completion_mask: `[batch, completion]`, bool or 0/1, True on trained tokens. What stands elsewhere, NaN
             included, changes nothing.
         indirect_weight, direct_weight, entropy_weight: the terms' weights, 0 or more.
-        beta: 0 is the forward KL, 1 the reverse KL.
+        divergence: of the direct term: a name in `losses.DIVERGENCES`, or a function of student and teacher logits, `[tokens,
+            vocab]` each, shared vocabulary, divided by τ, to nats `[tokens]`.
+        beta: of the generalized JSD, 0 is the forward KL, 1 the reverse KL.
         gate: `"entropy_gap"`, `"none"` (weight 1), `"divergence_aware"` or a function of `TokenStatistics`.
         gate_sharpness: γ, above 0.
         num_candidates: k, from 2 to the shared vocabulary.
@@ -255,6 +254,7 @@ def tsd_kd_loss(
         indirect_weight=indirect_weight,
         direct_weight=direct_weight,
         entropy_weight=entropy_weight,
+        divergence=divergence,
         beta=beta,
         gate=gate,
         gate_sharpness=gate_sharpness,
@@ -271,8 +271,11 @@ def tsd_kd_loss(
     mask = check_mask(completion_mask, student_logits.shape[:2], student_logits.device)
     student, teacher = shared_vocabulary(student_logits, teacher_logits)
     check_candidates(num_candidates, student.shape[-1])
+    objective = method.objective()
+    if not isinstance(divergence, str):
+        check_divergence_once(objective.terms[1].divergence, student.shape[-1], student.device)  # type: ignore[attr-defined]
     lengths = mask.sum(-1).tolist()
-    return evaluate_logits(method.objective(), student[mask], teacher[mask], lengths, Counts.of(counts)).spread(mask)
+    return evaluate_logits(objective, student[mask], teacher[mask], lengths, Counts.from_any(counts)).spread(mask)
 
 
 def fused_tsd_kd_loss(
@@ -337,4 +340,4 @@ def fused_tsd_kd_loss(
     batch = TokenBatch(student_hidden[mask], teacher_hidden.detach()[mask], tuple(mask.sum(-1).tolist()))
     heads = Head.of(student_head), Head.of(teacher_head)
     engine: dict[str, Any] = {"impl": impl, "chunk_tokens": chunk_tokens, "gradient_filter": gradient_filter}
-    return method.loss(batch, *heads, counts=Counts.of(counts), **engine).spread(mask)
+    return method.loss(batch, *heads, counts=Counts.from_any(counts), **engine).spread(mask)

@@ -1,4 +1,4 @@
-"""Whose answers a step trains on: fresh ones, the data set's, or earlier ones from a replay buffer."""
+"""Whose completions a step trains on: fresh ones, the data set's, or earlier ones from a replay buffer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from tsdkd.types import Answers
+from tsdkd.types import RolloutSpec
 
 
 def fresh_share(schedule: str, step: int, steps: int) -> float:
-    """s(t) of DistiLLM: the share of fresh answers among the student's.
+    """s(t) of DistiLLM: the share of fresh completions among the student's.
 
     Example:
         >>> fresh_share("decreasing", 30, 100), fresh_share("constant", 30, 100), fresh_share("increasing", 30, 100)
@@ -21,11 +21,11 @@ def fresh_share(schedule: str, step: int, steps: int) -> float:
     return {"decreasing": 1.0 - done, "constant": 0.5, "increasing": done}[schedule]
 
 
-class AnswerSource:
-    """Draws the source of each step's answers, the same on every process, and keeps what the draw depends on.
+class RolloutSource:
+    """Draws the source of each step's completions, the same on every process, and keeps what the draw depends on.
 
     Args:
-        answers: what the method states.
+        spec: what the method states.
         seed: of the draws; a step's draw depends on it and on the step's number alone.
         rows: rows of a step on this process.
         processes: how many processes share the buffer's capacity.
@@ -37,18 +37,18 @@ class AnswerSource:
         GKD Algorithm 1 (λ); DistiLLM Algorithm 1 (φ and the buffer).
     """
 
-    def __init__(self, answers: Answers, seed: int, rows: int, processes: int = 1) -> None:
-        self.answers, self.seed = answers, seed
-        self.share = answers.share
+    def __init__(self, spec: RolloutSpec, seed: int, rows: int, processes: int = 1) -> None:
+        self.spec, self.seed = spec, seed
+        self.share = spec.share
         self.previous_loss: float | None = None
         self.deciding: str | None = None  # of several evaluation sets the first
         self.buffer: deque[dict[str, Any]] = deque()
-        if answers.replay is not None:
-            self.share = answers.replay.start
-            capacity = answers.replay.capacity // processes
+        if spec.replay is not None:
+            self.share = spec.replay.start
+            capacity = spec.replay.capacity // processes
             if capacity < rows:
                 raise ValueError(
-                    f"replay_capacity={answers.replay.capacity} over {processes} processes is {capacity} rows each, but a step "
+                    f"replay_capacity={spec.replay.capacity} over {processes} processes is {capacity} rows each, but a step "
                     f"takes {rows}: no step could be drawn from the buffer. Pass {rows * processes} or more."
                 )
             self.buffer = deque(maxlen=capacity)
@@ -56,7 +56,7 @@ class AnswerSource:
     def draw(self, step: int, steps: int) -> str:
         """`"fresh"`, `"dataset"` or `"buffer"`, for optimizer step `step` (from 0) of `steps`."""
         lot = random.Random(f"{self.seed}/{step}").random()
-        replay = self.answers.replay
+        replay = self.spec.replay
         if replay is None:
             return "fresh" if lot < self.share else "dataset"
         full = len(self.buffer) == self.buffer.maxlen
@@ -66,7 +66,7 @@ class AnswerSource:
 
     def keep(self, rows: Sequence[dict[str, Any]]) -> None:
         """Put a step's fresh rows (`prompt`, `completion_ids`) into the buffer, where there is one."""
-        if self.answers.replay is not None:
+        if self.spec.replay is not None:
             self.buffer.extend(rows)
 
     def replayed(self, step: int, rows: int, process: int = 0) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ class AnswerSource:
 
     def evaluated(self, loss: float, name: str = "eval") -> None:
         """Raise φ where an evaluation's loss is worse than the one before; of several evaluation sets the first decides."""
-        replay = self.answers.replay
+        replay = self.spec.replay
         self.deciding = self.deciding or name
         if replay is None or name != self.deciding:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -46,7 +46,7 @@ def hidden_of(
 
 
 class LocalTeacher:
-    """Scores rollouts with a model of this process: frozen, in evaluation mode, in the dtype it was loaded in.
+    """Reads rollouts with a model of this process: frozen, in evaluation mode, in the dtype it was loaded in.
 
     Args:
         model: a causal language model; it is frozen here.
@@ -55,6 +55,9 @@ class LocalTeacher:
         device: where the loss is computed; the hidden states are brought there.
         autocast: the mixed-precision context of the forward pass.
     """
+
+    writes = "interleaved"
+    is_remote = False
 
     def __init__(
         self,
@@ -87,5 +90,9 @@ class LocalTeacher:
         """`[rows, longest, hidden]`, the last hidden state of padded rows."""
         return last_hidden_state(self.model, ids, mask)
 
-    def score(self, rollouts: Rollouts) -> list[torch.Tensor]:
-        return hidden_of(self.model, rollouts, self.pad_id, self.batch_size, self.device, self.autocast, self.read)
+    def hidden(self, rollouts: Rollouts, lengths: Sequence[int]) -> list[torch.Tensor]:
+        read = rollouts.first(lengths)
+        return hidden_of(self.model, read, self.pad_id, self.batch_size, self.device, self.autocast, self.read)
+
+    def close(self) -> None:
+        """Nothing is held beyond the model itself."""

@@ -130,7 +130,7 @@ class Recording:
         recorded = max((len(row["completion_ids"]) for row in self.rows), default=0)
         if recorded > longest:
             raise ValueError(
-                f"the recording {self.folder} has answers of up to {recorded} tokens, but "
+                f"the recording {self.folder} has completions of up to {recorded} tokens, but "
                 f"max_completion_length={longest} would cut them: pass {recorded} or more."
             )
 
@@ -175,6 +175,9 @@ class RecordedTeacher:
         device: where the loss is computed.
     """
 
+    writes = "not"
+    is_remote = False
+
     def __init__(self, recording: Recording, device: torch.device) -> None:
         self.recording, self.device = recording, device
         bias = recording.head.bias
@@ -189,7 +192,10 @@ class RecordedTeacher:
     def head(self) -> Head:
         return self._head
 
-    def score(self, rollouts: Rollouts) -> list[torch.Tensor]:
+    def hidden(self, rollouts: Rollouts, lengths: Sequence[int]) -> list[torch.Tensor]:
         none = torch.zeros(0, self._head.hidden_size, dtype=self._head.weight.dtype, device=self.device)
-        rows = zip(rollouts.prompt_ids, rollouts.completion_ids, rollouts.lengths, strict=True)
-        return [self.recording.hidden(p, c).to(self.device) if length else none for p, c, length in rows]
+        rows = zip(rollouts.prompt_ids, rollouts.completion_ids, lengths, strict=True)
+        return [self.recording.hidden(p, c)[:length].to(self.device) if length else none for p, c, length in rows]
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -99,7 +99,7 @@ def head_of_checkpoint(
 
 
 class ServerTeacher:
-    """Scores rollouts by asking vLLM servers for hidden states, in turn, as many requests at a time as servers.
+    """Reads rollouts by asking vLLM servers for hidden states, in turn, as many requests at a time as servers.
 
     Args:
         urls: the servers' addresses, e.g. `http://127.0.0.1:8000`.
@@ -112,6 +112,9 @@ class ServerTeacher:
     Raises:
         ValueError: no server, or an address that is none.
     """
+
+    writes = "not"
+    is_remote = True
 
     def __init__(
         self,
@@ -149,6 +152,11 @@ class ServerTeacher:
     @property
     def head(self) -> Head:
         return self._head
+
+    def close(self) -> None:
+        """Close the connections."""
+        for client in self._clients:
+            client.close()
 
     # ------------------------------------------------------------------ before training
 
@@ -201,9 +209,10 @@ class ServerTeacher:
                     f"and {_START}."
                 )
 
-    # ------------------------------------------------------------------ scoring
+    # ------------------------------------------------------------------ reading
 
-    def score(self, rollouts: Rollouts) -> list[torch.Tensor]:
+    def hidden(self, rollouts: Rollouts, lengths: Sequence[int]) -> list[torch.Tensor]:
+        rollouts = rollouts.first(lengths)
         sizes = [len(p) + len(c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
         order = sorted((row for row in range(len(rollouts)) if rollouts.lengths[row]), key=sizes.__getitem__)
         none = torch.zeros(0, self._head.hidden_size, dtype=self._head.weight.dtype, device=self._head.weight.device)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tsdkd.checks import Problem
 from tsdkd.teachers.heads import head_of, last_hidden_state
 from tsdkd.teachers.local import LocalTeacher
 from tsdkd.types import Head
@@ -93,7 +94,7 @@ class _Reader(nn.Module):
 class ZeRO3Teacher(LocalTeacher):
     """A teacher of which each process holds a share; layers are gathered one after another while it reads.
 
-    Every process must score as many batches as the others, which `hidden_of` sees to; the head is to be read under
+    Every process must read as many batches as the others, which `hidden_of` sees to; the head is to be read under
     `gathered`.
 
     Args:
@@ -104,6 +105,8 @@ class ZeRO3Teacher(LocalTeacher):
     Raises:
         ValueError: no process group, or no deepspeed.
     """
+
+    writes = "not"
 
     def __init__(self, model: Any, config: dict[str, Any], **others: Any) -> None:
         super().__init__(model, **others)
@@ -127,21 +130,17 @@ class ZeRO3Teacher(LocalTeacher):
         return self._engine.module(ids.to(self.device), mask.to(self.device))
 
 
-def check_zero3_possible() -> None:
-    """Refuse a sharded teacher where DeepSpeed is missing or processes do not know each other.
-
-    Raises:
-        ValueError: saying what to install, or how to launch.
-    """
+def zero3_problems() -> Iterator[Problem]:
+    """What keeps a teacher from being sharded here: DeepSpeed is missing, or processes do not know each other."""
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f"teacher_placement=zero3 needs deepspeed, which cannot be imported ({error}): pip install 'tsdkd[deepspeed]'."
-        ) from error
+        yield Problem(
+            f"teacher_placement=zero3 needs deepspeed, which cannot be imported ({error})", do="pip install 'tsdkd[deepspeed]'"
+        )
     if not torch.distributed.is_initialized():
-        raise ValueError(
-            "teacher_placement=zero3 shards the teacher over the processes of a launcher, and none started this one: run "
-            "accelerate launch (or torchrun --nproc_per_node N) -m tsdkd.cli train …; for one GPU --nproc_per_node 1 with "
-            "teacher_cpu_offload, or teacher_placement=local."
+        yield Problem(
+            "teacher_placement=zero3 shards the teacher over the processes of a launcher, and none started this one",
+            do="run accelerate launch (or torchrun --nproc_per_node N) -m tsdkd.cli train …; for one GPU --nproc_per_node 1 "
+            "with teacher_cpu_offload, or teacher_placement=local",
         )

@@ -10,9 +10,11 @@ from trl import DistillationConfig
 
 from tsdkd.checks import check_choice, check_count, check_positive, check_weight
 from tsdkd.fused import ENGINES
+from tsdkd.losses import DIVERGENCES
 from tsdkd.methods import Method, resolve_method
 from tsdkd.methods.tsd_kd import TSDKD
 from tsdkd.selection import SELECTIONS
+from tsdkd.teachers.placing import PLACEMENTS
 from tsdkd.teachers.zero3 import zero3_config
 
 
@@ -132,7 +134,7 @@ class TokenDistillConfig(DistillationConfig):
         check_weight("gradient_filter", self.gradient_filter)
         check_choice("teacher_answers_engine", self.teacher_answers_engine, ("transformers", "vllm"))
         check_weight("teacher_answers_temperature", self.teacher_answers_temperature)
-        check_choice("teacher_placement", self.teacher_placement, ("local", "zero3", "server"))
+        check_choice("teacher_placement", self.teacher_placement, PLACEMENTS)
         if self.teacher_placement != "zero3" and (self.teacher_deepspeed or self.teacher_cpu_offload):
             raise ValueError(
                 f"teacher_deepspeed and teacher_cpu_offload are options of a sharded teacher, and teacher_placement is "
@@ -179,9 +181,15 @@ class TSDKDConfig(TokenDistillConfig):
     indirect_weight: float = field(default=0.1, metadata={"help": "alpha of Eq. 13 (paper, A.9: 0.1); 0 is off."})
     direct_weight: float = field(default=1.0, metadata={"help": "Weight of the gated JSD (paper, Eq. 13: 1); 0 is off."})
     entropy_weight: float = field(default=1.0, metadata={"help": "Weight of the entropy term (paper, Eq. 13: 1); 0 is off."})
+    divergence: str = field(
+        default="generalized_jsd",
+        metadata={"help": f"Of the direct term (paper, Eq. 1: generalized_jsd): one of {', '.join(DIVERGENCES)}."},
+    )
     beta: float = field(
         default=0.9,
-        metadata={"help": "0 forward KL, 1 reverse KL (paper, 4.1: 'we set 0.9 for JSD as suggested by GKD'; A.5)."},
+        metadata={
+            "help": "Of generalized_jsd: 0 forward, 1 reverse KL (paper, 4.1: 'we set 0.9 for JSD as suggested by GKD'; A.5)."
+        },
     )
     gate: str = field(
         default="entropy_gap",

@@ -1,11 +1,10 @@
-"""A corpus beside the answers: the texts of a language-model loss that keeps what the student knew."""
+"""A corpus beside the completions: the texts of a language-model loss that keeps what the student knew."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
-
-from tsdkd.methods import Method
 
 
 class Corpus:
@@ -13,36 +12,19 @@ class Corpus:
 
     Args:
         dataset: rows with a `text`.
-        method: one with `pretraining_weight` and `pretraining_loss`.
         seed: of the draws.
+        longest: ids of a text at most; the rest of it is not read.
     """
 
-    def __init__(self, dataset: Any, method: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-        self.weight, self.loss = method.pretraining_weight, method.pretraining_loss
-
-    @classmethod
-    def of(cls, dataset: Any, method: Method, seed: int) -> Corpus | None:
-        """The corpus, or None for a method without such a loss.
-
-        Raises:
-            ValueError: a weight without a corpus, a corpus without a weight or without a `text` column.
-        """
-        weight = getattr(method, "pretraining_weight", 0.0)
-        if not weight and dataset is not None:
-            raise ValueError(
-                f"pretraining_dataset was given to {method.name}, whose pretraining_weight is 0 or missing: nothing would be "
-                "trained on it. Set minillm's pretraining_weight, or leave the data set out."
-            )
-        if weight and (dataset is None or "text" not in (dataset.column_names or [])):
-            columns = "none was given" if dataset is None else f"it has: {', '.join(dataset.column_names or [])}"
-            raise ValueError(
-                f"pretraining_weight={weight} takes a pretraining_dataset with a 'text' column; {columns}. Pass one, or set "
-                "the weight to 0."
-            )
-        return cls(dataset, method, seed) if weight else None
+    def __init__(self, dataset: Any, seed: int, longest: int) -> None:
+        self.dataset, self.seed, self.longest = dataset, seed, longest
 
     def draw(self, rows: int, step: int, process: int) -> list[str]:
         """Texts for a step, drawn by the seed, the step and the process."""
         lot = random.Random(f"{self.seed}/{step}/{process}")
         return [self.dataset[lot.randrange(len(self.dataset))]["text"] for _ in range(rows)]
+
+    def ids(self, texts: list[str], tokenize: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+        """Their ids, cut to the context; a text of one token predicts nothing and is left empty."""
+        cut = [row[: self.longest] for row in tokenize(texts)]
+        return [row if len(row) > 1 else [] for row in cut]

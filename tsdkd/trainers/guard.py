@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 
 from tsdkd.types import Rollouts
@@ -12,9 +15,15 @@ class NonFiniteError(FloatingPointError):
 
 
 class Guard:
-    """Collects, on the device, what was not finite in the micro-batches of a step."""
+    """Collects, on the device, what was not finite in the micro-batches of a step.
 
-    def __init__(self) -> None:
+    Args:
+        accelerator: of the run, for the one reduction a step; None where there is no run.
+        models: `student` and `teacher` by name, for the message.
+    """
+
+    def __init__(self, accelerator: Any, models: Mapping[str, str]) -> None:
+        self.accelerator, self.models = accelerator, models
         self._flags: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, list[tuple[torch.Tensor, Rollouts]]] = {}
 
@@ -41,37 +50,48 @@ class Guard:
                 for row, length in enumerate(rollouts.lengths):
                     if first < length:
                         size, end = len(rollouts.prompt_ids[row]), rollouts.prompt_ids[row][-5:]
-                        return f"; first at token {first} of an answer to a prompt of {size} tokens that ends with ids {end}"
+                        return (
+                            f"; first at token {first} of a completion after a prompt of {size} tokens that ends with ids {end}"
+                        )
                     first -= length
         return ""
 
-    def check(self, accelerator, step: int, models: dict[str, str], grad_norm: torch.Tensor | float | None) -> None:
+    def check(self, step: int, grad_norm: torch.Tensor | float | None, numbers: Sequence[torch.Tensor] = ()) -> list[float]:
         """Raise on every process if any process saw a NaN or Inf in this optimizer step.
 
         Args:
             step: the optimizer step about to be made, from 1.
-            models: `student` and `teacher` by name, for the message.
             grad_norm: the step's gradient norm; None where a loss scaler handles infinite ones itself.
+            numbers: 0-d tensors that ride on the same reduction.
+
+        Returns:
+            the sums of `numbers` over all processes.
+
+        Raises:
+            NonFiniteError: naming what was not finite, and where.
         """
+        device = self.accelerator.device
         names = list(self._flags)
-        flags = [self._flags[name].to(accelerator.device, torch.float32) for name in names]
+        flags = [self._flags[name].to(device, torch.float32) for name in names]
         self._flags.clear()
         tokens, self._tokens = self._tokens, {}
         if grad_norm is not None:
-            norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=accelerator.device).detach()
+            norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=device).detach()
             names.append("the gradient norm")
             flags.append((~torch.isfinite(norm)).float())
-        if not flags:
-            return
-        found = accelerator.reduce(torch.stack(flags), reduction="sum").tolist()
-        culprits = [name for name, count in zip(names, found, strict=True) if count]
+        packed = [*flags, *(number.detach().to(device, torch.float32) for number in numbers)]
+        if not packed:
+            return []
+        found = self.accelerator.reduce(torch.stack(packed), reduction="sum").tolist()
+        culprits = [name for name, count in zip(names, found, strict=False) if count]
         if culprits:
             self._tokens = tokens
             where = "".join(self._search(name) for name in culprits[:1])
             raise NonFiniteError(
-                f"step {step}: NaN or Inf in {', '.join(culprits)}{where} (student: {models['student']}, teacher: "
-                f"{models['teacher']}). The step was not made: the student's weights are those of step {step - 1}, and nothing "
-                "was saved. Look at the first name: a model's hidden states point to its checkpoint or dtype (try bfloat16 "
-                "or float32 instead of float16), a term to its options, the gradient norm alone to the learning rate or to "
-                "mixed precision."
+                f"step {step}: NaN or Inf in {', '.join(culprits)}{where} (student: {self.models['student']}, teacher: "
+                f"{self.models['teacher']}). The step was not made: the student's weights are those of step {step - 1}, and "
+                "nothing was saved. Look at the first name: a model's hidden states point to its checkpoint or dtype (try "
+                "bfloat16 or float32 instead of float16), a term to its options, the gradient norm alone to the learning rate "
+                "or to mixed precision."
             )
+        return found[len(names) :]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tsdkd.fused import check_divergence_once
+from tsdkd.methods import Method
 from tsdkd.teachers import gathered
-from tsdkd.teachers.heads import without_adapter_wrapper
 from tsdkd.teachers.zero3 import zero3_config
 from tsdkd.trainers.config import TokenDistillConfig
-from tsdkd.trainers.trl_seams import loading_under
+from tsdkd.trainers.loading import loading_under, restore_buffers
+from tsdkd.types import DivergenceTerm, RankingTerm
+
+logger = logging.getLogger(__name__)
 
 
 def _teacher_kwargs(args: TokenDistillConfig) -> dict[str, Any]:
@@ -69,22 +73,6 @@ def load_sharded_teacher(model: Any, args: TokenDistillConfig) -> tuple[Any, dic
     return model, deepspeed_config
 
 
-def restore_buffers(model: Any, dtype: torch.dtype) -> None:
-    """Buffers that no checkpoint holds, as they are without ZeRO-3, in a model that it sharded while it was loaded: there they
-    are computed in the dtype of the weights, and a rotary embedding in bfloat16 has wrong angles."""
-    inner = without_adapter_wrapper(model)
-    if not any(hasattr(parameter, "ds_status") for parameter in inner.parameters()):
-        return
-    with loading_under(None), init_empty_weights(include_buffers=False):
-        fresh = type(inner)._from_config(inner.config, dtype=dtype)
-    wanted = dict(fresh.named_buffers())
-    for name, module in inner.named_modules():
-        for short in module._non_persistent_buffers_set:
-            buffer, whole = getattr(module, short), wanted.get(f"{name}.{short}" if name else short)
-            if buffer is not None and whole is not None and whole.shape == buffer.shape:
-                setattr(module, short, whole.to(buffer.device))
-
-
 def fingerprint_of(model: Any) -> str:
     """A short digest of a model's shape and of some of its weights."""
     parameter = model.get_input_embeddings().weight
@@ -99,6 +87,44 @@ def fingerprint_of(model: Any) -> str:
 def name_of(model: Any) -> str:
     """A model's name for messages."""
     return getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+
+def vocabulary_of(source: str, args: TokenDistillConfig) -> dict[str, int] | None:
+    """The tokens of the tokenizer that comes with a checkpoint, if one does."""
+    if not source:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        logger.warning("no tokenizer could be read from %r: %s", source, str(error).splitlines()[0])
+        return None
+    return tokenizer.get_vocab()
+
+
+def names_of(setup: Any) -> dict[str, str]:
+    """What student and teacher of a `Setup` are called in messages."""
+
+    def named(model: Any) -> str:
+        return model if isinstance(model, str) else name_of(model)
+
+    teacher = "none" if setup.teacher is None else named(setup.teacher)
+    return {"student": named(setup.student), "teacher": teacher if setup.recording is None else "a recording"}
+
+
+def check_terms(method: Method, vocab_size: int, device: torch.device) -> None:
+    """Refuse a method's terms that the shared vocabulary does not allow.
+
+    Raises:
+        ValueError: more candidates than there are ids, or a divergence that two rows show to be none.
+    """
+    for term in method.objective().active:
+        if isinstance(term, RankingTerm) and term.num_candidates > vocab_size:
+            raise ValueError(
+                f"num_candidates={term.num_candidates} but the two models share {vocab_size} tokens: pass {vocab_size} or "
+                "fewer."
+            )
+        if isinstance(term, DivergenceTerm):
+            check_divergence_once(term.divergence, vocab_size, device)
 
 
 def check_same_tokens(ours: dict[str, int], theirs: dict[str, int], vocab_size: int) -> None:

@@ -1,0 +1,80 @@
+"""What a checkpoint keeps beside TRL's: the parts of a run that have a state, a JSON file a process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Stateful(Protocol):
+    """A part of a run with a state."""
+
+    def state_dict(self) -> Any:
+        """What a checkpoint keeps, as JSON; None is nothing."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from a checkpoint."""
+        ...
+
+
+class Checkpoints:
+    """The registry of the parts.
+
+    Args:
+        identity: what must be the same when a run goes on: the method's name and the number of processes.
+        process: this one's number.
+        parts: by their name in the file.
+    """
+
+    def __init__(self, identity: Mapping[str, Any], process: int, parts: Mapping[str, Stateful]) -> None:
+        self.identity, self.process, self.parts = dict(identity), process, dict(parts)
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps of this process; None is nothing."""
+        kept = {name: state for name, part in self.parts.items() if (state := part.state_dict()) is not None}
+        return {**self.identity, **kept} if kept else None
+
+    def file(self, folder: str | Path) -> Path:
+        """This process's file in a checkpoint."""
+        return Path(folder) / f"tsdkd_state_{self.process}.json"
+
+    def save(self, folder: Path) -> None:
+        """Write the file, where there is something to keep."""
+        state = self.state()
+        if state is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file(folder).write_text(json.dumps(state))
+
+    def load(self, folder: str | Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: it lacks the file, or was written by another method or number of processes.
+        """
+        file = self.file(folder)
+        if file.is_file():
+            self.restore(json.loads(file.read_text()))
+        elif self.state() is not None:
+            raise ValueError(
+                f"the checkpoint {folder} has no {file.name}, which holds the method's state: it was written by another "
+                "method or with fewer processes. Resume with the method and the number of processes that wrote it."
+            )
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave.
+
+        Raises:
+            ValueError: the identity differs.
+        """
+        for what, value in self.identity.items():
+            if state[what] != value:
+                raise ValueError(
+                    f"the checkpoint keeps a state of {what} {state[what]!r}, and this run has {value!r}: it would be lost or "
+                    f"torn. Resume with {what} {state[what]!r}."
+                )
+        for name, part in self.parts.items():
+            if name in state:
+                part.load_state_dict(state[name])

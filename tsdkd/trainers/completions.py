@@ -1,0 +1,199 @@
+"""Who writes the completions of a step: the student, the data set, the teacher ahead of the run, both models together, a
+writer of a user's own, or a replay buffer. Owns φ, the buffer, and the draws of the sources."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from tsdkd.data.completions import has_text
+from tsdkd.rollouts import RolloutSource, mixed, speculative
+from tsdkd.teachers import Teacher
+from tsdkd.trainers.ahead import CompletionsAhead, interleaved
+from tsdkd.trainers.host import Host, batch_rows, columns_of
+from tsdkd.trainers.metrics import Metrics
+from tsdkd.trainers.prompts import PIECE
+from tsdkd.types import RolloutSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A generation batch: its rows, and completions that stand ready for them, in place of written ones."""
+
+    rows: list[dict[str, Any]]
+    given: list[list[int]] | None = None
+    is_fresh: bool = False  # written now, for the buffer
+
+
+@dataclass(frozen=True)
+class Written:
+    """Completions, one list of ids a row, and what was recorded of each of their tokens, by name."""
+
+    ids: list[list[int]]
+    token_values: dict[str, list[list[float]]] = field(default_factory=dict)
+
+
+class CompletionSupply:
+    """The completions of every step.
+
+    Args:
+        host: the trainer.
+        spec: whose completions the method trains on.
+        teacher_model, teacher: the teacher's model in this process, if any, and what it is; they may write.
+        teacher_name: for files and messages.
+        metrics: what is logged.
+
+    Raises:
+        ValueError: a writer that cannot write here, or a buffer that no step fits into.
+    """
+
+    def __init__(
+        self, host: Host, spec: RolloutSpec, teacher_model: Any, teacher: Teacher | None, teacher_name: str, metrics: Metrics
+    ) -> None:
+        self.host, self.spec, self.metrics = host, spec, metrics
+        self.teacher_model = teacher_model
+        self.ahead = CompletionsAhead(host, spec, teacher_model, teacher_name)
+        self.source = RolloutSource(spec, host.args.seed, batch_rows(host.args), host.accelerator.num_processes)
+        self._writer = None if spec.writer == "student" else self._build_writer(teacher)
+
+    # ------------------------------------------------------------------ in a step
+
+    def rows(self, rows: list[dict[str, Any]]) -> Batch:
+        """The rows of a generation batch, or others in their place, and the completions that stand ready for them."""
+        host = self.host
+        if host.mode == "eval":
+            answered = "completion" in rows[0] or "completion_ids" in rows[0]
+            return Batch(rows, self._given(rows) if answered and self.spec.evaluate_on == "dataset" else None)
+        drawn = self.source.draw(host.step, host.max_steps)
+        self._log(drawn)
+        if drawn == "fresh":
+            return Batch(rows, is_fresh=True)
+        if drawn == "dataset":
+            return Batch(rows, self._given(rows))
+        rows = self.source.replayed(host.step, len(rows), host.accelerator.process_index)
+        return Batch(rows, [row["completion_ids"] for row in rows])
+
+    def write(self, batch: Batch, prompt_ids: list[list[int]], by_student: Any) -> Written:
+        """The completions of a batch.
+
+        Args:
+            by_student: from the prompts' ids to the student's own completions.
+        """
+        if batch.given is not None:
+            return Written(batch.given)
+        if self._writer is None or self.host.mode == "eval":
+            written = Written(by_student(prompt_ids))
+        else:
+            with self.host.student() as student:
+                written = Written(*self._writer.write(student, prompt_ids))
+        if batch.is_fresh:
+            pairs = zip(batch.rows, written.ids, strict=True)
+            self.source.keep([{"prompt": row["prompt"], "completion_ids": ids} for row, ids in pairs])
+        return written
+
+    def _log(self, drawn: str) -> None:
+        if not self.spec.need_dataset:
+            return
+        for source in ("fresh", "dataset", "buffer"):
+            self.metrics.add_host("train", f"answers/{source}", float(drawn == source))
+        if self.spec.replay is not None:
+            self.metrics.add_host("train", "answers/share", self.source.share)
+
+    def _given(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """The ids of the data set's completions, cut to `max_completion_length`."""
+        return [ids for ids, _ in self._given_and_cut(rows)]
+
+    def _given_and_cut(self, rows: list[dict[str, Any]]) -> list[tuple[list[int], bool]]:
+        longest = self.host.max_completion_length
+        if "completion_ids" in rows[0]:
+            given = [list(row["completion_ids"]) for row in rows]
+            return [(ids[:longest], len(ids) > longest) for ids in given]
+        prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+        return self.host.tokenize_completions(prompts, completions, longest)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """φ, the buffer and the last evaluation's loss, where there is a replay; else nothing."""
+        return self.source.state_dict() if self.spec.replay is not None else None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.source.load_state_dict(state)
+
+    # ------------------------------------------------------------------ before a run
+
+    def check(self, dataset: Any, role: str) -> None:
+        """Refuse the data set's completions where they cannot be trained on; say how many are cut.
+
+        Raises:
+            ValueError: rows without text, or with ids that one model lacks.
+        """
+        columns = set(columns_of(dataset))
+        if not self.spec.need_dataset or not columns & {"completion", "completion_ids"}:
+            return
+        if "completion_ids" not in columns:
+            empty = [row for row, completion in enumerate(dataset["completion"]) if not has_text(completion)]
+            if empty:
+                raise ValueError(
+                    f"{role} has {len(empty)} completions without text, the first in row {empty[0]}: a completion is a "
+                    "text or a list of one assistant message with a text. Remove or mend those rows."
+                )
+        host, cut = self.host, 0
+        for start in range(0, len(dataset), PIECE):
+            piece = dataset[start : start + PIECE]
+            rows = [dict(zip(piece, values, strict=True)) for values in zip(*piece.values(), strict=True)]
+            for row, (ids, was_cut) in enumerate(self._given_and_cut(rows), start):
+                cut += was_cut
+                if max(ids, default=0) >= host.vocab_size:
+                    raise ValueError(
+                        f"the completion of row {row} of {role} holds id {max(ids)}, {host.tokenizer.decode([max(ids)])!r}, "
+                        f"beyond the {host.vocab_size} ids that both models have. Remove that token."
+                    )
+        if cut:
+            logger.warning(
+                "%d of %d completions of %s are longer than max_completion_length=%d and lose their end.",
+                cut,
+                len(dataset),
+                role,
+                host.max_completion_length,
+            )
+
+    def _build_writer(self, teacher: Teacher | None) -> Any:
+        """What writes in place of the student: a named rule or one of a user's own on both models, or a user's writer."""
+        spec, args = self.spec, self.host.args
+        if hasattr(spec.writer, "write"):
+            return spec.writer
+        self._refuse_interleaving(teacher)
+        if spec.writer == "mixed":
+            rule = mixed(spec.options["alpha"], args.temperature, spec.options["temperature"])
+        elif spec.writer == "speculative":
+            rule = speculative(spec.options["top_k"], args.temperature)
+        elif callable(spec.writer):
+            rule = spec.writer
+        else:
+            raise ValueError(
+                f"writer={spec.writer!r}: pass 'student', 'mixed', 'speculative', a rule of both models' logits, or an object "
+                "with write(student, prompt_ids)."
+            )
+        return interleaved(self.host, self.teacher_model, rule)
+
+    def _refuse_interleaving(self, teacher: Teacher | None) -> None:
+        args, why = self.host.args, None
+        if self.teacher_model is None:
+            why = "no teacher is in memory"
+        elif args.use_vllm:
+            why = "use_vllm=True gives generation to vLLM, which holds one model: leave use_vllm out"
+        elif self.host.tools:
+            why = "tools need completions of one model: leave tools out"
+        elif teacher is None or teacher.writes != "interleaved":
+            why = "a teacher under ZeRO-3 cannot write token by token while processes end at different lengths: keep it whole"
+        elif args.temperature <= 0:
+            why = f"temperature={args.temperature} leaves no distribution to draw from: pass one above 0"
+        elif args.top_p != 1.0 or args.top_k or args.min_p:
+            why = "top_p, top_k and min_p would change the distributions that are mixed: leave them at their defaults"
+        elif args.repetition_penalty != 1.0 or args.generation_kwargs:
+            why = "repetition_penalty and generation_kwargs are options of one model's generation: leave them out"
+        if why:
+            raise ValueError(f"the method's completions are written by both models, token by token, but {why}.")

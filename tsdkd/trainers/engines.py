@@ -1,0 +1,128 @@
+"""Part of the seam: what generates in TRL's trainer, transformers or vLLM, and what is asked of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from trl.import_utils import is_vllm_available
+from trl.models import unwrap_model_for_generation
+
+from tsdkd.types import Rollouts
+
+
+def vllm_problem() -> str | None:
+    """Why TRL cannot use the vLLM of this environment, or None."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if not is_vllm_available():
+            return "vLLM is not installed"
+    return next((str(w.message).split(". We")[0] for w in told if "supports vLLM versions" in str(w.message)), None)
+
+
+class Generation:
+    """Both of TRL's ways to generate, told the same.
+
+    Args:
+        trainer: TRL's trainer, constructed.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.vllm: Any = trainer.vllm_generation if trainer.use_vllm else None
+
+    def set_max_completion_length(self, tokens: int) -> None:
+        """The longest completion."""
+        trainer = self.trainer
+        trainer.max_completion_length = tokens
+        trainer.generation_kwargs["max_new_tokens"] = tokens
+        trainer.generation_config.max_new_tokens = tokens
+        if self.vllm is not None:
+            self.vllm.max_completion_length = tokens
+
+    def forbid_ids_from(self, vocab_size: int) -> None:
+        """Never sample an id from `vocab_size` on: the other model has no embedding for it."""
+        trainer = self.trainer
+        beyond = list(range(vocab_size, trainer.model.config.get_text_config().vocab_size))
+        if not beyond:
+            return
+        if self.vllm is not None:
+            kwargs = dict(self.vllm.generation_kwargs or {})
+            kwargs["allowed_token_ids"] = [i for i in kwargs.get("allowed_token_ids", range(vocab_size)) if i < vocab_size]
+            self.vllm.generation_kwargs = kwargs
+            return
+        suppressed = sorted({*(trainer.generation_kwargs.get("suppress_tokens") or []), *beyond})
+        trainer.generation_kwargs["suppress_tokens"] = suppressed
+        trainer.generation_config.suppress_tokens = suppressed
+
+    def reload_whole(self) -> None:
+        """On a CPU vLLM repacks its layers once they are loaded, and TRL's load of one parameter after another fails: there
+        the weights go through vLLM's own reload. Elsewhere TRL's way stays."""
+        generation = self.vllm
+        if generation is None or generation.mode != "colocate" or self.trainer.accelerator.device.type != "cpu":
+            return
+
+        def sync_weights() -> None:
+            # Copies, since vLLM may take them after a merged adapter has been taken out again.
+            weights = ((name, parameter.detach().clone()) for name, parameter in generation._iter_named_params())
+            generation.llm.llm_engine.model_executor.driver_worker.model_runner.reload_weights(weights_iterator=weights)
+            generation.llm.reset_prefix_cache()
+
+        generation.sync_weights = sync_weights
+
+    @contextmanager
+    def student(self) -> Iterator[Any]:
+        """The student, whole, in evaluation mode and without gradient, for a writer or a reader of our own."""
+        trainer = self.trainer
+        with (
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                trainer.accelerator,
+                gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            ) as student,
+            torch.no_grad(),
+            trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+        ):
+            was_training = student.training
+            student.eval()
+            try:
+                yield student
+            finally:
+                student.train(was_training)
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether each process has a vLLM of its own."""
+        return self.vllm is not None and self.vllm.mode == "colocate" and self.trainer.args.vllm_tensor_parallel_size == 1
+
+    @contextmanager
+    def engine(self) -> Iterator[Any]:
+        """The vLLM of this process with the student's weights of now; None where it has none. Every process must enter."""
+        if not self.has_engine:
+            yield None
+            return
+        generation = self.vllm
+        generation.sync_weights()
+        if generation.enable_sleep_mode:
+            generation.llm.wake_up(tags=["kv_cache"])
+        try:
+            yield generation.llm
+        finally:
+            if generation.enable_sleep_mode:
+                generation.llm.sleep(level=2)
+                generation._llm_weights_sleeping = True
+
+
+def without_repeats(rollouts: Rollouts, accelerator: Any) -> Rollouts:
+    """Untrain the rows that accelerate repeats to fill the last evaluation batch of all processes."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return rollouts
+    first = accelerator.process_index * len(rollouts)
+    masks = [m if first + row < state.remainder else [0] * len(m) for row, m in enumerate(rollouts.completion_mask)]
+    return dataclasses.replace(rollouts, completion_mask=masks)

@@ -1,0 +1,105 @@
+"""What the collaborators ask of the trainer; met by its shape, not by inheritance, so that they run without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+
+class Host(Protocol):
+    """The trainer as its collaborators see it."""
+
+    args: Any
+    accelerator: Any
+    model: Any
+    tools: Any
+    max_completion_length: int
+    vocab_size: int
+
+    @property
+    def mode(self) -> str:
+        """`"train"` or `"eval"`."""
+        ...
+
+    @property
+    def training(self) -> bool:
+        """Whether `train()` runs."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps made."""
+        ...
+
+    @property
+    def micro_step(self) -> int:
+        """Which of a step's micro-batches is in hand, from 0."""
+        ...
+
+    @property
+    def max_steps(self) -> int: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The ids that end a completion."""
+        ...
+
+    def tokenize(self, prompts: list) -> list[list[int]]:
+        """Prompts as they are generated from."""
+        ...
+
+    def tokenize_completions(self, prompts: list, completions: list, limit: int) -> list[tuple[list[int], bool]]:
+        """The ids of given completions after their prompts, and whether each was cut."""
+        ...
+
+    def tokenize_texts(self, texts: list[str]) -> list[list[int]]:
+        """Plain texts, as a language model reads them."""
+        ...
+
+    def student(self) -> AbstractContextManager[Any]:
+        """The student, whole, in evaluation mode and without gradient, for a writer or a reader of our own."""
+        ...
+
+    def rollout_engine(self) -> AbstractContextManager[Any]:
+        """The vLLM of this process with the student's weights of now; None where it has none. Every process must enter."""
+        ...
+
+    def gathered_heads(self, *models: Any) -> AbstractContextManager[None]:
+        """Under ZeRO-3 the heads of these models whole; elsewhere nothing."""
+        ...
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether a flag is up on any process; every process must ask."""
+        ...
+
+    def save_now(self) -> None:
+        """A checkpoint of the last whole step."""
+        ...
+
+
+def batch_rows(args: Any) -> int:
+    """Rows of an optimizer step on one process."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
+def teacher_rows(args: Any) -> int:
+    """Rows of a teacher's forward pass."""
+    return args.teacher_batch_size or args.per_device_train_batch_size
+
+
+def eval_sets(eval_dataset: Any) -> dict[str, Any]:
+    """Evaluation sets by the role that messages name."""
+    if eval_dataset is None:
+        return {}
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": rows for name, rows in eval_dataset.items()}
+    return {"eval_dataset": eval_dataset}
+
+
+def columns_of(dataset: Any) -> Sequence[str]:
+    """A data set's columns, as far as it knows them."""
+    return getattr(dataset, "column_names", None) or []

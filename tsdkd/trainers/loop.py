@@ -1,0 +1,154 @@
+"""A step from prompt to gradient: the parts of a run, and the order in which they are called. Read this first.
+
+    rows → Batch          completions.py   which rows, and completions that stand ready for them
+    prompts → Written     completions.py   who writes
+    rollouts → Step       scoring.py       counts of the whole step, what is read, the teacher's hidden states: once a step
+    student, Step → loss  loss.py          for each micro-batch
+    loss → go on or stop  guard.py         before the optimizer; then the method's state is told of the step
+
+Every part owns its state; `checkpoints.py` knows which of it a checkpoint keeps.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from tsdkd.methods import State
+from tsdkd.teachers import Teacher
+from tsdkd.trainers.checkpoints import Checkpoints, Stateful
+from tsdkd.trainers.completions import Batch, CompletionSupply, Written
+from tsdkd.trainers.corpus import Corpus
+from tsdkd.trainers.guard import Guard, NonFiniteError
+from tsdkd.trainers.host import Host
+from tsdkd.trainers.loss import StepLoss
+from tsdkd.trainers.metrics import Metrics
+from tsdkd.trainers.prompts import Limits, Prompts
+from tsdkd.trainers.scoring import StepScorer
+from tsdkd.trainers.setup import Setup
+from tsdkd.trainers.step import Step
+from tsdkd.types import Rollouts
+
+logger = logging.getLogger(__name__)
+
+
+class Loop:
+    """The collaborators of a run.
+
+    Args:
+        host: the trainer.
+        setup: what was asked for.
+        teacher: None where nothing reads one.
+        teacher_model: its model in this process, if any.
+        names: `student` and `teacher`, for messages.
+        limits: of prompts and completions.
+    """
+
+    def __init__(
+        self, host: Host, setup: Setup, teacher: Teacher | None, teacher_model: Any, names: dict[str, str], limits: Limits
+    ) -> None:
+        method, args, accelerator = setup.method, setup.args, host.accelerator
+        self.host, self.method, self.names = host, method, names
+        reader = teacher if method.reads_teacher else None
+        corpus = None
+        if method.pretraining_weight:
+            corpus = Corpus(setup.pretraining_dataset, args.seed, limits.prompt + limits.completion)
+        models = () if teacher_model is None else (teacher_model,)
+        self.metrics = Metrics(accelerator, method.terms())
+        self.guard = Guard(accelerator, names)
+        self.supply = CompletionSupply(host, setup.rollouts, teacher_model, teacher, names["teacher"], self.metrics)
+        self.prompts = Prompts(host, limits, self.supply.check)
+        self.scorer = StepScorer(host, method, reader, self.metrics, corpus)
+        self.loss = StepLoss(
+            method,
+            teacher_head=lambda: None if reader is None else reader.head,
+            device=accelerator.device,
+            pad_id=host.tokenizer.pad_token_id,
+            engine={"impl": args.fused_impl, "gradient_filter": args.gradient_filter},
+            metrics=self.metrics,
+            guard=self.guard,
+            autocast=accelerator.autocast,
+            gathered=lambda student: host.gathered_heads(student, *models),
+            scale=accelerator.num_processes,  # counts are the whole step's, while DDP averages gradients over processes
+        )
+        parts: dict[str, Stateful] = {"state": self.loss, "answers": self.supply}
+        if args.token_budget is not None:
+            parts["trained_tokens"] = self.metrics
+        identity = {"method": method.name, "processes": accelerator.num_processes}
+        self.checkpoints = Checkpoints(identity, accelerator.process_index, parts)
+
+    @property
+    def state(self) -> State:
+        """What of the method changes from step to step."""
+        return self.loss.state
+
+    def begin(self) -> None:
+        """A training run starts: the method's state with it, as many steps as are to be made."""
+        self.loss.state = self.method.start(self.host.max_steps)
+
+    # ------------------------------------------------------------------ a step
+
+    def rows(self, rows: list[dict[str, Any]]) -> Batch:
+        """The rows of a generation batch, or others in their place."""
+        return self.supply.rows(rows)
+
+    def write(self, batch: Batch, prompt_ids: list[list[int]], by_student: Any) -> Written:
+        """The batch's completions; on every process a student whose logits are not finite stops here.
+
+        Raises:
+            NonFiniteError: naming the student.
+        """
+        failure, written = None, Written([[] for _ in prompt_ids])
+        try:
+            written = self.supply.write(batch, prompt_ids, by_student)
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            failure = error
+        if self.host.any_process(failure is not None):
+            raise NonFiniteError(
+                f"step {self.host.step + 1}: NaN or Inf in the student's logits while it wrote its completions (student: "
+                f"{self.names['student']}). The last step made its weights diverge, nothing was saved since: lower the "
+                "learning rate, or go back to a checkpoint."
+            ) from failure
+        return written
+
+    def prepare(self, rollouts: Rollouts) -> Step:
+        """The step of a generation batch's rollouts, once for all its micro-batches."""
+        return self.scorer.prepare(rollouts)
+
+    def compute(self, student: nn.Module, step: Step) -> torch.Tensor:
+        """A micro-batch's loss."""
+        host = self.host
+        every = host.args.term_grad_norm_steps
+        norms = bool(every) and host.mode == "train" and host.micro_step == 0 and host.step % every == 0
+        return self.loss(student, step, mode=host.mode, term_norms=norms)
+
+    def before_optimizer_step(self, grad_norm: torch.Tensor | float | None) -> None:
+        """Once an optimizer step, before the weights change."""
+        self.metrics.step_made()
+        numbers = self.check_gradient_norm(grad_norm, self.loss.numbers)
+        self.loss.step_made(self.host.step + 1, numbers, self.host.accelerator.gather)
+
+    def check_gradient_norm(
+        self, grad_norm: torch.Tensor | float | None, numbers: list[torch.Tensor] | None = None
+    ) -> list[float]:
+        """What the guard has seen since its last check, and the norm; the sums of `numbers` over all processes."""
+        # A loss scaler skips steps with infinite gradients by itself.
+        norm = None if self.host.accelerator.scaler is not None else grad_norm
+        return self.guard.check(self.host.step + 1, norm, numbers or [])
+
+    # ------------------------------------------------------------------ beside the steps
+
+    def window(self, mode: str) -> dict[str, float]:
+        """The metrics of a logging window."""
+        return self.metrics.window(mode)
+
+    def after_evaluation(self, metrics: dict[str, float], prefix: str) -> None:
+        """What follows an evaluation's loss during training."""
+        if "loss" in metrics and self.host.training:
+            self.supply.source.evaluated(metrics["loss"], prefix)
+            self.state.after_evaluation(metrics["loss"], prefix)

@@ -1,0 +1,224 @@
+"""The loss of a step from the student and its rollouts; it needs no trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from tsdkd import fused
+from tsdkd.methods import Method, State, Summary
+from tsdkd.methods.base import PRETRAINING
+from tsdkd.teachers.heads import head_of, last_hidden_state
+from tsdkd.trainers.guard import Guard
+from tsdkd.trainers.metrics import Metrics
+from tsdkd.trainers.step import Step
+from tsdkd.types import Head, LossTerms, Rollouts, TokenBatch
+
+
+class StepLoss:
+    """`(student, step) → loss` of a micro-batch, in units of the whole step's counts; it owns the method's state.
+
+    Args:
+        method: whose loss it is.
+        state: what of the method changes from step to step; None starts one outside of training.
+        teacher_head: gives the teacher's head, on the device where the loss is computed; None without a teacher.
+        device: where that is.
+        pad_id: any id, for padding that no result depends on.
+        engine: for `fused.evaluate` (`impl`, `gradient_filter`, …).
+        metrics, guard: what is logged and watched; None is nothing.
+        autocast: the mixed-precision context of the student's forward pass.
+        gathered: makes the heads of models whole (ZeRO-3).
+        scale: what the loss of a training step is multiplied by.
+
+    Example:
+        >>> step = StepLoss.step_of(method, rollouts, teacher_hidden)  # doctest: +SKIP
+        >>> StepLoss(method, teacher_head=lambda: head, device=model.device)(model, step).backward()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        *,
+        state: State | None = None,
+        teacher_head: Callable[[], Head | None] = lambda: None,
+        device: torch.device | str = "cpu",
+        pad_id: int = 0,
+        engine: Mapping[str, Any] | None = None,
+        metrics: Metrics | None = None,
+        guard: Guard | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        gathered: Callable[..., AbstractContextManager] = lambda *models: nullcontext(),
+        scale: float = 1.0,
+    ) -> None:
+        self.method, self.state = method, method.start(None) if state is None else state
+        self.teacher_head, self.device, self.pad_id = teacher_head, torch.device(device), pad_id
+        self.engine = dict(engine or {})
+        self.metrics, self.guard = metrics, guard
+        self.autocast, self.gathered, self.scale = autocast, gathered, scale
+        self._observed: list[tuple[list[int], torch.Tensor]] = []
+        self._sums: dict[str, torch.Tensor] = {}
+
+    @staticmethod
+    def step_of(method: Method, rollouts: Rollouts, teacher_hidden: list[torch.Tensor] | None = None) -> Step:
+        """A whole step of rollouts that one caller holds, read to the end by both models."""
+        plan = dataclasses.replace(method.reads(rollouts.lengths), rule=None)
+        return Step(rollouts, method.counts(rollouts.lengths), range(len(rollouts)), plan, teacher_hidden)
+
+    def __call__(self, student: nn.Module, step: Step, *, mode: str = "train", term_norms: bool = False) -> torch.Tensor:
+        """The loss, 0-d; in training mode times `scale`.
+
+        Args:
+            mode: `"train"` or `"eval"`, which logs apart and neither watches nor observes.
+            term_norms: log the norm of each term's gradient, too.
+
+        Raises:
+            ValueError: a term of the method's that its loss does not give.
+        """
+        with self.autocast():  # TRL's own forward runs outside of what accelerate put on `model.forward`
+            batch = self.batch_of(student, step)
+            with self._time(mode), self.gathered(student):
+                terms = self._evaluate(self.method, batch, head_of(student), step)
+                if term_norms:
+                    self._log_term_norms(batch, head_of(student), step)
+        self._add(mode, terms.sums)
+        if mode == "eval":
+            return terms.loss
+        self._refuse_lost_terms(terms)
+        loss = terms.loss
+        if "corpus" in step.extra:
+            with self.autocast():
+                loss = loss + self._corpus(student, step)
+        self._note(terms, step)
+        if self.guard is not None:
+            read = step.rollouts.first(step.plan.student)
+            self.guard.watch_tokens("the student's hidden states", batch.student_hidden, read)
+            if batch.teacher_hidden is not None:
+                self.guard.watch_tokens("the teacher's hidden states", batch.teacher_hidden, read)
+            for name in terms.terms:
+                self.guard.watch(f"the {name} term", terms.sums[f"loss/{name}"][0])
+            self.guard.watch("the loss", loss)
+        return loss * self.scale
+
+    def batch_of(self, student: nn.Module, step: Step) -> TokenBatch:
+        """The student's forward pass over a micro-batch, and beside it what the teacher gave."""
+        rollouts = step.rollouts.first(step.plan.student) if step.plan.is_cut else step.rollouts
+        ids, mask, where = rollouts.padded(self.pad_id, self.device)
+        hidden = last_hidden_state(student, ids, mask).flatten(0, 1)[where]
+        lengths, teacher = rollouts.lengths, None
+        if step.teacher_hidden is not None:  # zeros stand where the teacher did not read
+            parts = zip(step.teacher_hidden, lengths, strict=True)
+            teacher = torch.cat([nn.functional.pad(part, (0, 0, 0, n - len(part))) for part, n in parts])
+        return TokenBatch(
+            hidden,
+            teacher,
+            tuple(lengths),
+            token_ids=torch.tensor(rollouts.trained(rollouts.completion_ids), dtype=torch.long, device=self.device),
+            rows=tuple(step.rows),
+            recorded={
+                name: torch.tensor(rollouts.trained(column), device=self.device) for name, column in rollouts.recorded.items()
+            },
+            plan=step.plan,
+        )
+
+    def _evaluate(self, method: Method, batch: TokenBatch, head: Head, step: Step) -> LossTerms:
+        return method.loss(batch, head, self.teacher_head(), counts=step.counts, state=self.state, **self.engine)
+
+    def _refuse_lost_terms(self, terms: LossTerms) -> None:
+        lost = [name for name, weight in self.method.terms().items() if weight and name not in terms.terms]
+        if lost:
+            raise ValueError(
+                f"the method {self.method.name} states the terms {', '.join(self.method.terms())}, but its loss gave "
+                f"{', '.join(terms.terms) or 'none'}: {', '.join(lost)} would be trained on and never be seen. Let terms() and "
+                "objective() name the same."
+            )
+
+    def _corpus(self, student: nn.Module, step: Step) -> torch.Tensor:
+        """The weighted loss of a micro-batch's texts, every token but the first predicted."""
+        texts = [row for row in step.extra["corpus"] if row]
+        if not texts:
+            return torch.zeros((), device=self.device)
+        rows = Rollouts([row[:1] for row in texts], [row[1:] for row in texts], [[1] * (len(row) - 1) for row in texts])
+        ids, mask, where = rows.padded(self.pad_id, self.device)
+        hidden = last_hidden_state(student, ids, mask).flatten(0, 1)[where]
+        targets = torch.tensor(rows.trained(rows.completion_ids), device=hidden.device)
+        batch = TokenBatch(hidden, None, tuple(rows.lengths), token_ids=targets)
+        with self._time("train"), self.gathered(student):
+            terms = fused.evaluate(PRETRAINING, batch, head_of(student), None, counts=step.counts, **self.engine)
+        self._add("train", {"loss/pretraining": terms.sums["loss/pretraining"]})
+        if self.guard is not None:
+            self.guard.watch("the pretraining term", terms.loss)
+        return self.method.pretraining_weight * terms.loss
+
+    def _log_term_norms(self, batch: TokenBatch, head: Head, step: Step) -> None:
+        """The norm of each weighted term's gradient with respect to the student's last hidden states."""
+        bias = None if head.bias is None else head.bias.detach()
+        frozen = dataclasses.replace(head, weight=head.weight.detach(), bias=bias)
+        for term, weight in self.method.terms().items():
+            if weight == 0:
+                continue
+            hidden = batch.student_hidden.detach().requires_grad_()
+            alone = dataclasses.replace(batch, student_hidden=hidden)
+            with torch.enable_grad():
+                loss = self._evaluate(self.method.only(term), alone, frozen, step).loss
+                (gradient,) = torch.autograd.grad(loss, hidden)
+            norm = gradient.norm()
+            self._add("train", {f"grad_norm/{term}": (norm, torch.ones_like(norm))})
+
+    # ------------------------------------------------------------------ the state
+
+    def _note(self, terms: LossTerms, step: Step) -> None:
+        """Keep what the state observes of a micro-batch, and its part of the loss where the state asks for it."""
+        observed = self.state.observe(terms.statistics)
+        if observed is not None:
+            kept = [row if length else -1 for row, length in zip(step.rows, step.rollouts.lengths, strict=True)]
+            self._observed.append((kept, observed))
+        if self.state.reads_loss:
+            values = {"": terms.loss, **{name: result.value for name, result in terms.terms.items()}}
+            for name, value in values.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+
+    @property
+    def numbers(self) -> list[torch.Tensor]:
+        """This process's part of what `step_made` is to be given, summed over all."""
+        return list(self._sums.values())
+
+    def step_made(self, step: int, numbers: list[float], gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Tell the state of a step: in the order of the rollouts, without those that are empty.
+
+        Args:
+            step: its number, from 1.
+            numbers: the sums of `numbers` over all processes.
+            gather: of all processes' observations, `[completions, 1 + n]`.
+        """
+        summed = dict(zip(self._sums, numbers, strict=True))
+        self._sums.clear()
+        observed: list[list[float]] = []
+        if self._observed:
+            rows = torch.tensor([row for part, _ in self._observed for row in part], dtype=torch.float64, device=self.device)
+            values = torch.cat([values for _, values in self._observed]).double()
+            self._observed.clear()
+            pairs = gather(torch.cat([rows.unsqueeze(-1), values], 1)).tolist()
+            observed = [values for row, *values in sorted(pairs) if row >= 0]
+        self.state.after_step(Summary(step, summed.pop("", None), summed, observed))
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The state's, for a checkpoint; None is nothing."""
+        return self.state.state_dict() or None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.state.load_state_dict(state)
+
+    # ------------------------------------------------------------------ what is logged
+
+    def _add(self, mode: str, sums: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        if self.metrics is not None:
+            self.metrics.add(mode, sums)
+
+    def _time(self, mode: str) -> AbstractContextManager:
+        return nullcontext() if self.metrics is None else self.metrics.time(mode, "loss")

@@ -1,0 +1,126 @@
+"""Which prompts fit: the contexts of both models, the ids that both have, and the rows that fill no batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tsdkd.checks import refuse
+from tsdkd.data.prompts import fitting_rows, prompt_problems
+from tsdkd.teachers.heads import text_config
+from tsdkd.trainers.host import Host, batch_rows
+
+logger = logging.getLogger(__name__)
+PIECE = 1000  # rows that are tokenized at a time
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The longest prompt allowed, tokens, why, and the longest completion beside it."""
+
+    prompt: int
+    reason: str
+    completion: int
+
+    @classmethod
+    def of(cls, max_length: int | None, max_completion_length: int | None, student: Any, teacher: Any) -> Limits:
+        """From the options and the contexts of the two models (None: none in this process).
+
+        Raises:
+            ValueError: nothing states a context, or no room is left for a prompt.
+        """
+        limits = {} if max_length is None else {f"max_length={max_length}": max_length}
+        for role, model in (("student", student), ("teacher", teacher)):
+            context = None if model is None else getattr(text_config(model), "max_position_embeddings", None)
+            if context is not None:
+                limits[f"the {role}'s context of {context} tokens"] = context
+        if not limits:
+            raise ValueError("neither model states its context and max_length is None: set max_length.")
+        reason, total = min(limits.items(), key=lambda item: item[1])
+        room = min(512, total // 2) if max_completion_length is None else max_completion_length
+        if room >= total:
+            raise ValueError(
+                f"max_completion_length={room} leaves no room for a prompt: {reason} holds prompt and completion together. "
+                f"Lower max_completion_length below {total}."
+            )
+        return cls(total - room, f"{reason} less max_completion_length={room}", room)
+
+
+class Prompts:
+    """Measures prompts before a run starts.
+
+    Args:
+        host: the trainer.
+        limits: of prompts and completions.
+        check_completions: called with each data set and its role.
+    """
+
+    def __init__(self, host: Host, limits: Limits, check_completions: Callable[[Any, str], None]) -> None:
+        self.host, self.limits, self.check_completions = host, limits, check_completions
+        self.dropped = 0
+
+    def fit(self, dataset: Any, role: str) -> Any:
+        """The rows whose prompts fit, or a stream as it is.
+
+        Raises:
+            ValueError: prompts that are too long, unless they are to be dropped, or ids that one model lacks.
+        """
+        if not hasattr(dataset, "__len__"):
+            return dataset
+        host, lengths = self.host, []
+        for start in range(0, len(dataset), PIECE):
+            for row, ids in enumerate(host.tokenize(dataset[start : start + PIECE]["prompt"]), start):
+                if max(ids, default=0) >= host.vocab_size:
+                    raise ValueError(
+                        f"the prompt of row {row} of {role} holds id {max(ids)}, {host.tokenizer.decode([max(ids)])!r}, "
+                        f"beyond the {host.vocab_size} ids that both models have: one of them cannot read it. Remove that "
+                        "token."
+                    )
+                lengths.append(len(ids))
+        self.check_completions(dataset, role)
+        rows = fitting_rows(lengths, self.limits.prompt, self.limits.reason, role, host.args.drop_long_prompts)
+        dropped = len(lengths) - len(rows)
+        if dropped:
+            self.dropped += dropped
+            logger.warning(
+                "%d of %d prompts of %s are longer than %d tokens and were dropped.",
+                dropped,
+                len(lengths),
+                role,
+                self.limits.prompt,
+            )
+            dataset = dataset.select(rows)
+            if role == "train_dataset":
+                needed = batch_rows(host.args) * host.accelerator.num_processes
+                refuse(prompt_problems(dataset, role, needed, " after the others were dropped"))
+        return dataset
+
+    def left_out_of_epoch(self, dataset: Any) -> int:
+        """Rows that fill no generation batch: TRL's sampler leaves them out, others in each epoch; said, too."""
+        if not hasattr(dataset, "__len__"):
+            return 0
+        batch = batch_rows(self.host.args) * self.host.accelerator.num_processes
+        rows = len(dataset) % batch
+        if rows:
+            logger.warning(
+                "%d of %d rows of train_dataset are left out of each epoch, others each time: they fill no batch of %d.",
+                rows,
+                len(dataset),
+                batch,
+            )
+        return rows
+
+    def refuse_long(self, prompt_ids: list[list[int]]) -> None:
+        """Refuse a prompt of a stream that does not fit; other data sets were measured at construction.
+
+        Raises:
+            ValueError: its length and what fits.
+        """
+        too_long = max(map(len, prompt_ids))
+        if too_long > self.limits.prompt:
+            raise ValueError(
+                f"a prompt of {too_long} tokens arrived but at most {self.limits.prompt} fit: {self.limits.reason}. "
+                "Filter the stream."
+            )

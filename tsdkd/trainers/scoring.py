@@ -1,0 +1,127 @@
+"""From a generation batch's rollouts to its `Step`: counts of the whole step, what is read, and what the teacher gives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from tsdkd.fused import token_statistics
+from tsdkd.methods import Method
+from tsdkd.teachers import Teacher, TeacherUnavailable, head_of, hidden_of
+from tsdkd.trainers.corpus import Corpus
+from tsdkd.trainers.host import Host, teacher_rows
+from tsdkd.trainers.metrics import Metrics
+from tsdkd.trainers.step import Step
+from tsdkd.types import Counts, Objective, ReadPlan, Rollouts, TokenBatch
+
+
+class StepScorer:
+    """Asks the teacher once an optimizer step, before the student's micro-batches.
+
+    Args:
+        host: the trainer.
+        method: whose terms say what is counted and read.
+        teacher: None where no term reads one.
+        metrics: what is logged.
+        corpus: texts for a loss beside the completions.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        method: Method,
+        teacher: Teacher | None,
+        metrics: Metrics,
+        corpus: Corpus | None = None,
+    ) -> None:
+        self.host, self.method, self.teacher = host, method, teacher
+        self.metrics, self.corpus = metrics, corpus
+        self.whole = False  # a recording keeps whole completions, for methods that read more than this one
+
+    def prepare(self, rollouts: Rollouts) -> Step:
+        """The step of a generation batch's rollouts. Every process must call this.
+
+        Raises:
+            TeacherUnavailable: on every process, after a checkpoint was saved.
+        """
+        host, lengths = self.host, rollouts.lengths
+        self._log(rollouts)
+        plan = ReadPlan.whole(lengths) if self.whole else self.method.reads(lengths)
+        if plan.is_cut:
+            self._spared(rollouts, rollouts.first(plan.student))
+        counts, extra = self._counts(lengths), {}
+        if self.corpus is not None and host.mode == "train":
+            extra["corpus"], tokens = self._texts(len(lengths))
+            counts = dataclasses.replace(counts, divisors={**counts.divisors, "pretraining": tokens})
+        first = (host.step * host.accelerator.num_processes + host.accelerator.process_index) * len(lengths)
+        rows = [first + row for row in range(len(lengths))]
+        hidden = None
+        if self.teacher is not None:
+            plan = self._with_rule(rollouts, plan)
+            hidden = self._hidden(self.teacher, rollouts, plan)
+        return Step(rollouts, counts, rows, plan, hidden, extra)
+
+    def _log(self, rollouts: Rollouts) -> None:
+        host, lengths = self.host, rollouts.lengths
+        empty = float(sum(length == 0 for length in lengths))
+        self.metrics.add_host(host.mode, "completions/empty", empty, 1 / host.accelerator.num_processes)
+        if "accepted" in rollouts.recorded:
+            accepted = rollouts.trained(rollouts.recorded["accepted"])
+            self.metrics.add_host(host.mode, "speculative/acceptance", sum(accepted), len(accepted))
+
+    def _counts(self, lengths: list[int]) -> Counts:
+        """The step's counts over all processes; of an evaluation's batch its own."""
+        host, own = self.host, self.method.counts(lengths)
+        names = ("tokens", "selected", "responses", "direct")
+        numbers = {name: value for name in names if (value := getattr(own, name)) is not None}
+        every = [*numbers.values(), *own.divisors.values()]
+        local = torch.tensor(every, dtype=torch.float32, device=host.accelerator.device)
+        total = host.accelerator.reduce(local, reduction="sum") if host.mode == "train" else local
+        if host.mode == "train":
+            self.metrics.step_prepared(sum(lengths), total[0])
+        divisors = dict(zip(own.divisors, total[len(numbers) :], strict=True))
+        return Counts(**dict(zip(numbers, total, strict=False)), divisors=divisors)
+
+    def _spared(self, rollouts: Rollouts, short: Rollouts) -> None:
+        before, after = (sum(map(len, r.prompt_ids)) + sum(map(len, r.completion_ids)) for r in (rollouts, short))
+        self.metrics.add_host(self.host.mode, "teacher/tokens_spared", before - after, before)
+
+    def _with_rule(self, rollouts: Rollouts, plan: ReadPlan) -> ReadPlan:
+        """The plan once its rule has been asked, on the student's statistics: the student reads first."""
+        if plan.rule is None:
+            return plan
+        host = self.host
+        device = host.accelerator.device
+        with self.metrics.time(host.mode, "teacher"), host.student() as student:
+            hidden = hidden_of(student, rollouts, 0, teacher_rows(host.args), device, host.accelerator.autocast)
+            batch = TokenBatch(torch.cat(hidden), None, tuple(rollouts.lengths))
+            alone = Objective((), plan.temperature)
+            head = head_of(student).cut(host.vocab_size)
+            statistics = token_statistics(batch, head, None, objective=alone, impl=host.args.fused_impl)
+        plan = plan.with_teacher(plan.rule(statistics).sum(-1).tolist())
+        self._spared(rollouts, rollouts.first(plan.teacher))
+        return plan
+
+    def _hidden(self, teacher: Teacher, rollouts: Rollouts, plan: ReadPlan) -> list[torch.Tensor]:
+        """The teacher's hidden states of what it reads; a teacher that is gone ends the run on every process, after saving."""
+        host, hidden, failure = self.host, [], None
+        try:
+            with self.metrics.time(host.mode, "teacher"):
+                hidden = teacher.hidden(rollouts, plan.teacher)
+        except TeacherUnavailable as error:
+            failure = error
+        if teacher.is_remote and host.any_process(failure is not None):
+            if host.training and host.step:
+                host.save_now()
+            raise failure or TeacherUnavailable("the teacher of another process did not answer; see its message.")
+        return hidden
+
+    def _texts(self, rows: int) -> tuple[list[list[int]], torch.Tensor]:
+        """This step's texts of the corpus, and how many tokens all processes predict."""
+        host = self.host
+        assert self.corpus is not None
+        texts = self.corpus.draw(rows, host.step, host.accelerator.process_index)
+        ids = self.corpus.ids(texts, host.tokenize_texts)
+        tokens = torch.tensor(float(sum(len(row) - 1 for row in ids if row)), device=host.accelerator.device)
+        return ids, host.accelerator.reduce(tokens, reduction="sum")

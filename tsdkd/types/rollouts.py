@@ -1,0 +1,173 @@
+"""Whose completions are trained on, the completions themselves, and how much of them is read."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Replay:
+    """DistiLLM's adaptive off-policy schedule and its replay buffer.
+
+    φ, the probability of training on the student's completions, starts at `start` and grows by `increase` (to 1 at most)
+    whenever an evaluation's loss is `tolerance` or more above the one before.
+
+    Args:
+        capacity: rows that the buffer holds.
+        start, increase, tolerance: of φ.
+        schedule: s(t), the share of fresh among the student's completions: `"decreasing"` 1 − t/T, `"constant"` 0.5,
+            `"increasing"` t/T.
+    """
+
+    capacity: int = 1000
+    start: float = 0.0
+    increase: float = 0.1
+    tolerance: float = 0.1
+    schedule: str = "decreasing"
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """Whose completions a method trains on.
+
+    Args:
+        writer: who writes fresh completions: `"student"`, `"mixed"` (each token from α p_T + (1 − α) p_S), `"speculative"`
+            (the student's tokens, each replaced by one of the teacher's where it is not among the teacher's top K), or a
+            rule of your own, a function of both models' logits `[rows, vocab]` that gives the next ids `[rows]` and a
+            dict of what is recorded of them.
+        share: the probability, drawn for each optimizer step, of fresh completions; else the data set's `completion`.
+        options: of the writer: `alpha`, `top_k`, and `temperature`, that of the recorded log-probabilities.
+        teacher_may_write: where the data set has no `completion`, the teacher writes it, once.
+        replay: an adaptive share with a replay buffer, in place of `share`.
+        evaluate_on: whose completions an evaluation reads, `"student"` or `"dataset"`.
+    """
+
+    writer: str | Callable = "student"
+    share: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    teacher_may_write: bool = False
+    replay: Replay | None = None
+    evaluate_on: str = "student"
+
+    @property
+    def need_dataset(self) -> bool:
+        """Whether completions of the data set are trained on."""
+        return self.replay is not None or self.share < 1.0
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """How many of each completion's first trained tokens each model reads: what no term reads is not run through it.
+
+    Args:
+        lengths: the trained tokens of each completion.
+        student, teacher: the first of them that each model reads; the teacher's are never more than the student's.
+        rule: a selection on the student's statistics that keeps first tokens, outside of which no term reads the teacher:
+            then the student reads first, and the teacher the prefix alone.
+        temperature: τ of the statistics that the rule reads.
+    """
+
+    lengths: tuple[int, ...]
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+    rule: Callable | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for length, student, teacher in zip(self.lengths, self.student, self.teacher, strict=True):
+            if not 0 <= teacher <= student <= length:
+                raise ValueError(
+                    f"of a completion of {length} tokens the student reads {student} and the teacher {teacher}: the teacher "
+                    "reads no more than the student, and the student no more than there is."
+                )
+
+    @classmethod
+    def whole(cls, lengths: Sequence[int]) -> ReadPlan:
+        """Both models read everything."""
+        return cls(tuple(lengths), tuple(lengths), tuple(lengths))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the student does not read every completion to its end."""
+        return self.student != self.lengths
+
+    def with_teacher(self, teacher: Sequence[int]) -> ReadPlan:
+        """The same plan once the rule has been asked."""
+        return ReadPlan(self.lengths, self.student, tuple(teacher))
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Prompts and completions as lists of ids: what was asked, what was written, which of it is trained on.
+
+    Args:
+        prompt_ids, completion_ids: one list a row.
+        completion_mask: 1 for each completion token that is trained on (0: a tool's output, a placeholder).
+        recorded: what the writer wrote down of each completion token, by name, one list a row.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    completion_mask: list[list[int]]
+    recorded: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Trained tokens of each row, L in the equations."""
+        return [sum(mask) for mask in self.completion_mask]
+
+    def rows(self, index: Sequence[int]) -> Rollouts:
+        """Some of the rows, in the given order."""
+        return self._each(lambda column: [column[i] for i in index])
+
+    def _each(self, change: Callable[[list], list], change_completion: Callable[[list], list] | None = None) -> Rollouts:
+        """Every column changed alike; those of completion tokens otherwise, where said."""
+        of_tokens = change_completion or change
+        recorded = {name: of_tokens(column) for name, column in self.recorded.items()}
+        return Rollouts(change(self.prompt_ids), of_tokens(self.completion_ids), of_tokens(self.completion_mask), recorded)
+
+    def first(self, trained: Sequence[int]) -> Rollouts:
+        """Each completion up to its first `trained` trained tokens."""
+        ends = []
+        for mask, wanted in zip(self.completion_mask, trained, strict=True):
+            reached = list(itertools.accumulate(mask))
+            ends.append(bisect.bisect_left(reached, wanted) + 1 if wanted else 0)
+        cut = lambda column: [values[:end] for values, end in zip(column, ends, strict=True)]  # noqa: E731
+        return self._each(lambda column: column, cut)
+
+    def trained(self, column: list[list]) -> list:
+        """What stands at the trained tokens of a column of completion tokens, row by row in one list."""
+        pairs = zip(column, self.completion_mask, strict=True)
+        return [value for values, mask in pairs for value, kept in zip(values, mask, strict=True) if kept]
+
+    def padded(self, pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Right-padded `input_ids` and `attention_mask`, `[rows, longest]`, and where to read the hidden states.
+
+        Padding stands on the right, so positions count from the first prompt token for every family of models, and a
+        causal model's hidden states do not depend on it.
+
+        Returns:
+            ids, mask, and a flat index into `[rows · longest]` of the positions that predict the trained tokens, row by
+            row, `[sum(lengths)]`.
+        """
+        sequences = [prompt + completion for prompt, completion in zip(self.prompt_ids, self.completion_ids, strict=True)]
+        longest = max(map(len, sequences))
+        ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+        mask = torch.zeros((len(sequences), longest), dtype=torch.long)
+        index: list[int] = []
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+            mask[row, : len(sequence)] = 1
+            first = row * longest + len(self.prompt_ids[row]) - 1
+            index += [first + t for t, trained in enumerate(self.completion_mask[row]) if trained]
+        where = torch.tensor(index, dtype=torch.long)
+        return ids.to(device), mask.to(device), where.to(device)

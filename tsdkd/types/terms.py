@@ -1,0 +1,380 @@
+"""What an engine computes and what comes of it: terms, their counts, and their results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from tsdkd.types.rules import Divergence, Rule
+from tsdkd.types.tokens import TokenStatistics
+
+Number = torch.Tensor | float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One part of a loss: a value for each token, which tokens it takes, how they are weighed, what they are divided by.
+
+    The divisor is the number of tokens taken, where lengths tell it; else each completion gives the mean over its own
+    tokens and the divisor is the number of completions with a token. Both are known for a whole optimizer step before any
+    forward pass, so the loss does not depend on how the step is split.
+
+    Args:
+        name: what it is logged under.
+        weight: in the loss; a term of weight 0 is off and costs nothing.
+        selection: which tokens, a rule or a function of `TokenStatistics` to a bool mask; None is all.
+        gate: how they are weighed, likewise to weights; None is 1.
+    """
+
+    name: str
+    weight: float = 1.0
+    selection: Any = None  # wrapped as a Rule
+    gate: Any = None
+
+    reads_teacher: ClassVar[bool] = True  # the teacher's scores or its distribution
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "selection", Rule.of(self.selection, "selection"))
+        object.__setattr__(self, "gate", Rule.of(self.gate, "gate"))
+
+    @property
+    def rules(self) -> list[tuple[str, Rule]]:
+        """Its rules and their kinds."""
+        both = (("selection", self.selection), ("gate", self.gate))
+        return [(kind, rule) for kind, rule in both if rule is not None]
+
+    @property
+    def per_completion(self) -> bool:
+        """Whether each completion gives the mean over its own tokens, and the divisor is the number of completions."""
+        return self.selection is not None and self.selection.count is None
+
+    def divisor(self, lengths: Sequence[int]) -> int:
+        """What the sum is divided by, from the trained tokens of each completion of a step."""
+        if self.per_completion:
+            return sum(length > 0 for length in lengths)
+        kept = self.kept(lengths)
+        assert kept is not None
+        return kept
+
+    def kept(self, lengths: Sequence[int]) -> int | None:
+        """How many tokens it takes, where lengths tell."""
+        if self.selection is None:
+            return sum(lengths)
+        count = self.selection.count
+        return None if count is None else sum(count(length) for length in lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceTerm(Term):
+    """A divergence between the two next-token distributions of each token."""
+
+    divergence: Divergence
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingTerm(Term):
+    """The Plackett-Luce loss of the teacher's order of the student's best tokens (`losses.plackett_luce_nll`).
+
+    Args:
+        num_candidates: k, how many tokens the student proposes.
+        stage_weights: `"uniform"` or `"teacher_mass"`.
+    """
+
+    num_candidates: int = 10
+    stage_weights: str = "uniform"
+
+    @property
+    def per_completion(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyTerm(Term):
+    """The student's entropy (`losses.entropy_penalty`); `target` is `"zero"` or `"teacher"`."""
+
+    target: str = "zero"
+
+    reads_teacher = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledTerm(Term):
+    """A loss of the log-probabilities of the tokens that were written; it needs `TokenBatch.token_ids`.
+
+    Args:
+        function: maps log p_S(y_t) of some tokens and the slice of them to the loss of each, `[tokens]`. None: known by
+            name and weight alone; an engine refuses it.
+    """
+
+    function: Callable[[torch.Tensor, slice], torch.Tensor] | None = None
+
+    reads_teacher = False
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What an engine computes: terms, at a temperature τ of every distribution in them (ranking scores are untempered).
+
+    What no term reads of the teacher is not projected.
+
+    Raises:
+        ValueError: two terms of one name.
+    """
+
+    terms: tuple[Term, ...]
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", tuple(self.terms))
+        names = [term.name for term in self.terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two terms have one name ({', '.join(names)}): each is logged under its own.")
+
+    @property
+    def active(self) -> tuple[Term, ...]:
+        """The terms whose weight is not 0."""
+        return tuple(term for term in self.terms if term.weight != 0)
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """That of the first divergence term, which the statistics hold; a term that is off counts too."""
+        dense = [term for term in self.terms if isinstance(term, DivergenceTerm)]
+        on = [term for term in dense if term.weight != 0]
+        return (on or dense)[0].divergence if dense else None
+
+    def only(self, name: str) -> Objective:
+        """The same with every other term's weight 0."""
+        off = tuple(term if term.name == name else dataclasses.replace(term, weight=0.0) for term in self.terms)
+        return dataclasses.replace(self, terms=off)
+
+    def without_selections(self) -> Objective:
+        """The same on all tokens, where the selections have been applied."""
+        return dataclasses.replace(self, terms=tuple(dataclasses.replace(term, selection=None) for term in self.terms))
+
+    def counts(self, lengths: Sequence[int]) -> Counts:
+        """What the terms are divided by, from the trained tokens of each completion of a step."""
+        entropy = [term for term in self.active if isinstance(term, EntropyTerm)]
+        dense = [term for term in self.active if isinstance(term, DivergenceTerm)]
+        divisors = {term.name: term.divisor(lengths) for term in self.active}
+        return Counts(
+            tokens=sum(lengths),
+            selected=divisors[entropy[0].name] if entropy else 0,
+            responses=sum(length > 0 for length in lengths),
+            direct=divisors[dense[0].name] if dense and dense[0].selection is not None else None,
+            divisors=divisors,
+        )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the terms are divided by; give the whole optimizer step's (all processes), so that batching is exact.
+
+    Attributes:
+        tokens: trained tokens.
+        selected: the divisor of an entropy term, the sum over completions of ceil(ρ·L).
+        responses: completions with at least one trained token.
+        direct: the divisor of a divergence term that selects (`selection.direct_count`); None is `tokens`.
+        divisors: of each term by its name, as `Objective.counts` gives them; what is missing here is read from the four
+            above, which is all that TSD-KD needs.
+    """
+
+    tokens: Number
+    selected: Number = 0
+    responses: Number = 0
+    direct: Number | None = None
+    divisors: Mapping[str, Number] = field(default_factory=dict, compare=False)
+
+    def of(self, term: Term) -> Number:
+        """A term's divisor.
+
+        Raises:
+            ValueError: a term that selects, of whose tokens these counts say nothing.
+        """
+        if term.name in self.divisors:
+            return self.divisors[term.name]
+        if term.per_completion:
+            return self.responses
+        if isinstance(term, EntropyTerm):
+            return self.selected
+        if term.selection is None:
+            return self.tokens
+        if not isinstance(term, DivergenceTerm) or self.direct is None:
+            raise ValueError(
+                f"counts say nothing of the tokens that the {term.name} term selects: pass Counts(tokens, selected, "
+                "responses, direct), the last from selection.direct_count over the step's lengths."
+            )
+        return self.direct
+
+    @classmethod
+    def from_any(cls, counts: Any) -> Counts | None:
+        """Counts from `Counts`, (tokens, selected, responses), the same with the direct term's, or None for none."""
+        if counts is None or isinstance(counts, Counts):
+            return counts
+        if isinstance(counts, (tuple, list)) and len(counts) in (3, 4):
+            return cls(*counts)
+        raise ValueError(f"counts={counts!r}: pass tsdkd.Counts(tokens, selected, responses) or a triple of them.")
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """What the rules decided; all `[completions, longest]`, no gradient.
+
+    Attributes:
+        gate: the divergence term's weight of each token, 0 where it is not `selected`.
+        opener, top_entropy: True on the tokens of the ranking and of the entropy term.
+        selected: True on the tokens of the divergence term.
+    """
+
+    gate: torch.Tensor
+    opener: torch.Tensor
+    top_entropy: torch.Tensor
+    selected: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TermResult:
+    """What a term came to.
+
+    Attributes:
+        value: unweighted, divided by its count, 0-d; with gradient where the engine is `reference`.
+        weight: the term's weight in the loss.
+        tokens: `[completions, longest]` bool, which tokens it takes.
+        weights: `[completions, longest]`, the gate's weight of each; 0 elsewhere.
+        per_token: `[completions, longest]`, its value at each of its tokens, before the gate, without gradient; 0 elsewhere.
+        tau: of a ranking, Kendall's tau of the student's against the teacher's order, in [-1, 1]; 0 off its tokens.
+        kind: the term's class.
+    """
+
+    value: torch.Tensor
+    weight: float
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    per_token: torch.Tensor
+    tau: torch.Tensor | None
+    kind: type[Term]
+
+
+@dataclass
+class LossTerms:
+    """The result of an objective.
+
+    Attributes:
+        loss: the weighted sum, 0-d.
+        statistics: per token, `[completions, longest]`, without gradient.
+        terms: each active term's result by its name.
+        sums: for each logged quantity its sum and its count over these tokens (0-d, detached), so that a window of
+            steps and processes is averaged exactly.
+
+    `indirect`, `direct`, `entropy` and `sampled` are views: the value of the first ranking, divergence, entropy and
+    sampled-token term, whatever its name; 0 where there is none.
+    """
+
+    loss: torch.Tensor
+    statistics: TokenStatistics
+    terms: dict[str, TermResult]
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def first(self, kind: type[Term]) -> TermResult | None:
+        """The first active term of a kind."""
+        return next((result for result in self.terms.values() if issubclass(result.kind, kind)), None)
+
+    def _value(self, kind: type[Term]) -> torch.Tensor:
+        found = self.first(kind)
+        return self.statistics.student_entropy.new_zeros(()) if found is None else found.value
+
+    def _per_token(self, kind: type[Term], name: str) -> torch.Tensor:
+        """A member of the first term of a kind; zeros (of the mask's type for masks) where there is none."""
+        found = self.first(kind)
+        member = None if found is None else getattr(found, name)
+        if member is None:
+            like = self.statistics.mask if name == "tokens" else self.statistics.student_entropy
+            return torch.zeros_like(like)
+        return member
+
+    @property
+    def indirect(self) -> torch.Tensor:
+        return self._value(RankingTerm)
+
+    @property
+    def direct(self) -> torch.Tensor:
+        return self._value(DivergenceTerm)
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        return self._value(EntropyTerm)
+
+    @property
+    def sampled(self) -> torch.Tensor:
+        return self._value(SampledTerm)
+
+    @property
+    def weights(self) -> TokenWeights:
+        """What the rules of the first term of each kind decided."""
+        return TokenWeights(
+            gate=self.gate, opener=self.opener_mask, top_entropy=self.top_entropy_mask, selected=self.selected_mask
+        )
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """True where a trained token stands."""
+        return self.statistics.mask
+
+    @property
+    def opener_mask(self) -> torch.Tensor:
+        """True on the tokens of the ranking term."""
+        return self._per_token(RankingTerm, "tokens")
+
+    @property
+    def top_entropy_mask(self) -> torch.Tensor:
+        """True on the tokens of the entropy term."""
+        return self._per_token(EntropyTerm, "tokens")
+
+    @property
+    def selected_mask(self) -> torch.Tensor:
+        """True on the tokens of the divergence term."""
+        return self._per_token(DivergenceTerm, "tokens")
+
+    @property
+    def gate(self) -> torch.Tensor:
+        """The divergence term's weight of each token."""
+        return self._per_token(DivergenceTerm, "weights")
+
+    @property
+    def ranking_nll(self) -> torch.Tensor:
+        """The Plackett-Luce loss of every token of the ranking term, nats; 0 elsewhere."""
+        return self._per_token(RankingTerm, "per_token")
+
+    @property
+    def candidate_tau(self) -> torch.Tensor:
+        """Kendall's tau of the candidates' two orders, in [-1, 1]; 0 off the ranking term's tokens."""
+        return self._per_token(RankingTerm, "tau")
+
+    @property
+    def student_entropy(self) -> torch.Tensor:
+        return self.statistics.student_entropy
+
+    @property
+    def teacher_entropy(self) -> torch.Tensor | None:
+        return self.statistics.teacher_entropy
+
+    @property
+    def divergence(self) -> torch.Tensor | None:
+        return self.statistics.divergence
+
+    def spread(self, mask: torch.Tensor) -> LossTerms:
+        """The per-token members laid out on another mask with as many True in the same order; 0 elsewhere."""
+
+        def lay(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.ndim:
+                return value.new_zeros(mask.shape).masked_scatter_(mask, value[self.mask])
+            if isinstance(value, (TokenStatistics, TermResult)):
+                members = {member.name: lay(getattr(value, member.name)) for member in dataclasses.fields(value)}
+                return dataclasses.replace(value, **members)
+            return value
+
+        laid = {name: lay(result) for name, result in self.terms.items()}
+        return dataclasses.replace(self, statistics=lay(self.statistics), terms=laid)
