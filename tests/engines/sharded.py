@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -55,7 +55,7 @@ if "deepspeed" in SCENARIO:  # accelerate picks a backend for GPUs under DeepSpe
         DistributedType.MULTI_CPU,
     )
 
-from test_trainer import by_prompt, make
+from running import by_prompt, make
 from tiny import prompts
 
 torch.set_num_threads(1)

@@ -219,8 +219,8 @@ def evaluated(folder: Path) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tsdkd.cli import main
+    from tsdkd.data.rows import read_scores
     from tsdkd.demo.run import shipped
-    from tsdkd.evaluation.run import read_rows
 
     result = {}
     tokenizer = AutoTokenizer.from_pretrained(shipped("student"))
@@ -231,8 +231,8 @@ def evaluated(folder: Path) -> dict:
             command = ["evaluate", "--model", shipped(name), "--tasks", "tsdkd_word_problems", "--chat_template", "on"]
             command += ["--dtype", "float32", "--engine", engine, "--out", str(out), "--log_samples"]
             assert main([*command, "--max_model_len", "128"]) == 0
-            (row,) = read_rows(out)
-            found[engine] = {"score": row["score"], "right": row["items"]["right"], "versions": row["versions"]}
+            (row,) = read_scores(out)
+            found[engine] = {"score": row.score, "right": row.items["right"], "versions": row.origin["versions"]}
             samples = out.with_suffix(".samples.jsonl").read_text().splitlines()
             answers[engine] = [json.loads(sample) for sample in samples]
         model = AutoModelForCausalLM.from_pretrained(shipped(name), dtype=torch.float32)
@@ -260,6 +260,7 @@ def scored_while_training(folder: Path) -> dict:
     from tsdkd.cli.evaluate import bundled_tasks
     from tsdkd.demo.run import shipped
     from tsdkd.evaluation import harness
+    from tsdkd.evaluation import tasks as harness_tasks
     from tsdkd.evaluation.while_training import EvaluateWhileTraining
 
     options = dict(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=128, max_length=128, max_steps=2)
@@ -277,19 +278,19 @@ def scored_while_training(folder: Path) -> dict:
     trainer.train()
     rows = [json.loads(line) for line in (folder / "out" / "benchmarks.jsonl").read_text().splitlines()]
     assert not by_transformers
-    loaded = harness.load_task(scoring.manager, "tsdkd_word_problems")
+    loaded = harness_tasks.load_task(scoring.manager, "tsdkd_word_problems")
     lm = make(trainer.model.eval(), tokenizer=trainer.processing_class, batch_size=60)
     scores, _ = harness.score(lm, loaded, "tsdkd_word_problems", chat_template=True, limit=60)
     return {
-        "rows": [{"step": row["step"], "score": row["score"], "right": row["items"]["right"]} for row in rows],
+        "rows": [{"step": row.step, "score": row.score, "right": row.items["right"]} for row in rows],
         "transformers": scores[0].items["right"],
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-        "engine": rows[0]["settings"]["engine"],
+        "engine": rows[0].settings["engine"],
     }
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     kind, folder = sys.argv[1], Path(sys.argv[2])
     if kind in ("plain", "lora"):
         result = rollouts(folder, lora=kind == "lora")

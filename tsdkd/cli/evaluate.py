@@ -154,6 +154,7 @@ def main(arguments: list[str]) -> int:
 def _report_overlap(own: argparse.Namespace, tasks: list[str], folders: list[str]) -> int:
     from tsdkd.data.prompts import load_prompts
     from tsdkd.evaluation import harness
+    from tsdkd.evaluation import tasks as harness_tasks
     from tsdkd.evaluation.overlap import find_overlap
 
     if own.out.is_file() and '"metric"' in own.out.read_text()[:2000]:
@@ -164,8 +165,8 @@ def _report_overlap(own: argparse.Namespace, tasks: list[str], folders: list[str
         row if isinstance(row, str) else "\n".join(turn["content"] for turn in row if turn["role"] == "user")
         for row in rows["prompt"]
     ]
-    manager = harness.find_tasks(tasks, folders)
-    items = [item for task in tasks for item in harness.items_of(harness.load_task(manager, task))]
+    manager = harness_tasks.find_tasks(tasks, folders)
+    items = [item for task in tasks for item in harness.items_of(harness_tasks.load_task(manager, task))]
     found = find_overlap(prompts, items)
     with own.out.open("w") as file:
         for overlap in found:

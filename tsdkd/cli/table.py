@@ -32,8 +32,8 @@ def main(arguments: list[str]) -> int:
         if not path.is_file():
             raise ValueError(f"there is no file {path}: pass what tsdkd evaluate --out wrote.")
 
-    from tsdkd.evaluation import tables
-    from tsdkd.evaluation.run import read_rows
+    from tsdkd.data.rows import read_scores
+    from tsdkd.evaluation import layout, tables
 
     if own.item:
         if not own.item[1].isdigit():
@@ -41,20 +41,20 @@ def main(arguments: list[str]) -> int:
         samples = [json.loads(line) for path in own.results for line in path.read_text().splitlines()]
         if any("item" not in row for row in samples):
             raise ValueError("--item reads what --log_samples kept, OUT.samples.jsonl; a file of scores was given.")
-        text = tables.side_by_side(samples, own.item[0], int(own.item[1]))
+        text = layout.side_by_side(samples, own.item[0], int(own.item[1]))
     else:
-        rows = [row for path in own.results for row in read_rows(path)]
+        rows = [row for path in own.results for row in read_scores(path)]
         if not rows:
             raise ValueError(f"no rows are in {', '.join(map(str, own.results))}.")
         numbers = None if own.table is None else list(tables.paper()) if own.table == "all" else own.table.split(",")
         made = tables.tables_of(rows, numbers, teacher=own.teacher, student=own.student)
         if own.format == "csv":
-            text = tables.as_csv(made)
+            text = layout.as_csv(made)
         else:
-            parts = [f"## Scored {name}\n\n" + "\n".join(map(tables.markdown, several)) for name, several in made.items()]
+            parts = [f"## Scored {name}\n\n" + "\n".join(map(layout.markdown, several)) for name, several in made.items()]
             text = "\n".join(parts)
         if own.png:
-            tables.draw(made, own.png)
+            layout.draw(made, own.png)
     if own.out:
         own.out.write_text(text)
         print(f"Written to {own.out}")

@@ -1,11 +1,18 @@
-"""JSONL files that a run appends to and goes on with: what an interruption leaves of the last line is no row."""
+"""Rows of JSONL: files that a run appends to and goes on with (what an interruption leaves of the last line is no row), and the
+one row that a score is, wherever it is written and read."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# What `tsdkd.provenance` says; in a file these stand beside the score.
+_ORIGIN = ("commit", "python", "versions", "hardware", "seed", "command")
+_NEEDED = ("task", "requested", "task_digest", "metric", "score", "model", "model_digest", "label", "settings", "rows")
 
 
 def read_rows(path: Path, advice: str) -> list[dict[str, Any]]:
@@ -25,6 +32,12 @@ def read_rows(path: Path, advice: str) -> list[dict[str, Any]]:
     return rows
 
 
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append rows in one write, so that they stand together or not at all."""
+    with path.open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def mend_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Leave these rows in a file that holds more lines, or whose last line is not ended."""
     text = path.read_text() if path.is_file() else ""
@@ -37,3 +50,99 @@ def replace_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     whole = path.with_suffix(".partial")
     whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole.replace(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """A model's score on a task by a metric, and where it comes from.
+
+    Attributes:
+        task, metric, filter: of the harness, or of problems of one's own.
+        score, stderr, n: a share of 1 where it is one, its standard error, the number of items.
+        label: what tables call the model; `model`, `model_digest`: its name and a digest of its files.
+        requested, task_digest: the task as it was asked for, and as it was then.
+        benchmark, group: the suite's name for it, and the group that it is a part of.
+        main: whether it is the task's first metric. higher_is_better: whether more of it is.
+        shots, max_gen_toks, version, chat_template: how items were put.
+        partial: whether only the first items were scored.
+        rows: how many rows the scoring made, so that one that was cut off is known.
+        settings: of the scoring.
+        items: which items were right, for paired tests.
+        step, seconds: of a student in training, and of the scoring.
+        origin: commit, versions, hardware, seed and command.
+        more: whatever else the file's row held.
+    """
+
+    task: str
+    metric: str
+    score: float
+    n: int
+    label: str
+    model: str = ""
+    model_digest: str = ""
+    requested: str = ""
+    task_digest: str = ""
+    benchmark: str | None = None
+    group: str | None = None
+    filter: str = "none"
+    main: bool = True
+    stderr: float | None = None
+    higher_is_better: bool = True
+    shots: int | None = None
+    max_gen_toks: int | None = None
+    version: Any = None
+    chat_template: bool = False
+    partial: bool = False
+    rows: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    items: dict[str, str] | None = None
+    step: int | None = None
+    seconds: float | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """`TASK/METRIC`."""
+        return f"{self.task}/{self.metric}"
+
+    @property
+    def identity(self) -> str:
+        """What a scoring is known by: the task as it was asked for and as it was then, the model's files, the settings."""
+        model = self.model_digest or self.model
+        return json.dumps([self.requested, self.task_digest, model, dict(self.settings)], sort_keys=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """The row of a file."""
+        stated = {member.name: getattr(self, member.name) for member in dataclasses.fields(self)}
+        stated["settings"] = dict(self.settings)
+        for optional in ("items", "step", "seconds"):
+            if stated[optional] is None:
+                del stated[optional]
+        return {**stated.pop("more"), **stated.pop("origin"), **stated}
+
+    @classmethod
+    def from_json(cls, row: Any, where: str) -> ScoreRow:
+        """A row of a file; `where` says which, for the message.
+
+        Raises:
+            ValueError: it is none.
+        """
+        missing = [name for name in _NEEDED if name not in (row if isinstance(row, dict) else {})]
+        if missing:
+            raise ValueError(f"{where} is no row of tsdkd evaluate: it has no {', '.join(sorted(missing))}.")
+        known = {member.name for member in dataclasses.fields(cls)} - {"origin", "more"}
+        own = {name: value for name, value in row.items() if name in known}
+        origin = {name: row[name] for name in _ORIGIN if name in row}
+        more = {name: value for name, value in row.items() if name not in known and name not in _ORIGIN}
+        return cls(**own, origin=origin, more=more)
+
+
+def read_scores(path: Path) -> list[ScoreRow]:
+    """The scores of a file; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: a line that is no score.
+    """
+    found = read_rows(path, "remove it, that task is then scored again")
+    return [ScoreRow.from_json(row, f"{path}, line {number}") for number, row in enumerate(found, 1)]

@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 
-from tsdkd.data.rows import mend_rows, replace_rows
-from tsdkd.data.rows import read_rows as read_jsonl
+from tsdkd.data.rows import ScoreRow, append_rows, mend_rows, read_scores, replace_rows
 from tsdkd.evaluation import harness
+from tsdkd.evaluation import tasks as harness_tasks
 from tsdkd.evaluation.suite import BY_TASK
 from tsdkd.provenance import provenance
-
-_NEEDED = set("task requested task_digest metric score model model_digest label settings rows".split())
 
 
 @dataclass(frozen=True)
@@ -100,36 +98,20 @@ def _digest(folder: Path) -> str:
     return hashed.hexdigest()[:16]
 
 
-def _key(requested: str, task_digest: str, model: dict[str, str], settings: dict[str, Any]) -> str:
-    """What a scoring is known by: the task as it was asked for and as it was then, the model's files, the settings."""
-    return json.dumps([requested, task_digest, model["model_digest"] or model["model"], settings], sort_keys=True)
+def _identity(task: str, digest: str, model: Model, settings: Settings) -> str:
+    """What a scoring that is still to be made will be known by."""
+    asked = dataclasses.asdict(settings)
+    fields: dict[str, Any] = {**model.fields(), "requested": task, "task_digest": digest, "settings": asked}
+    return ScoreRow(task=task, metric="", score=0.0, n=0, **fields).identity
 
 
-def _key_of(row: dict[str, Any]) -> str:
-    return _key(row["requested"], row["task_digest"], row, row["settings"])
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; a last line that was cut off is left out.
-
-    Raises:
-        ValueError: a line that is no row.
-    """
-    found = read_jsonl(path, "remove it, that task is then scored again")
-    for number, row in enumerate(found, 1):
-        missing = _NEEDED - set(row if isinstance(row, dict) else {})
-        if missing:
-            raise ValueError(f"{path}, line {number} is no row of tsdkd evaluate: it has no {', '.join(sorted(missing))}.")
-    return found
-
-
-def _whole_scorings(path: Path, mend: bool) -> list[dict[str, Any]]:
+def _whole_scorings(path: Path, mend: bool) -> list[ScoreRow]:
     """The rows of a results file without those of a scoring that was cut off while it was written; `mend` takes them out."""
-    found = read_rows(path)
-    count = collections.Counter(map(_key_of, found))
-    whole = [row for row in found if count[_key_of(row)] >= row["rows"]]
+    found = read_scores(path)
+    count = collections.Counter(row.identity for row in found)
+    whole = [row for row in found if count[row.identity] >= row.rows]
     if mend:
-        mend_rows(path, whole)
+        mend_rows(path, [row.to_json() for row in whole])
     return whole
 
 
@@ -143,38 +125,42 @@ def _built(build: Callable[[], Any]) -> Any:
         ) from error
 
 
-def rows_of(scores: list[harness.Score], requested: str, model: Model, settings: Settings, **more: Any) -> list[dict[str, Any]]:
-    """What a results file keeps of a task's scores."""
+def rows_of(
+    scores: list[harness.Score], requested: str, model: Model, settings: Settings, task_digest: str, **more: Any
+) -> list[ScoreRow]:
+    """What a results file keeps of a task's scores; `more` is `step` or `seconds`, and what each row holds beside."""
     origin = provenance(settings.seed)
+    known: dict[str, Any] = {name: more.pop(name) for name in ("step", "seconds") if name in more}
     rows = []
     for s in scores:
         benchmark = BY_TASK.get(s.task)
-        row = {
-            "task": s.task,
-            "benchmark": benchmark.name if benchmark else None,
-            "group": s.group,
-            "requested": requested,
-            "metric": s.metric,
-            "filter": s.filter,
-            "main": s.main,
-            "score": s.value,
-            "stderr": s.stderr,
-            "higher_is_better": s.higher_is_better,
-            "n": s.n,
-            "shots": s.shots,
-            "max_gen_toks": s.max_gen_toks,
-            "version": s.version,
-            "chat_template": settings.chat_template,
-            "partial": settings.limit is not None,
-            "rows": len(scores),  # of this scoring, so that one that was cut off is known
-            **model.fields(),
-            "settings": dataclasses.asdict(settings),
-            **more,
-            **origin,
-        }
-        if s.items is not None:
-            row["items"] = s.items
-        rows.append(row)
+        rows.append(
+            ScoreRow(
+                task=s.task,
+                benchmark=benchmark.name if benchmark else None,
+                group=s.group,
+                requested=requested,
+                task_digest=task_digest,
+                metric=s.metric,
+                filter=s.filter,
+                main=s.main,
+                score=s.value,
+                stderr=s.stderr,
+                higher_is_better=s.higher_is_better,
+                n=s.n,
+                shots=s.shots,
+                max_gen_toks=s.max_gen_toks,
+                version=s.version,
+                chat_template=settings.chat_template,
+                partial=settings.limit is not None,
+                rows=len(scores),
+                settings=dataclasses.asdict(settings),
+                items=s.items,
+                origin=origin,
+                more=more,
+                **{**model.fields(), **known},
+            )
+        )
     return rows
 
 
@@ -191,7 +177,7 @@ def evaluate(
     writes: bool = True,
     say: Callable[[str], None] = print,
     **more: Any,
-) -> list[dict[str, Any]]:
+) -> list[ScoreRow]:
     """Score a model on tasks and append a row for each metric; tasks whose rows stand in `out` are not run again.
 
     Args:
@@ -213,30 +199,28 @@ def evaluate(
     Raises:
         ValueError: an unknown task, one that runs code without leave, data that are not to be had.
     """
-    manager = harness.find_tasks(tasks, include_path or [])
+    manager = harness_tasks.find_tasks(tasks, include_path or [])
     if not allow_code:
-        harness.refuse_code(manager, tasks)
+        harness_tasks.refuse_code(manager, tasks)
     standing = _whole_scorings(out, mend=writes)
-    done = {_key_of(row) for row in standing}
+    done = {row.identity for row in standing}
     pairs = [(task, setting) for task in tasks for setting in settings]
-    digests = {task: harness.task_digest(manager, task) for task in tasks}
-    wanted = [
-        (task, setting, _key(task, digests[task], model.fields(), dataclasses.asdict(setting))) for task, setting in pairs
-    ]
+    digests = {task: harness_tasks.task_digest(manager, task) for task in tasks}
+    wanted = [(task, setting, _identity(task, digests[task], model, setting)) for task, setting in pairs]
     left = [(task, setting) for task, setting, key in wanted if key not in done]
     if len(left) < len(wanted):
         say(f"{len(wanted) - len(left)} of {len(wanted)} scorings stand in {out} already.")
     asked = {key for *_, key in wanted}
-    kept = [row for row in standing if _key_of(row) in asked]
+    kept = [row for row in standing if row.identity in asked]
     lm, began = None, time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
-    if writes and any(row["label"] != model.label for row in kept):
+    if writes and any(row.label != model.label for row in kept):
         say(f"They stand under another label; they are now called {model.label!r}.")
-        renamed = [{**row, "label": model.label} if _key_of(row) in asked else row for row in standing]
-        replace_rows(out, renamed)
-        kept = [row for row in renamed if _key_of(row) in asked]
+        renamed = [dataclasses.replace(row, label=model.label) if row.identity in asked else row for row in standing]
+        replace_rows(out, [row.to_json() for row in renamed])
+        kept = [row for row in renamed if row.identity in asked]
     # What is missing is said now, not hours later; each scoring has tasks of its own, since they keep their requests.
-    ready = [harness.load_task(manager, task, harness.shots_of(task, setting.shots)) for task, setting in left]
+    ready = [harness_tasks.load_task(manager, task, harness.shots_of(task, setting.shots)) for task, setting in left]
     for number, (task, setting) in enumerate(left):
         if lm is None:
             lm = _built(build)
@@ -249,14 +233,13 @@ def evaluate(
         if not scores or not writes:  # the first process has them
             continue
         seconds = round(time.perf_counter() - started, 1)
-        rows = rows_of(scores, task, model, setting, task_digest=digests[task], seconds=seconds, **more)
+        rows = rows_of(scores, task, model, setting, digests[task], seconds=seconds, **more)
         if samples is not None:
             _write_samples(samples, answers, model, setting)
-        with out.open("a") as file:  # in one write, so that a task's rows stand together or not at all
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        append_rows(out, [row.to_json() for row in rows])
         kept += rows
         first = rows[0]
-        say(f"    {first['metric']} ({first['filter']}) {first['score']:.4f}, n = {first['n']}, {seconds:.0f} s")
+        say(f"    {first.metric} ({first.filter}) {first.score:.4f}, n = {first.n}, {seconds:.0f} s")
     return kept
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
+
+from tsdkd.data.rows import ScoreRow
 
 TEACHER, STUDENT = "Teacher", "Student"
 # What a run calls a method, and what the paper does.
@@ -33,10 +32,6 @@ _NAMES = {
 # What Table 3 calls the first and the last of its rows.
 _IN_ABLATION = {"GKD": "GKD (no part)", "TSD-KD": "gate + indirect + entropy"}
 LEVEL = 0.05
-_COLUMNS = (
-    "table chat_template label benchmark score stderr n partial best above_teacher runner_up p_against_student paired paper "
-    "difference p_against_paper"
-).split()
 
 
 def paper() -> dict[str, Any]:
@@ -108,11 +103,11 @@ class Cell:
         return f"{100 * self.score:.1f}" if self.is_share else f"{self.score:.4g}"
 
     @classmethod
-    def of(cls, row: dict[str, Any]) -> Cell:
-        score, n = row["score"], row["n"]
-        stderr = row["stderr"] if row["stderr"] is not None else math.sqrt(max(score * (1 - score), 0.0) / max(n, 1))
-        settings = (row.get("shots"), (row.get("settings") or {}).get("max_gen_toks"))
-        return cls(score, stderr, n, row["partial"], row.get("items"), row["higher_is_better"], settings)
+    def of(cls, row: ScoreRow) -> Cell:
+        score, n = row.score, row.n
+        stderr = row.stderr if row.stderr is not None else math.sqrt(max(score * (1 - score), 0.0) / max(n, 1))
+        settings = (row.shots, row.settings.get("max_gen_toks"))
+        return cls(score, stderr, n, row.partial, row.items, row.higher_is_better, settings)
 
     def p_value(self, other: Cell) -> tuple[float, bool]:
         """That this one and `other` are the same, and whether the test is paired."""
@@ -190,7 +185,7 @@ class Table:
         return 100 * difference, unpaired(difference, cell.stderr**2, share * (1 - share) / max(cell.n, 1))
 
 
-def tables_of(rows: Iterable[dict[str, Any]], numbers: list[str] | None = None, **roles: str | None) -> dict[str, list[Table]]:
+def tables_of(rows: Iterable[ScoreRow], numbers: list[str] | None = None, **roles: str | None) -> dict[str, list[Table]]:
     """The tables that rows reach, by chat-template setting.
 
     Args:
@@ -211,14 +206,14 @@ def tables_of(rows: Iterable[dict[str, Any]], numbers: list[str] | None = None, 
     in_paper, labels = {column for table in published.values() for column in table["columns"]}, set()
     players = {label: role for role, label in ((TEACHER, roles.get("teacher")), (STUDENT, roles.get("student"))) if label}
     for row in rows:
-        labels.add(row["label"])
-        if not row["main"] or row["group"] is not None:
+        labels.add(row.label)
+        if not row.main or row.group is not None:
             continue
-        label = players.get(row["label"]) or name_in_paper(row["label"])
-        names.append(str(row["model"]))
-        cells = kept.setdefault(row["chat_template"], {})
-        key = (label, row["benchmark"] or row["task"])
-        if key not in cells or cells[key].partial or not row["partial"]:
+        label = players.get(row.label) or name_in_paper(row.label)
+        names.append(str(row.model))
+        cells = kept.setdefault(row.chat_template, {})
+        key = (label, row.benchmark or row.task)
+        if key not in cells or cells[key].partial or not row.partial:
             cells[key] = Cell.of(row)
     for label in players:
         if label not in labels:
@@ -259,179 +254,3 @@ def _table(number: str, printed: dict[str, Any], columns: list[str], cells: dict
         here = {(_IN_ABLATION.get(label, label), column): cell for (label, column), cell in here.items()}
     starred = {(label, column) for label, column in printed["starred"]}
     return Table(number, printed["title"], columns, here, published, starred, printed["notes"])
-
-
-def markdown(table: Table) -> str:
-    """A table as Markdown: our scores, then the paper's with the differences, then the notes."""
-    name = f"Table {table.number}: {table.title}" if table.number else table.title
-    lines = [f"### {name}", "", _line(["", *table.columns]), _line(["---"] * (len(table.columns) + 1))]
-    ranks = {column: table.ranked(column) for column in table.columns}
-    for label in table.labels:
-        texts = []
-        for column in table.columns:
-            texts.append(_our_text(table, label, column, *ranks[column]))
-        lines.append(_line([label, *texts]))
-    legend = "**best**, <u>runner-up</u> (the teacher left out), \\* above the teacher, † differs from the untrained student"
-    lines += [
-        "",
-        f"{legend} (p < {LEVEL}; paired where the items are the same), ~ some items only, § other shots "
-        "or response limits than the column's: neither is ranked or compared.",
-    ]
-    if table.published:
-        lines += [
-            "",
-            "The paper's own, and in brackets ours less the paper's (‡ beyond what chance allows both):",
-            "",
-        ]
-        lines += [_line(["", *table.columns]), _line(["---"] * (len(table.columns) + 1))]
-        for label in dict.fromkeys(label for label, _ in table.published):
-            lines.append(_line([label, *(_paper_text(table, label, column) for column in table.columns)]))
-        lines += ["", *(f"- {note}" for note in table.notes)]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _line(texts: list[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
-
-
-def _our_text(table: Table, label: str, column: str, best: set[str], second: set[str]) -> str:
-    cell = table.cells.get((label, column))
-    if cell is None:
-        return ""
-    text = str(cell)
-    if label in best:
-        text = f"**{text}**"
-    elif label in second:
-        text = f"<u>{text}</u>"
-    if table.above_teacher(label, column):
-        text += "\\*"
-    test = table.against_student(label, column)
-    if test is not None and test[0] < LEVEL:
-        text += "†"
-    if cell.partial:
-        return text + "~"
-    return text if table.comparable(label, column) else text + "§"
-
-
-def _paper_text(table: Table, label: str, column: str) -> str:
-    text = f"{table.published[label, column]:.1f}" + ("\\*" if (label, column) in table.starred else "")
-    compared = table.against_paper(label, column)
-    if compared is None:
-        return text
-    return f"{text} ({compared[0]:+.1f}{'‡' if compared[1] < LEVEL else ''})"
-
-
-def as_csv(tables: dict[str, list[Table]]) -> str:
-    """Every cell of every table as a line of CSV."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for setting, several in tables.items():
-        for table in several:
-            for label in table.labels:
-                for column in table.columns:
-                    cell = table.cells.get((label, column))
-                    if cell is not None:
-                        where = [table.number or "", setting == "with chat template", label, column]
-                        writer.writerow([*where, *_values(table, label, column, cell)])
-    return out.getvalue()
-
-
-def _values(table: Table, label: str, column: str, cell: Cell) -> list[Any]:
-    student, printed = table.against_student(label, column), table.against_paper(label, column)
-    return [
-        f"{100 * cell.score if cell.is_share else cell.score:.4f}",
-        f"{100 * cell.stderr if cell.is_share else cell.stderr:.4f}",
-        cell.n,
-        cell.partial,
-        label in table.ranked(column)[0],
-        table.above_teacher(label, column),
-        label in table.ranked(column)[1],
-        *(("", "") if student is None else (f"{student[0]:.3g}", student[1])),
-        table.published.get((label, column), ""),
-        *(("", "") if printed is None else (f"{printed[0]:.4f}", f"{printed[1]:.3g}")),
-    ]
-
-
-def draw(tables: dict[str, list[Table]], path: Path) -> None:
-    """The scores with their 95 % intervals, a panel a benchmark, the paper's numbers as hollow marks.
-
-    Raises:
-        ValueError: matplotlib is missing, or nothing is there to draw.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("a PNG needs matplotlib: pip install 'tsdkd[report]'.") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [
-        (setting, table, column)
-        for setting, several in tables.items()
-        for table in several
-        for column in table.columns
-        if all(cell.is_share for (_, name), cell in table.cells.items() if name == column)
-    ]
-    if not panels:
-        raise ValueError("there is nothing to draw: no row belongs to a table that was asked for.")
-    labels = list(dict.fromkeys(label for _, table, _ in panels for label in table.labels))
-    across = min(4, len(panels))
-    down = math.ceil(len(panels) / across)
-    figure, axes = plt.subplots(
-        down,
-        across,
-        figsize=(1.6 + 2.7 * across, 1.0 + down * (0.7 + 0.28 * len(labels))),
-        squeeze=False,
-        sharey=True,
-        constrained_layout=True,
-    )
-    for axis, (setting, table, column) in zip(axes.flat, panels, strict=False):
-        for place, label in enumerate(labels):
-            cell, printed = table.cells.get((label, column)), table.published.get((label, column))
-            if cell is not None:
-                below, above = (min(1.96 * cell.stderr, room) for room in (cell.score, 1 - cell.score))
-                bars = [[100 * below], [100 * above]]
-                axis.errorbar(100 * cell.score, place, xerr=bars, fmt="o", color="C0", capsize=3, markersize=5)
-            if printed is not None:
-                axis.plot(printed, place, marker="o", fillstyle="none", color="C1", linestyle="none", markersize=8)
-        teacher = table.cells.get((TEACHER, column))
-        if teacher is not None:
-            axis.axvline(100 * teacher.score, color="C0", linestyle="--", linewidth=0.8)
-        axis.set_title(f"{column}\n{setting}", fontsize=9)
-        axis.set_yticks(range(len(labels)), labels)
-        axis.tick_params(labelsize=8)
-        axis.grid(axis="x", linewidth=0.3)
-    axes.flat[0].set_ylim(len(labels) - 0.5, -0.5)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    figure.supxlabel("score, % (bars: 95 %; dashed: the teacher; hollow: the paper's)", fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def side_by_side(samples: Iterable[dict[str, Any]], task: str, item: int) -> str:
-    """Several models' answers to one prompt (as in the paper's Figures 8 and 9).
-
-    Raises:
-        ValueError: no such item.
-    """
-    found = [row for row in samples if row["task"] == task and row["item"] == item]
-    if not found:
-        raise ValueError(f"no answers to item {item} of {task} were kept: score it with --log_samples.")
-    lines = [f"### {task}, item {item}", "", *(f"> {line}" for line in str(found[0]["prompt"]).splitlines()), ""]
-    lines += [f"Target: {found[0]['target']}", ""]
-    seen = set()
-    for row in found:
-        setting = "" if not row["chat_template"] else ", with chat template"
-        if (row["model"], setting) in seen:  # another filter of the same answer
-            continue
-        seen.add((row["model"], setting))
-        scores = {
-            key: value
-            for key, value in row.items()
-            if key not in ("model", "task", "item", "filter", "chat_template", "prompt", "target", "answer", "taken")
-        }
-        told = ", ".join(f"{name} {value:g}" for name, value in scores.items() if isinstance(value, (int, float)))
-        lines += [f"**{row['model']}**{setting}" + (f" ({told})" if told else ""), "```", str(row["answer"]), "```", ""]
-    return "\n".join(lines)

@@ -11,7 +11,9 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from tsdkd.data.rows import ScoreRow, append_rows
 from tsdkd.evaluation import harness
+from tsdkd.evaluation import tasks as harness_tasks
 from tsdkd.evaluation.run import Model, Settings, rows_of
 from tsdkd.trainers import TokenDistillTrainer
 
@@ -55,8 +57,8 @@ class EvaluateWhileTraining(TrainerCallback):
         self.trainer, self.tasks, self.every, self.best, self.batch_size = trainer, tasks, every, best, batch_size
         engine = "vllm" if trainer.generation.has_engine else "hf"
         self.settings = Settings(chat_template, limit, max_gen_toks, seed=trainer.args.seed, engine=engine, dtype="training")
-        self.manager = harness.ready_tasks(tasks, include_path or [])  # what is missing is said before the first step
-        there = [f"{task}/{metric}" for task in tasks for metric in harness.metrics_of(self.manager, task)]
+        self.manager = harness_tasks.ready_tasks(tasks, include_path or [])  # what is missing is said before the first step
+        there = [f"{task}/{metric}" for task in tasks for metric in harness_tasks.metrics_of(self.manager, task)]
         if best is not None and best not in there:
             raise ValueError(f"eval_best={best!r} is no score of these tasks; there are: {', '.join(there)}.")
         self._scored: int | None = None
@@ -92,7 +94,7 @@ class EvaluateWhileTraining(TrainerCallback):
         """Score the student of now, on every process."""
         self._scored = step
         trainer = self.trainer
-        rows: list[dict[str, Any]] = []
+        rows: list[ScoreRow] = []
         failure: Exception | None = None
         was_training = trainer.model.training
         trainer.model.eval()
@@ -109,7 +111,7 @@ class EvaluateWhileTraining(TrainerCallback):
             raise failure
         if first is not None:
             raise RuntimeError(f"the first process could not score the student of step {step}: {first}")
-        (scores,) = broadcast_object_list([{f"{row['task']}/{row['metric']}": row["score"] for row in reversed(rows)}])
+        (scores,) = broadcast_object_list([{row.name: row.score for row in reversed(rows)}])
         due = trainer.control.should_log  # the step's own log, which this one would take for done
         trainer.log({f"eval_{name}": value for name, value in scores.items()})
         trainer.control.should_log = due
@@ -117,7 +119,7 @@ class EvaluateWhileTraining(TrainerCallback):
         trainer.model.train(was_training)
         return scores
 
-    def _rows(self, engine: Any, student: Any, step: int) -> list[dict[str, Any]]:
+    def _rows(self, engine: Any, student: Any, step: int) -> list[ScoreRow]:
         trainer = self.trainer
         tokenizer = trainer.processing_class
         if engine is not None:
@@ -125,22 +127,22 @@ class EvaluateWhileTraining(TrainerCallback):
             lm = harness.vllm_model(path, engine=engine, tokenizer=getattr(tokenizer, "name_or_path", path))
         else:
             lm = harness.hf_model(student, tokenizer=tokenizer, batch_size=self.batch_size)
-        rows: list[dict[str, Any]] = []
+        rows: list[ScoreRow] = []
         name = trainer.args.output_dir
         model = Model(name, f"step {step}", Path(name).name)
         for task in self.tasks:
             scores, _ = harness.score_task(lm, self.manager, task, **self.settings.of_scoring())
-            rows += rows_of(scores, task, model, self.settings, task_digest=harness.task_digest(self.manager, task), step=step)
-        with (self.folder / "benchmarks.jsonl").open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            digest = harness_tasks.task_digest(self.manager, task)
+            rows += rows_of(scores, task, model, self.settings, digest, step=step)
+        append_rows(self.folder / "benchmarks.jsonl", [row.to_json() for row in rows])
         return rows
 
-    def _keep_best(self, scores: dict[str, float], rows: list[dict[str, Any]], step: int) -> None:
+    def _keep_best(self, scores: dict[str, float], rows: list[ScoreRow], step: int) -> None:
         if self.best is None:
             return
         record = self.folder / "best" / "best.json"
         before = json.loads(record.read_text())["score"] if record.is_file() else None
-        higher = next((row["higher_is_better"] for row in rows if f"{row['task']}/{row['metric']}" == self.best), True)
+        higher = next((row.higher_is_better for row in rows if row.name == self.best), True)
         (higher,) = broadcast_object_list([higher])
         score = scores[self.best]
         if before is not None and not (score > before if higher else score < before):

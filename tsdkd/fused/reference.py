@@ -74,7 +74,9 @@ def evaluate_logits(
     statistics = TokenStatistics(layout.mask, layout.pad(entropy.detach()), rows=rows, **read)
     chosen = {term.name: select(term, statistics, readable) for term in dense}
     statistics = unread(statistics, scored_tokens(teacher_scope(objective), layout.mask, chosen, dense))
-    taken, values, taus = {}, {}, {}  # type: dict[str, Taken], dict[str, torch.Tensor], dict[str, torch.Tensor]
+    taken: dict[str, Taken] = {}
+    values: dict[str, torch.Tensor] = {}
+    taus: dict[str, torch.Tensor] = {}
     for term in objective.active:
         tokens = chosen[term.name] if term.name in chosen else select(term, statistics, readable)
         taken[term.name] = decide(term, statistics, tokens)

@@ -47,9 +47,9 @@ def resolve_method(method: str | Method, options: dict[str, Any] | None = None) 
 
 __all__ = [
     "AKL",
-    "TAID",
     "GKD",
     "METHODS",
+    "TAID",
     "TSDKD",
     "DistiLLM",
     "DivergenceMethod",

@@ -13,7 +13,7 @@ from tsdkd.types import Divergence, RolloutSpec
 
 
 def adaptive_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, head_mass: float = 0.5) -> torch.Tensor:
-    """`g_head / (g_head + g_tail) · KL(p_T ‖ p_S) + g_tail / (g_head + g_tail) · KL(p_S ‖ p_T)`, `[..., vocab]` → `[...]`, nats.
+    """`g_head / (g_head + g_tail) · KL(p_T ‖ p_S) + g_tail / (g_head + g_tail) · KL(p_S ‖ p_T)`, `[..., vocab]` → `[...]`.
 
     The head is the shortest run of the teacher's most probable ids (of equal ones the lower first) whose mass reaches
     `head_mass`, the tail the others; g is the sum of |p_T − p_S| over them, without gradient. Both gaps 0: one half each.

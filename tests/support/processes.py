@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from test_trainer import Gradients, by_prompt, make
+from running import Gradients, by_prompt, make
 from tiny import config, prompts
 
 from tsdkd import TSDKD, TokenDistillConfig, TokenDistillTrainer, TSDKDTrainer

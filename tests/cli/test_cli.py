@@ -14,7 +14,7 @@ from tiny import QUESTIONS, save_tiny
 from tsdkd.cli import main
 from tsdkd.cli.train import parse
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def fresh(code: str) -> str:

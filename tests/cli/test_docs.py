@@ -17,7 +17,7 @@ from tsdkd import TokenDistillConfig, TokenDistillTrainer
 from tsdkd.demo.recreate import make_tokenizer
 from tsdkd.losses import DIVERGENCES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from test_trainer import by_prompt, rows
+from running import by_prompt, rows
 from tiny import config, prompts, save_tiny, tiny_model
 
 from tsdkd import TSDKDTrainer

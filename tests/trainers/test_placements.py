@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_trainer import make
+from running import make
 from tiny import config, prompts, save_tiny, tiny_model
 
 from tsdkd import TokenDistillConfig, TokenDistillTrainer
@@ -18,7 +18,7 @@ from tsdkd.cli.train import parse
 from tsdkd.teachers import LocalTeacher
 from tsdkd.teachers.zero3 import zero3_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 PLACEMENTS = sorted((ROOT / "examples" / "recipes" / "placements").glob("*.yaml"))
 LAUNCHES = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))

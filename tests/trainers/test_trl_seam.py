@@ -64,7 +64,7 @@ def test_private_names_of_trl_stand_in_the_seam_alone():
     root = Path(trl.__file__).parent
     private = {name for name in vars(DISTILLATION) if name.startswith("_") and not name.startswith("__")}
     private -= {"_name", "_paper", "_tag_names"}  # what TRL documents for subclasses to set
-    package = Path(__file__).parent.parent / "tsdkd"
+    package = Path(__file__).parents[2] / "tsdkd"
     for path in package.rglob("*.py"):
         if path.name == "trl_seams.py":
             continue

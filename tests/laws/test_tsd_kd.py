@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-
 import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsdkd import TSDKD, Counts, Head, TokenBatch, TSDKDConfig, fused, tsd_kd_loss
+from tsdkd import TSDKD, Counts, Head, TokenBatch, fused, tsd_kd_loss
 from tsdkd.methods import resolve_method
 from tsdkd.selection import EntropyGapGate
 
@@ -235,16 +232,6 @@ def test_bad_input_is_refused_with_what_to_do(wrong, message):
     arguments = {"student_logits": student, "teacher_logits": teacher, "completion_mask": mask, **wrong}
     with pytest.raises(ValueError, match=message):
         tsd_kd_loss(**arguments)
-
-
-def test_config_method_and_function_share_names_and_defaults():
-    keywords = {k: p.default for k, p in inspect.signature(tsd_kd_loss).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    keywords["kd_temperature"] = keywords.pop("temperature")
-    del keywords["counts"]
-    of_training = {"adaptive_opener", "lmbda"}  # what one call of a loss cannot have
-    assert keywords == {f.name: f.default for f in dataclasses.fields(TSDKD) if f.name not in of_training}
-    assert of_training < {f.name for f in dataclasses.fields(TSDKDConfig)}
-    assert keywords == {f.name: f.default for f in dataclasses.fields(TSDKDConfig) if f.name in keywords}
 
 
 def test_methods_are_resolved_by_name_or_taken_as_they_are():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 from tsdkd.data.completions import answer_ids, answer_text
-from tsdkd.rollouts import RolloutSource, InterleavedWriter, mixed, speculative, write_once
+from tsdkd.rollouts import InterleavedWriter, RolloutSource, mixed, speculative, write_once
 from tsdkd.rollouts.sources import fresh_share
 from tsdkd.types import Replay, Rollouts, RolloutSpec
 

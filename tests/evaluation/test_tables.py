@@ -1,4 +1,4 @@
-"""Scores as the paper's tables, what stands beside them, and training prompts that stand in benchmarks."""
+"""Tables from rows."""
 
 from __future__ import annotations
 
@@ -8,62 +8,23 @@ import itertools
 import json
 import math
 import random
-import string
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_rows import BY_NAME, row
 
 from tsdkd.cli import main
-from tsdkd.evaluation.overlap import SHORTEST, find_overlap, normalise
-from tsdkd.evaluation.suite import PAPER
+from tsdkd.evaluation.layout import as_csv, draw, markdown, side_by_side
 from tsdkd.evaluation.tables import (
     STUDENT,
     TEACHER,
-    as_csv,
-    draw,
-    markdown,
     mcnemar,
     name_in_paper,
     paper,
-    side_by_side,
     tables_of,
     unpaired,
 )
-
-BY_NAME = {benchmark.name: benchmark for benchmark in PAPER}
-
-
-def row(label, benchmark, score, *, right=None, n=1000, chat=False, partial=False, which="same", **more):
-    b = BY_NAME.get(benchmark)
-    made = {
-        "task": b.task if b else benchmark,
-        "benchmark": benchmark if b else None,
-        "group": None,
-        "requested": "x",
-        "task_digest": "x",
-        "metric": b.metric if b else "accuracy",
-        "filter": "none",
-        "main": True,
-        "score": score,
-        "stderr": (score * (1 - score) / n) ** 0.5,
-        "higher_is_better": True,
-        "n": n,
-        "chat_template": chat,
-        "partial": partial,
-        "rows": 1,
-        "model": label,
-        "model_digest": "",
-        "label": label,
-        "settings": {},
-        **more,
-    }
-    if right is not None:
-        made["items"] = {"set": which, "right": right}
-    return made
-
-
-# ---------------------------------------------------------------------- the paper's numbers
 
 
 def test_the_transcription_is_whole_and_its_notes_are_true():
@@ -99,9 +60,6 @@ def test_the_transcription_is_whole_and_its_notes_are_true():
     assert of("5", "TSD-KD")["MATH"] / of("5", "Teacher")["MATH"] == pytest.approx(1.25)
     assert of("9", "GKD")["MATH"] > of("9", "TSD-KD")["MATH"]
     assert of("3", "gate + indirect + entropy") == {k: v for k, v in of("1", "TSD-KD").items() if k != "MBPP"}
-
-
-# ---------------------------------------------------------------------- the layout
 
 
 def test_best_runner_up_star_and_difference():
@@ -190,9 +148,6 @@ def test_roles_by_label_and_what_is_refused():
         assert name_in_paper(name) == label
 
 
-# ---------------------------------------------------------------------- significance
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=9))
 def test_mcnemar_is_the_sign_test_of_the_items_that_differ(pairs):
@@ -227,13 +182,10 @@ def test_the_same_items_are_compared_in_pairs_and_others_by_their_errors():
         mcnemar("111", "11")
 
 
-# ---------------------------------------------------------------------- the command
-
-
 def test_the_command_writes_markdown_csv_and_a_picture(tmp_path, capsys):
     rows = [row("teacher", "GSM8K", 0.8), row("student", "GSM8K", 0.5), row("tsd_kd", "GSM8K", 0.6), row("gkd", "mine", 0.1)]
     results = tmp_path / "r.jsonl"
-    results.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    results.write_text("".join(json.dumps(r.to_json()) + "\n" for r in rows))
     assert main(["table", str(results), "--png", str(tmp_path / "t.png"), "--out", str(tmp_path / "t.md")]) == 0
     assert "### Table 1:" in (tmp_path / "t.md").read_text() and (tmp_path / "t.png").stat().st_size > 5000
     capsys.readouterr()
@@ -266,88 +218,6 @@ def test_answers_to_one_item_stand_side_by_side(tmp_path, capsys):
     assert "**a** (accuracy 0)" in text and "> How many?" in text
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     assert main(["table", str(tmp_path / "s.jsonl"), "--item", "t", "1"]) == 0 and "b says 1" in capsys.readouterr().out
-    (tmp_path / "r.jsonl").write_text(json.dumps(row("a", "GSM8K", 0.5)) + "\n")
+    (tmp_path / "r.jsonl").write_text(json.dumps(row("a", "GSM8K", 0.5).to_json()) + "\n")
     assert main(["table", str(tmp_path / "r.jsonl"), "--item", "t", "0"]) == 2 and "a file of scores" in capsys.readouterr().err
     assert main(["table", str(tmp_path / "s.jsonl"), "--item", "t", "7"]) == 2 and "item 7 of t" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------- contamination
-
-words = st.text(string.ascii_lowercase, min_size=1, max_size=2)
-texts = st.lists(words, min_size=1, max_size=14)
-
-
-@st.composite
-def prompts_and_fields(draw):
-    """Texts of which many are cut out of others, or wrapped around them."""
-    long = st.lists(words, min_size=9, max_size=14)
-    fields = draw(st.lists(st.lists(long | texts, min_size=1, max_size=2), min_size=1, max_size=4))
-    prompts = []
-    for _ in range(draw(st.integers(1, 4))):
-        source = draw(st.sampled_from([text for parts in fields for text in parts]))
-        start, end = draw(st.integers(0, 4)), draw(st.integers(0, 4))
-        cut = source[start : len(source) - end]
-        altered = [*source[:-1], "other"]
-        prompts.append(draw(st.sampled_from([cut, [*draw(texts), *source, *draw(texts)], altered, source, draw(texts)])))
-    return [" ".join(prompt) for prompt in prompts], [[" ".join(text) for text in parts] for parts in fields]
-
-
-@settings(max_examples=200, deadline=None)
-@given(prompts_and_fields())
-def test_overlap_is_found_wherever_a_search_of_all_pairs_finds_it(made):
-    prompts, fields = made
-
-    def stands(inner, outer):
-        a, b = normalise(inner), normalise(outer)
-        if a == b:
-            return bool(a)
-        return len(a) >= SHORTEST and any(b[i : i + len(a)] == a for i in range(len(b) - len(a) + 1))
-
-    fields = [*fields, ["a b c d e f g h i j"]]
-    prompts = [*prompts, "a b c d e f g h other", "b c d e f g h i j"]  # the same start, and the very end
-    items = [("t", number, {str(k): text for k, text in enumerate(parts)}) for number, parts in enumerate(fields)]
-    expected = {
-        (row, number)
-        for row, prompt in enumerate(prompts)
-        for number, parts in enumerate(fields)
-        if any(stands(prompt, text) or stands(text, prompt) for text in parts)
-    }
-    assert {(o.prompt_row, o.item) for o in find_overlap(prompts, items)} == expected
-
-
-def test_normalisation_and_the_three_ways(tmp_path):
-    question = "Tom has 12 apples, and he buys 7 more; how many now?"
-    items = [
-        ("t", 0, {"question": question}),
-        ("t", 1, {"choices": ["yes", "no"], "n": 3}),
-        ("t", 2, {"q": "Before. " + question}),
-    ]
-    prompts = ["tom HAS 12 apples and he\nbuys 7 more how many now", f"Solve this: {question} Think.", "yes", "maybe", ""]
-    found = {(o.prompt_row, o.item): o.how for o in find_overlap(prompts, items)}
-    assert found == {
-        (0, 0): "is a text of the item",
-        (1, 0): "holds a text of the item",
-        (2, 1): "is a text of the item",
-        (0, 2): "stands in the item",
-    }
-
-
-def test_the_command_reports_prompts_that_stand_in_a_task(tmp_path, capsys):
-    from tsdkd.demo.problems import held_out
-    from tsdkd.demo.run import HELD_OUT_SEED, LEVELS
-
-    known = held_out(3, HELD_OUT_SEED, set(), LEVELS)
-    rows = [
-        {"prompt": [{"role": "user", "content": known[1].question.upper()}]},
-        {"prompt": [{"role": "user", "content": "Hi"}]},
-    ]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    out = tmp_path / "o.jsonl"
-    command = ["evaluate", "--check-overlap", str(tmp_path / "p.jsonl"), "--tasks", "tsdkd_word_problems", "--out", str(out)]
-    assert main(command) == 0
-    assert "1 of 1000 items share a text with 1 of 2 prompts" in capsys.readouterr().out
-    (pair,) = [json.loads(line) for line in out.read_text().splitlines()]
-    assert (pair["prompt_row"], pair["item"], pair["how"]) == (0, 1, "is a text of the item")
-    out.write_text(json.dumps(row("a", "GSM8K", 0.5)) + "\n")
-    assert main(command) == 2 and "holds scores, which an overlap report would replace" in capsys.readouterr().err
-    assert json.loads(out.read_text())["score"] == 0.5

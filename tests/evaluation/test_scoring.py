@@ -1,4 +1,4 @@
-"""Benchmarks by lm-evaluation-harness: what is scored, what a row says, what is refused, and what training notices of it."""
+"""Tasks are found, checked and scored; rows say where they come from."""
 
 from __future__ import annotations
 
@@ -9,59 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_trainer import make, rows
-from tiny import config, prompts, save_tiny
+from scoring import ON, ROOT, by_hf, items, local_task
+from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tsdkd import TSDKDConfig
 from tsdkd.cli import main
-from tsdkd.cli.evaluate import bundled_tasks
+from tsdkd.data.rows import read_scores
 from tsdkd.demo.problems import held_out
 from tsdkd.demo.run import HELD_OUT_SEED, LEVELS, shipped
 from tsdkd.demo.scoring import accuracy, answers
 from tsdkd.evaluation import harness
-from tsdkd.evaluation.run import Model, Settings, evaluate, read_rows
+from tsdkd.evaluation import tasks as harness_tasks
+from tsdkd.evaluation.run import Model, Settings, evaluate
 from tsdkd.evaluation.suite import PAPER, suite_table
-from tsdkd.evaluation.while_training import EvaluateWhileTraining
-
-ROOT = Path(__file__).parent.parent
-ON = Settings(chat_template=True, dtype="float32")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def by_hf(name):
-    return lambda: harness.hf_model(shipped(name), dtype="float32", batch_size=250)
-
-
-def local_task(folder: Path, items: list[dict], name: str = "local", **more) -> Path:
-    """A graded task over `items`, in a folder of its own."""
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    text = (ROOT / "examples" / "eval_tasks" / "graded.yaml").read_text().replace("graded_questions", name)
-    text = text.replace("examples/eval_tasks/questions.jsonl", str(folder / f"{name}.jsonl"))
-    (folder / f"{name}.yaml").write_text(text.replace("max_gen_toks: 128", "max_gen_toks: 48"))
-    (folder / "grading.py").write_text((ROOT / "examples" / "eval_tasks" / "grading.py").read_text())
-    return folder
-
-
-def items(count: int, seed: int = 5) -> list[dict]:
-    return [{"question": p.question, "answer": p.answer} for p in held_out(count, seed, set(), LEVELS)]
-
-
-# ---------------------------------------------------------------------- the suite
 
 
 def test_every_name_of_the_suite_is_the_harnesss_with_its_metric_filter_and_limit():
-    manager = harness.find_tasks([benchmark.task for benchmark in PAPER])
+    manager = harness_tasks.find_tasks([benchmark.task for benchmark in PAPER])
     for benchmark in PAPER:
-        leaves = list(harness.leaf_configs(manager, benchmark.task))
+        leaves = list(harness_tasks.leaf_configs(manager, benchmark.task))
         assert leaves, benchmark.task
         group = manager.task_index[benchmark.task].cfg.get("aggregate_metric_list")
         if benchmark.task in manager.all_groups:
@@ -80,31 +46,28 @@ def test_every_name_of_the_suite_is_the_harnesss_with_its_metric_filter_and_limi
     assert len(PAPER) == 10 and suite_table() in (ROOT / "tsdkd" / "evaluation" / "README.md").read_text()
 
 
-# ---------------------------------------------------------------------- the demo's models
-
-
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_the_demos_models_score_exactly_the_demos_accuracy(tmp_path, name, capsys):
     out = tmp_path / "results.jsonl"
     command = ["evaluate", "--model", shipped(name), "--tasks", "tsdkd_word_problems", "--chat_template", "on"]
     assert main([*command, "--dtype", "float32", "--batch_size", "250", "--out", str(out)]) == 0
-    (row,) = read_rows(out)
+    (row,) = read_scores(out)
     model = AutoModelForCausalLM.from_pretrained(shipped(name), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(shipped(name))
     expected = accuracy(model, tokenizer, held_out(1000, HELD_OUT_SEED, set(), LEVELS))
-    assert row["score"] == expected["accuracy"] and row["n"] == expected["n"] == 1000
-    assert row["items"]["right"].count("1") == round(1000 * row["score"])
+    assert row.score == expected["accuracy"] and row.n == expected["n"] == 1000
+    assert row.items["right"].count("1") == round(1000 * row.score)
     fields = (
         """task metric filter version shots n score stderr seed model commit versions hardware command chat_template""".split()
     )
-    assert not [field for field in fields if field not in row]
-    assert (row["task"], row["metric"], row["filter"], row["shots"]) == ("tsdkd_word_problems", "accuracy", "none", 0)
-    assert row["chat_template"] is True and row["partial"] is False and row["seed"] == 0 and row["label"] == name
-    assert row["stderr"] == pytest.approx((row["score"] * (1 - row["score"]) / 999) ** 0.5, abs=1e-9)
-    assert {"torch", "transformers", "lm_eval"} <= set(row["versions"])
+    assert not [field for field in fields if field not in row.to_json()]
+    assert (row.task, row.metric, row.filter, row.shots) == ("tsdkd_word_problems", "accuracy", "none", 0)
+    assert row.chat_template is True and row.partial is False and row.origin["seed"] == 0 and row.label == name
+    assert row.stderr == pytest.approx((row.score * (1 - row.score) / 999) ** 0.5, abs=1e-9)
+    assert {"torch", "transformers", "lm_eval"} <= set(row.origin["versions"])
     # A second time nothing is left to do.
     assert main([*command, "--dtype", "float32", "--out", str(out)]) == 0
-    assert "1 of 1 scorings stand" in capsys.readouterr().out and len(read_rows(out)) == 1
+    assert "1 of 1 scorings stand" in capsys.readouterr().out and len(read_scores(out)) == 1
 
 
 def test_an_item_known_right_scores_right_and_one_known_wrong_wrong(tmp_path):
@@ -118,7 +81,7 @@ def test_an_item_known_right_scores_right_and_one_known_wrong_wrong(tmp_path):
     )
     model, samples = Model.at(shipped("teacher")), tmp_path / "s.jsonl"
     (row,) = evaluate(["local"], model, by_hf("teacher"), [ON], tmp_path / "r.jsonl", include_path=[folder], samples=samples)
-    assert row["items"]["right"] == "10" and row["score"] == 0.5
+    assert row.items["right"] == "10" and row.score == 0.5
     kept = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [sample["answer"] for sample in kept] == written and [sample["accuracy"] for sample in kept] == [1.0, 0.0]
     assert problems[0].question in kept[0]["prompt"]
@@ -139,10 +102,10 @@ def test_the_shipped_examples_run_with_and_without_a_chat_template(tmp_path, mon
         "48",
     ]
     assert main([*command, "--batch_size", "6", "--out", str(out)]) == 0
-    found = {(row["task"], row["chat_template"]): row for row in read_rows(out)}
-    assert len(found) == 6 and all(row["partial"] and row["n"] == 6 for row in found.values())
-    assert found["graded_questions", True]["score"] == 1.0 > found["graded_questions", False]["score"]
-    assert found["which_result", True]["metric"] == "acc" and found["my_task", True]["filter"] == "last-number"
+    found = {(row.task, row.chat_template): row for row in read_scores(out)}
+    assert len(found) == 6 and all(row.partial and row.n == 6 for row in found.values())
+    assert found["graded_questions", True].score == 1.0 > found["graded_questions", False].score
+    assert found["which_result", True].metric == "acc" and found["my_task", True].filter == "last-number"
 
 
 def test_a_group_is_scored_as_a_whole_first_and_by_task(tmp_path):
@@ -155,13 +118,10 @@ def test_a_group_is_scored_as_a_whole_first_and_by_task(tmp_path):
         ["both_parts"], Model.at(shipped("student")), by_hf("student"), [ON], tmp_path / "r.jsonl", include_path=[folder]
     )
     whole, a, b = made
-    assert (whole["task"], whole["group"], whole["n"], whole["main"]) == ("both_parts", None, 12, True)
-    assert (a["group"], b["group"], a["n"], b["n"]) == ("both_parts", "both_parts", 4, 8)
-    assert whole["score"] == pytest.approx((4 * a["score"] + 8 * b["score"]) / 12)
-    assert whole["items"]["right"] == a["items"]["right"] + b["items"]["right"]
-
-
-# ---------------------------------------------------------------------- going on, and what is refused
+    assert (whole.task, whole.group, whole.n, whole.main) == ("both_parts", None, 12, True)
+    assert (a.group, b.group, a.n, b.n) == ("both_parts", "both_parts", 4, 8)
+    assert whole.score == pytest.approx((4 * a.score + 8 * b.score) / 12)
+    assert whole.items["right"] == a.items["right"] + b.items["right"]
 
 
 def test_what_stands_is_not_run_again_and_what_changed_is(tmp_path):
@@ -182,15 +142,15 @@ def test_what_stands_is_not_run_again_and_what_changed_is(tmp_path):
     assert len(go([ON], Model(model.name, "other weights", model.label))) == 1 and len(built) == 3
     # Under another label the rows are called so; nothing is scored.
     renamed = go([ON], Model(model.name, model.digest, "another"))
-    assert [row["label"] for row in renamed] == ["another"] and len(built) == 3
-    assert [row["label"] for row in read_rows(out)] == ["another", model.label, model.label]
+    assert [row.label for row in renamed] == ["another"] and len(built) == 3
+    assert [row.label for row in read_scores(out)] == ["another", model.label, model.label]
     # A task whose items changed is another one.
     local_task(folder, items(4))
-    assert go([ON])[0]["n"] == 4 and len(built) == 4
+    assert go([ON])[0].n == 4 and len(built) == 4
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:3]))
     out.write_text(out.read_text()[:-20])  # killed while it wrote the last row
-    assert len(read_rows(out)) == 2
+    assert len(read_scores(out)) == 2
     out.write_text("{}\n" + out.read_text())
     with pytest.raises(ValueError, match=r"line 1 is no row of tsdkd evaluate: it has no label, metric"):
         go([ON])
@@ -206,7 +166,7 @@ def test_a_scoring_that_was_cut_off_is_taken_out_and_run_again(tmp_path):
 
     def go():
         evaluate(["both_parts"], Model.at(shipped("student")), by_hf("student"), settings, out, include_path=[folder])
-        return [(row["task"], row["chat_template"], row["score"]) for row in read_rows(out)]
+        return [(row.task, row.chat_template, row.score) for row in read_scores(out)]
 
     whole = go()
     assert len(whole) == 6
@@ -291,7 +251,7 @@ def test_out_of_memory_halves_the_batches_and_says_so(tmp_path, monkeypatch):
         include_path=[folder],
         say=said.append,
     )
-    assert sizes == [16, 8, 4] and row["n"] == 3
+    assert sizes == [16, 8, 4] and row.n == 3
     assert any("out of memory with batches of 16; again with 8" in text for text in said)
     monkeypatch.setattr(lm_eval, "evaluate", lambda lm, **options: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(ValueError, match=r"one item at a time does not fit into memory \(no room\)"):
@@ -304,106 +264,10 @@ def test_the_random_states_stay_as_they_were(tmp_path):
     folder = local_task(tmp_path / "t", items(2))
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1).item()
-    lm, loaded = by_hf("student")(), harness.load_task(harness.find_tasks(["local"], [folder]), "local")
+    lm, loaded = by_hf("student")(), harness_tasks.load_task(harness_tasks.find_tasks(["local"], [folder]), "local")
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     harness.score(lm, loaded, "local", chat_template=True)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
-
-
-# ---------------------------------------------------------------------- while training
-
-
-def test_training_is_scored_kept_by_the_best_and_not_disturbed(tmp_path):
-    folder = local_task(tmp_path / "t", items(6))
-
-    def run(name, scored):
-        options = dict(max_length=128, max_completion_length=24, max_steps=4, learning_rate=1e-3, seed=3)
-        trainer = make(
-            tmp_path / name,
-            student=shipped("student"),
-            teacher=shipped("teacher"),
-            data=prompts(16, chat=True),
-            processing_class=None,
-            args=config(tmp_path / name, TSDKDConfig, **options),
-        )
-        if scored:
-            trainer.add_callback(
-                EvaluateWhileTraining(
-                    trainer, ["local"], 2, best="local/accuracy", include_path=[folder], chat_template=True, batch_size=6
-                )
-            )
-        trainer.train()
-        return trainer
-
-    scored, plain = run("scored", True), run("plain", False)
-    assert [row["loss"] for row in rows(scored)] == [row["loss"] for row in rows(plain)]  # the same answers were sampled
-    kept = read_rows(tmp_path / "scored" / "benchmarks.jsonl")
-    assert [row["step"] for row in kept] == [2, 4] and all(row["n"] == 6 for row in kept)
-    logged = [row["eval_local/accuracy"] for row in scored.state.log_history if "eval_local/accuracy" in row]
-    assert logged == [row["score"] for row in kept] and scored.model.training
-    best = json.loads((tmp_path / "scored" / "best" / "best.json").read_text())
-    assert best["score"] == max(logged) and best["step"] == kept[logged.index(max(logged))]["step"]
-    # The student of the last step, scored by the command, has the last row's score.
-    scored.save_model(str(tmp_path / "last"))
-    model = Model.at(str(tmp_path / "last"))
-    (again,) = evaluate(
-        ["local"],
-        model,
-        lambda: harness.hf_model(str(tmp_path / "last"), dtype="float32", batch_size=6),
-        [ON],
-        tmp_path / "r.jsonl",
-        include_path=[folder],
-    )
-    assert again["items"] == kept[-1]["items"]
-
-
-def test_what_cannot_be_scored_is_refused_before_the_first_step(tmp_path):
-    trainer = make(tmp_path)
-    with pytest.raises(ValueError, match="is no score of these tasks; there are: tsdkd_word_problems/accuracy"):
-        EvaluateWhileTraining(
-            trainer, ["tsdkd_word_problems"], 5, best="tsdkd_word_problems/acc", include_path=[bundled_tasks()]
-        )
-    with pytest.raises(ValueError, match="eval_every=0"):
-        EvaluateWhileTraining(trainer, ["tsdkd_word_problems"], 0, include_path=[bundled_tasks()])
-
-
-def test_train_takes_eval_tasks_from_the_command_line(tmp_path):
-    from tsdkd.cli.train import build, parse
-
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p["question"]}) + "\n" for p in items(8)))
-    command = ["--student", shipped("student"), "--teacher", shipped("teacher"), "--dataset_name", str(tmp_path / "p.jsonl")]
-    command += ["--output_dir", str(tmp_path / "o"), "--use_cpu", "--eval_tasks", "tsdkd_word_problems", "--eval_limit", "4"]
-    command += ["--eval_chat_template", "--eval_every", "1", "--max_steps", "1", "--per_device_train_batch_size", "8"]
-    trainer = build(*parse([*command, "--max_length", "128", "--report_to", "none", "--prompt_as_chat"]))
-    trainer.train()
-    (row,) = read_rows(tmp_path / "o" / "benchmarks.jsonl")
-    assert row["partial"] and row["n"] == 4 and row["step"] == 1
-
-
-def test_a_comparison_is_scored_on_tasks(tmp_path, capsys):
-    folder = local_task(tmp_path / "t", items(4))
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p["question"]}) + "\n" for p in items(8, 7)))
-    recipe = tmp_path / "recipe.yaml"
-    lines = [f"model_name_or_path: {shipped('student')}", f"teacher_model_name_or_path: {shipped('teacher')}"]
-    lines += [
-        f"dataset_name: {tmp_path / 'p.jsonl'}",
-        "prompt_as_chat: true",
-        "use_cpu: true",
-        "max_length: 128",
-        "max_steps: 1",
-    ]
-    lines += ["per_device_train_batch_size: 8", "report_to: none", "save_strategy: 'no'"]
-    recipe.write_text("\n".join(lines) + "\n")
-    command = ["compare", "--methods", "gkd,tsd_kd", "--config", str(recipe), "--out", str(tmp_path / "c.jsonl")]
-    command += ["--eval_tasks", "local", "--eval_include_path", str(folder), "--eval_chat_template"]
-    assert main(command) == 0
-    table = capsys.readouterr().out
-    assert "| method | local/accuracy | lowest-highest | seeds |" in table
-    made = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
-    assert [row["label"] for row in made] == ["gkd", "tsd_kd"] and all(row["n"] == {"local": 4} for row in made)
-
-
-# ---------------------------------------------------------------------- what the harness would do otherwise
 
 
 def test_code_is_run_where_leave_was_given_and_the_environment_stays(tmp_path, monkeypatch):
@@ -425,7 +289,7 @@ def test_code_is_run_where_leave_was_given_and_the_environment_stays(tmp_path, m
     with pytest.raises(ValueError, match="--allow-code-execution"):
         evaluate(["runs_code"], model, by_hf("student"), [ON], out, include_path=[folder])
     (row,) = evaluate(["runs_code"], model, by_hf("student"), [ON], out, include_path=[folder], allow_code=True)
-    assert row["n"] == 2 and "HF_ALLOW_CODE_EVAL" not in os.environ
+    assert row.n == 2 and "HF_ALLOW_CODE_EVAL" not in os.environ
 
 
 def test_a_models_generation_config_changes_no_answer_and_its_digest(tmp_path):
@@ -441,7 +305,7 @@ def test_a_models_generation_config_changes_no_answer_and_its_digest(tmp_path):
     for model in models:
         lm = harness.hf_model(model.name, dtype="float32", batch_size=8)
         rows += evaluate(["local"], model, lambda lm=lm: lm, [ON], tmp_path / "r.jsonl", include_path=[folder])
-    assert len(rows) == 2 and rows[0]["items"] == rows[1]["items"] and models[0].digest != models[1].digest
+    assert len(rows) == 2 and rows[0].items == rows[1].items and models[0].digest != models[1].digest
     assert lm.model.generation_config.repetition_penalty == 3.0  # put back
 
 
@@ -480,8 +344,8 @@ def test_a_second_try_draws_the_same_worked_examples(tmp_path, monkeypatch):
 def test_a_group_of_ones_own_may_name_the_harnesss_tasks(tmp_path):
     folder = local_task(tmp_path / "t", items(2))
     (folder / "g.yaml").write_text("group: mine\ntask: [sciq, local]\n")
-    manager = harness.find_tasks(["mine"], [folder])
-    assert [name for name, _ in harness.leaf_configs(manager, "mine")] == ["sciq", "local"]
+    manager = harness_tasks.find_tasks(["mine"], [folder])
+    assert [name for name, _ in harness_tasks.leaf_configs(manager, "mine")] == ["sciq", "local"]
 
 
 def test_an_adapter_is_scored_on_its_base_with_its_own_tokenizer(tmp_path):
@@ -529,27 +393,3 @@ def test_a_model_that_does_not_fit_is_said_so(tmp_path):
             tmp_path / "r.jsonl",
             include_path=[local_task(tmp_path / "t", items(2))],
         )
-
-
-def test_a_run_does_not_compete_with_what_another_left_in_its_folder(tmp_path):
-    folder = local_task(tmp_path / "t", items(3))
-    best = tmp_path / "run" / "best"
-    best.mkdir(parents=True)
-    (best / "best.json").write_text('{"name": "local/accuracy", "score": 0.99, "step": 7}')
-    (tmp_path / "run" / "benchmarks.jsonl").write_text('{"step": 7}\n')
-    options = dict(max_length=128, max_completion_length=24, max_steps=2)
-    trainer = make(
-        tmp_path / "run",
-        student=shipped("student"),
-        teacher=shipped("teacher"),
-        processing_class=None,
-        args=config(tmp_path / "run", TSDKDConfig, **options),
-        data=prompts(8, chat=True),
-    )
-    trainer.add_callback(
-        EvaluateWhileTraining(trainer, ["local"], 2, best="local/accuracy", include_path=[folder], chat_template=True)
-    )
-    trainer.train()
-    assert json.loads((best / "best.json").read_text())["step"] == 2
-    assert [row["step"] for row in read_rows(tmp_path / "run" / "benchmarks.jsonl")] == [2]
-    assert (tmp_path / "run" / "benchmarks.before.jsonl").exists() and (best / "best.before.json").exists()

@@ -1,0 +1,113 @@
+"""Recordings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from running import answered, general, rows, student
+from tiny import config, prompts
+
+from tsdkd import TSDKD, TokenDistillConfig, TokenDistillTrainer
+from tsdkd.demo.recreate import make_tokenizer
+from tsdkd.methods import GKD, DistiLLM, MiniLLM, SeqKD, SupervisedKD
+from tsdkd.rollouts import RolloutSource
+from tsdkd.teachers import Recording
+from tsdkd.types import Rollouts, RolloutSpec
+
+
+def recorded(tmp_path, method=None, data=None, **options):
+    options = {"max_steps": 2, **options}
+    trainer = general(tmp_path / "r", method or TSDKD(), student=student(), data=data or prompts(8), **options)
+    trainer.record(tmp_path / "recording")
+    return tmp_path / "recording"
+
+
+def test_a_recording_draws_its_sources_as_training_would(tmp_path):
+    data = answered(32)
+    folder = recorded(tmp_path, GKD(lmbda=0.5), data, max_steps=8, max_completion_length=20)
+    tokenizer, given = make_tokenizer(), {row["prompt"]: row["completion"] for row in data}
+    drawn = []
+    for shard in sorted(folder.glob("step-*.jsonl")):
+        lines = [json.loads(line) for line in shard.read_text().splitlines()]
+        from_data = [tokenizer.decode(row["completion_ids"][:-1]).strip() == given[row["prompt"]] for row in lines]
+        drawn.append("dataset" if all(from_data) else "fresh")
+    source = RolloutSource(RolloutSpec(share=0.5), seed=42, rows=4)
+    assert drawn == [source.draw(step, 8) for step in range(8)] and set(drawn) == {"fresh", "dataset"}
+
+
+def from_recording(tmp_path, folder, method, seed=1, **options):
+    return TokenDistillTrainer(
+        model=student(seed),
+        args=config(tmp_path, TokenDistillConfig, recording=str(folder), **options),
+        method=method,
+        processing_class=make_tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("method", [TSDKD(), GKD(selection="prefix"), SupervisedKD(), DistiLLM(), SeqKD()])
+def test_any_method_trains_on_a_recording_as_with_the_teacher_itself(tmp_path, method):
+    folder = recorded(tmp_path)
+    offline = from_recording(tmp_path / "off", folder, method)
+    assert offline.teacher_model is None and len(offline.train_dataset) == 8
+    offline.train()
+    live = general(
+        tmp_path / "live",
+        method,
+        student=student(),
+        data=Dataset.from_list(Recording.open(folder).rows),
+    )
+    answers = {
+        tuple(ids): row["completion_ids"]
+        for ids, row in zip(live.tokenize(list(live.train_dataset["prompt"])), live.train_dataset, strict=True)
+    }
+    live.write = lambda prompt_ids, *a, **k: [list(answers[tuple(ids)]) for ids in prompt_ids]
+    live.train()
+    for ours, theirs in zip(rows(offline), rows(live), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    for a, b in zip(offline.model.parameters(), live.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_recording_of_something_else_or_damaged_is_refused_before_training(tmp_path):
+    folder = recorded(tmp_path, max_steps=1)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    shard = next(damaged.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="is missing or damaged"):
+        from_recording(tmp_path, damaged, GKD())
+    other = make_tokenizer()
+    other.add_tokens(["<x>"])
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    manifest = json.loads((changed / "manifest.json").read_text())
+    words = sorted(manifest["vocabulary"].items(), key=lambda item: item[1])
+    manifest["vocabulary"].update({words[20][0]: words[21][1], words[21][0]: words[20][1]})
+    (changed / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="the tokenizers disagree"):
+        from_recording(tmp_path, changed, GKD())
+    with pytest.raises(ValueError, match="holds no finished recording"):
+        from_recording(tmp_path, tmp_path, GKD())
+    with pytest.raises(ValueError, match="written by student and teacher together"):
+        from_recording(tmp_path, folder, MiniLLM())
+    with pytest.raises(ValueError, match="holds a recording already"):
+        general(tmp_path / "again", GKD()).record(folder)
+    with pytest.raises(ValueError, match="leave train_dataset and the teacher out"):
+        general(tmp_path / "both", GKD(), recording=str(folder))
+    with pytest.raises(ValueError, match="completions of up to 12 tokens, but max_completion_length=2 would cut them: pass 12"):
+        from_recording(tmp_path / "short", folder, GKD(), max_completion_length=2)
+    with pytest.raises(ValueError, match=r"was made with another student.*any_recording=True"):
+        from_recording(tmp_path / "other", folder, GKD(), seed=7)
+    from_recording(tmp_path / "meant", folder, GKD(), seed=7, any_recording=True).train()
+    (changed / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        from_recording(tmp_path, changed, GKD())
+    stranger = from_recording(tmp_path / "stranger", folder, GKD())
+    with pytest.raises(ValueError, match="are not in the recording"):
+        stranger.teacher.hidden(Rollouts([[5, 6]], [[7]], [[1]]), [1])

@@ -1,0 +1,159 @@
+"""The runs of a comparison: which there are, what they share, and the file that they go on with."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tsdkd.data.rows import append_rows, mend_rows, read_rows
+from tsdkd.methods import METHODS
+from tsdkd.pipelines.compare.scoring import Scorer
+from tsdkd.provenance import provenance
+
+# What a recipe names whose contents a row depends on.
+FILES = (
+    "model_name_or_path",
+    "teacher_model_name_or_path",
+    "dataset_name",
+    "eval_dataset_name",
+    "pretraining_dataset_name",
+    "recording",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with its options and one seed; `label` is its name in the table."""
+
+    label: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        return f"{''.join(c if c.isalnum() or c in '._-' else '-' for c in self.label)}-seed{self.seed}"
+
+    def row(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What its row is known by, under the settings that all runs share."""
+        return {
+            "label": self.label,
+            "method": self.method,
+            "options": self.options,
+            "seed": self.seed,
+            "settings": settings,
+        }
+
+
+def labelled(named: dict[str, Any] | list[str], wanted: str | None) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Each label with its method and options, from a recipe's `methods` and the labels that are wanted, comma-separated.
+
+    Raises:
+        ValueError: no method, or one that there is not.
+    """
+    if isinstance(named, list):
+        named = {name: {} for name in named}
+    labels = [label.strip() for label in wanted.split(",")] if wanted else list(named)
+    if not labels:
+        raise ValueError("no methods were given: pass --methods tsd_kd,gkd or a 'methods' mapping in the recipe.")
+    made = {}
+    for label in labels:
+        options = dict(named.get(label) or {})
+        method = options.pop("method", label)
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is unknown; choose from: {', '.join(METHODS)}.")
+        made[label] = method, options
+    return made
+
+
+def runs_of(methods: dict[str, tuple[str, dict[str, Any]]], seeds: int) -> list[Run]:
+    """Every method once a seed, seed by seed."""
+    pairs = [(seed, label) for seed in range(seeds) for label in methods]
+    return [Run(label, *methods[label], seed=seed) for seed, label in pairs]
+
+
+def settings_of(recipe: dict[str, Any], flags: Sequence[str], scorer: Scorer) -> dict[str, Any]:
+    """What all runs of a recipe share: a row of other settings is another run's."""
+    shared = {key: value for key, value in recipe.items() if key not in ("output_dir", "teacher_answers", "methods")}
+    contents = digest(scorer.contents, [recipe.get(key) for key in FILES])
+    return {**shared, "flags": list(flags), **scorer.settings, "contents": contents}
+
+
+def digest(texts: Sequence[str], paths: Sequence[str | None]) -> str:
+    """What a row depends on beside its settings: texts, files' contents, and of folders each file's name, size and time."""
+    made = hashlib.sha256("\0".join(texts).encode())
+    for path in (Path(name) for name in paths if name):
+        if path.is_file():
+            made.update(path.read_bytes())
+        elif path.is_dir():
+            for file in sorted(path.iterdir()):
+                made.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    return made.hexdigest()[:16]
+
+
+def compare(
+    runs: Sequence[Run],
+    build: Callable[[Run], Any],
+    scorer: Scorer,
+    out: Path,
+    settings: dict[str, Any],
+    *,
+    writes: bool = True,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Train and score every run that `out` has no row of.
+
+    Args:
+        runs: in order.
+        build: from a run to its trainer.
+        scorer: of a trained student.
+        out: JSONL, a row a run, appended as soon as the run is done.
+        settings: what all runs share.
+        writes: whether this process writes the rows, one of several.
+        say: what tells the progress.
+
+    Returns:
+        the rows of these runs, in order.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found = read_rows(out, "remove it, that run is then made again")
+    done = {_identity(row): row for row in found}
+    if writes:
+        mend_rows(out, found)
+    rows = []
+    for number, run in enumerate(runs, 1):
+        wanted = run.row(settings)
+        row = done.get(_identity(wanted))
+        if row is None:
+            say(f"run {number} of {len(runs)}: {run.label}, seed {run.seed}")
+            row = {**wanted, **_made(run, build, scorer), "provenance": provenance(run.seed)}
+            if writes:
+                append_rows(out, [row])
+        rows.append(row)
+    return rows
+
+
+def _made(run: Run, build: Callable[[Run], Any], scorer: Scorer) -> dict[str, Any]:
+    """A run's scores and the facts of its training."""
+    began = time.perf_counter()
+    trainer = build(run)
+    trainer.train()
+    seconds = round(time.perf_counter() - began, 1)
+    facts = {"steps": trainer.state.global_step, "trained_tokens": trainer.trained_tokens, "seconds": seconds}
+    scores = scorer(trainer, run.label)
+    if trainer.teacher is not None:
+        trainer.teacher.close()  # dropping a sharded one would not free it
+    del trainer  # two runs' models need not fit beside each other
+    gc.collect()
+    return {**scorer.figures(scores), **facts}
+
+
+def _identity(row: dict[str, Any]) -> str:
+    return json.dumps([row["label"], row["method"], row["options"], row["seed"], row["settings"]], sort_keys=True)
