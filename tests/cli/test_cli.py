@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -98,23 +99,35 @@ def test_train_from_yaml_flags_and_a_jsonl_file(tmp_path):
 
 
 def test_a_comparison_is_made_again_when_its_data_change(tmp_path):
-    from tsdkd.pipelines.compare import Run, compare, digest
+    from tsdkd.data.rows import ScoreRow
+    from tsdkd.pipelines.compare import OnProblems, Run, compare
+    from tsdkd.pipelines.compare.runs import digest
 
     made = []
 
-    def train(run):
-        made.append(run)
-        return object(), {"trained_tokens": 1}
+    class Trained:
+        teacher, trained_tokens = None, 1
+        state = argparse.Namespace(global_step=1)
+
+        def __init__(self, run):
+            made.append(run)
+
+        def train(self):
+            pass
+
+    class Fixed(OnProblems):
+        def __call__(self, trainer, label):
+            return [ScoreRow(task="problems", metric="accuracy", score=0.5, n=1, label=label)]
+
+    scorer = Fixed([])
 
     file, out = tmp_path / "p.jsonl", tmp_path / "rows.jsonl"
     for content, runs in (("a", 2), ("a", 2), ("b", 4)):
         file.write_text(content)
         settings = {"contents": digest(["x"], [str(file), None])}
-        rows = compare(
-            [Run("one", "gkd"), Run("two", "gkd")], train, lambda s: {"accuracy": 0.5}, out, settings, say=lambda t: None
-        )
+        rows = compare([Run("one", "gkd"), Run("two", "gkd")], Trained, scorer, out, settings, say=lambda t: None)
         assert len(made) == runs and [row["label"] for row in rows] == ["one", "two"]
-    compare([Run("three", "gkd")], train, lambda s: {"accuracy": 1.0}, out, settings, writes=False, say=lambda t: None)
+    compare([Run("three", "gkd")], Trained, scorer, out, settings, writes=False, say=lambda t: None)
     assert len(out.read_text().splitlines()) == 4
 
 
@@ -160,7 +173,7 @@ def test_another_method_and_a_recording_from_the_command_line(tmp_path, capsys, 
     for wrong, message in [
         (["train", *given, *data, "--record", folder], "holds a recording already"),
         (["train", *given, "--recording", str(tmp_path)], "holds no finished recording"),
-        (["train", *given, *data, "--method", "dpo"], "method='dpo' is unknown; choose one of: distillm"),
+        (["train", *given, *data, "--method", "dpo"], "method='dpo' is unknown; choose one of: akl, distillm"),
         (["train", *given, *data, "--method", "gkd", "--method_options", '{"k": 1}'], "method 'gkd' has no option 'k'"),
         (["compare", "--config", str(recipe), "--methods", "gkd,dpo"], "method 'dpo' is unknown"),
         (["compare", "--config", str(recipe)], "no methods were given"),

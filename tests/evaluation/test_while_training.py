@@ -60,7 +60,7 @@ def test_training_is_scored_kept_by_the_best_and_not_disturbed(tmp_path):
         tmp_path / "r.jsonl",
         include_path=[folder],
     )
-    assert again["items"] == kept[-1]["items"]
+    assert again.items == kept[-1].items
 
 
 def test_what_cannot_be_scored_is_refused_before_the_first_step(tmp_path):

@@ -4,6 +4,9 @@ A row is read three times and written once: its maxima and normalisers (with the
 the candidates are found exactly), its sums, and its gradient in place of the student's products. Statistics are in
 float32 (float64 for float64 products); a program's order of summation is fixed, so results are deterministic.
 
+Factors of a head, τ and the divergence's parameter are compile-time constants: Triton takes a Python float that is passed at
+run time as float32, whatever it is combined with.
+
 `TRITON_INTERPRET=1` runs the kernels on a CPU, for correctness. They have not been measured on a GPU.
 """
 
@@ -23,6 +26,10 @@ from tsdkd.types import Divergence
 logger = logging.getLogger(__name__)
 _announced: set[str] = set()
 
+# Ids a block and warps that autotune chooses from. Compiled for A100, H100 and B200 none of these spills a register, whatever
+# the divergence; 2048 ids on four warps, 4096 on eight and 8192 on any do for some (tests/kernels/test_compile.py).
+CONFIGS = ((1024, 4), (1024, 8), (1024, 16), (2048, 8), (2048, 16), (4096, 16))
+
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "generalized_jsd": 2, "skew_forward_kl": 3, "skew_reverse_kl": 4}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,7 +38,7 @@ def _tuned(kernel, overwritten):
     """The kernel with the best block and warps for its vocabulary; in the interpreter, which cannot time, a fixed block."""
     if _INTERPRETED:
         return kernel
-    configs = [triton.Config({"BLOCK": block}, num_warps=warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
+    configs = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in CONFIGS]
     return triton.autotune(configs, key=["vocab"], restore_value=overwritten)(kernel)
 
 
@@ -41,7 +48,15 @@ def _block() -> dict[str, int]:
 
 @triton.jit
 def _load_logits(
-    row_ptr, bias_ptr, columns, vocab, scale, cap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WORK: tl.constexpr
+    row_ptr,
+    bias_ptr,
+    columns,
+    vocab,
+    scale: tl.constexpr,
+    cap: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    WORK: tl.constexpr,
 ):
     inside = columns < vocab
     z = tl.load(row_ptr + columns, mask=inside, other=0.0).to(WORK)
@@ -50,14 +65,16 @@ def _load_logits(
     z = z * scale
     if HAS_CAP:
         u = tl.exp(-2.0 * tl.abs(z / cap))  # tanh without overflow
-        z = tl.where(z < 0, -cap, cap) * (1.0 - u) / (1.0 + u)
+        size = cap * (1.0 - u) / (1.0 + u)
+        z = tl.where(z < 0, -size, size)
     return tl.where(inside, z, float("-inf"))
 
 
 @triton.jit
 def _normalisers(
     s_ptr, t_ptr, s_bias, t_bias, tiles_ptr, s_max_ptr, t_max_ptr, s_log_ptr, t_log_ptr,
-    vocab: tl.constexpr, stride, tile_stride, s_scale, s_cap, t_scale, t_cap, inverse_tau,
+    vocab: tl.constexpr, stride, tile_stride, s_scale: tl.constexpr, s_cap: tl.constexpr,
+    t_scale: tl.constexpr, t_cap: tl.constexpr, inverse_tau: tl.constexpr,
     S_BIAS: tl.constexpr, S_CAP: tl.constexpr, T_BIAS: tl.constexpr, T_CAP: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, WORK: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +104,7 @@ def _normalisers(
 
 
 @triton.jit
-def _pair(s, t, parameter, KIND: tl.constexpr, TINY: tl.constexpr):
+def _pair(s, t, parameter: tl.constexpr, KIND: tl.constexpr, TINY: tl.constexpr):
     """log-probabilities of a block to: both probabilities, what a sum weighs by p_T, by p_S, and the second by p_S."""
     p_s = tl.exp(s)
     p_t = tl.exp(t)
@@ -117,7 +134,8 @@ def _pair(s, t, parameter, KIND: tl.constexpr, TINY: tl.constexpr):
 @triton.jit
 def _sums_and_gradient(
     s_ptr, t_ptr, s_bias, t_bias, s_max_ptr, t_max_ptr, s_log_ptr, t_log_ptr, s_entropy_ptr, t_entropy_ptr, value_ptr,
-    vocab: tl.constexpr, stride, s_scale, s_cap, t_scale, t_cap, inverse_tau, parameter,
+    vocab: tl.constexpr, stride, s_scale: tl.constexpr, s_cap: tl.constexpr, t_scale: tl.constexpr, t_cap: tl.constexpr,
+    inverse_tau: tl.constexpr, parameter: tl.constexpr,
     S_BIAS: tl.constexpr, S_CAP: tl.constexpr, T_BIAS: tl.constexpr, T_CAP: tl.constexpr,
     KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, WORK: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +195,8 @@ def _sums_and_gradient(
 
 @triton.jit
 def _student_rows(
-    s_ptr, s_bias, ids_ptr, log_p_ptr, entropy_ptr, vocab: tl.constexpr, stride, s_scale, s_cap, inverse_tau,
+    s_ptr, s_bias, ids_ptr, log_p_ptr, entropy_ptr, vocab: tl.constexpr, stride,
+    s_scale: tl.constexpr, s_cap: tl.constexpr, inverse_tau: tl.constexpr,
     S_BIAS: tl.constexpr, S_CAP: tl.constexpr, SAMPLED: tl.constexpr, BLOCK: tl.constexpr, WORK: tl.constexpr,
 ):  # fmt: skip
     # The gradient of the entropy or, where SAMPLED, of the log-probability of one id a row.
@@ -207,7 +226,7 @@ def _student_rows(
         if SAMPLED:
             here = columns == id
             log_p += tl.sum(tl.where(here, s, 0.0), axis=0)
-            gradient = (tl.where(here, 1.0, 0.0) - tl.exp(s)) * (s_scale * inverse_tau)
+            gradient = (here.to(WORK) - tl.exp(s)) * (s_scale * inverse_tau)
         else:
             gradient = -tl.exp(s) * (s + entropy) * (s_scale * inverse_tau)
         if S_CAP:
