@@ -67,6 +67,8 @@ def recipe(folder, steps):
             "speculative_kd": {"top_k": 3},  # 25 of 60 tokens would accept all
             "supervised_kd": {},
             "seq_kd": {},
+            "akl": {},
+            "taid": {},
         },
     }
 

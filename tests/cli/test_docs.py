@@ -19,7 +19,14 @@ from tsdkd.losses import DIVERGENCES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks_of(text):
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = blocks_of(README)
 
 
 def test_readme_trains_with_the_names_redirected(tmp_path, monkeypatch):
@@ -41,19 +48,26 @@ def test_readme_trains_with_the_names_redirected(tmp_path, monkeypatch):
     assert scope["trainer"].state.global_step == 3  # one batch of eight, three epochs
 
 
-def test_readme_loss_block_runs():
-    blocks = [block for block in BLOCKS if "tsd_kd_loss(" in block]
-    for code, differentiated in zip(blocks, ("student_logits", "hidden"), strict=True):
+def test_the_blocks_of_the_page_about_losses_run():
+    blocks = blocks_of((ROOT / "docs" / "losses.md").read_text())
+    for code, differentiated in zip(blocks, ("student_logits", "hidden", "hidden"), strict=True):
         scope: dict = {}
-        exec(compile(code, "README.md", "exec"), scope)
+        exec(compile(code, "losses.md", "exec"), scope)
         assert scope[differentiated].grad is not None
+
+
+def test_the_readme_is_of_about_800_words():
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    assert 600 <= len(prose.split()) <= 900
 
 
 def test_readme_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for command in set(re.findall(r"^tsdkd ([a-z]+)", README, re.MULTILINE)):
+    named = {name for page in PAGES for name in re.findall(r"(?:^|`)tsdkd ([a-z]+)", page.read_text(), re.MULTILINE)}
+    assert {"train", "compare", "evaluate", "table", "demo"} <= named
+    for command in named:
         subprocess.run([sys.executable, "-m", "tsdkd.cli", command, "--help"], check=True, capture_output=True, timeout=120)
 
 
@@ -82,7 +96,16 @@ def test_readme_maps_every_folder():
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "tsdkd/methods/README.md", "tsdkd/demo/README.md", "benchmarks/README.md"]
+    "name",
+    [
+        *(str(page.relative_to(ROOT)) for page in PAGES),
+        "CONTRIBUTING.md",
+        "tsdkd/methods/README.md",
+        "tsdkd/demo/README.md",
+        "tsdkd/evaluation/README.md",
+        "benchmarks/README.md",
+        "examples/README.md",
+    ],
 )
 def test_links_lead_somewhere(name):
     path = ROOT / name

@@ -85,9 +85,9 @@ class Loop:
         """What of the method changes from step to step."""
         return self.loss.state
 
-    def begin(self) -> None:
-        """A training run starts: the method's state with it, as many steps as are to be made."""
-        self.loss.state = self.method.start(self.host.max_steps)
+    def begin(self, max_steps: int) -> None:
+        """A training run of so many steps starts, and the method's state with it."""
+        self.loss.state = self.method.start(max_steps)
 
     # ------------------------------------------------------------------ a step
 

@@ -82,7 +82,7 @@ class StepLoss:
         with self.autocast():  # TRL's own forward runs outside of what accelerate put on `model.forward`
             batch = self.batch_of(student, step)
             with self._time(mode), self.gathered(student):
-                terms = self._evaluate(self.method, batch, head_of(student), step)
+                terms = self._terms(self.method, batch, head_of(student), step)
                 if term_norms:
                     self._log_term_norms(batch, head_of(student), step)
         self._add(mode, terms.sums)
@@ -125,7 +125,7 @@ class StepLoss:
             plan=step.plan,
         )
 
-    def _evaluate(self, method: Method, batch: TokenBatch, head: Head, step: Step) -> LossTerms:
+    def _terms(self, method: Method, batch: TokenBatch, head: Head, step: Step) -> LossTerms:
         return method.loss(batch, head, self.teacher_head(), counts=step.counts, state=self.state, **self.engine)
 
     def _refuse_lost_terms(self, terms: LossTerms) -> None:
@@ -164,7 +164,7 @@ class StepLoss:
             hidden = batch.student_hidden.detach().requires_grad_()
             alone = dataclasses.replace(batch, student_hidden=hidden)
             with torch.enable_grad():
-                loss = self._evaluate(self.method.only(term), alone, frozen, step).loss
+                loss = self._terms(self.method.only(term), alone, frozen, step).loss
                 (gradient,) = torch.autograd.grad(loss, hidden)
             norm = gradient.norm()
             self._add("train", {f"grad_norm/{term}": (norm, torch.ones_like(norm))})

@@ -230,9 +230,12 @@ class TRLTrainer(DistillationTrainer):
         super()._save_checkpoint(model, trial)
         self.loop.checkpoints.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
 
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self.loop.begin(max_steps)  # before a checkpoint's state is loaded
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        self.loop.begin()
         if checkpoint is not None:
             self.loop.checkpoints.load(checkpoint)
 
