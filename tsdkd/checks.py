@@ -113,7 +113,7 @@ def check_finite(name: str, hidden: torch.Tensor, mask: torch.Tensor) -> None:
     if bool(broken.any()):
         row, position = (int(i) for i in broken.nonzero()[0])
         raise ValueError(
-            f"{name} holds a NaN or Inf at a trained token (response {row}, token {position}; {int(broken.sum())} tokens "
+            f"{name} holds a NaN or Inf at a trained token (completion {row}, token {position}; {int(broken.sum())} tokens "
             "in all): the model's weights are damaged or its dtype overflows. Check the checkpoint, or run it in bfloat16 or "
             "float32."
         )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from tsdkd.data.completions import answer_ids, answer_text
+from tsdkd.data.completions import completion_text, ids_after
 from tsdkd.rollouts import InterleavedWriter, RolloutSource, mixed, speculative, write_once
 from tsdkd.rollouts.sources import fresh_share
 from tsdkd.types import Replay, Rollouts, RolloutSpec
@@ -235,14 +235,14 @@ def test_a_rollout_is_cut_to_its_first_trained_tokens():
 
 @given(st.lists(st.integers(2, 9), max_size=4), st.lists(st.integers(2, 9), min_size=1, max_size=6), st.integers(1, 9))
 def test_an_answer_ends_and_fits(prompt, answer, limit):
-    ids, cut = answer_ids(prompt, prompt + answer, [99], {1}, limit)
+    ids, cut = ids_after(prompt, prompt + answer, [99], {1}, limit)
     assert ids == [*answer, 1][:limit] and cut == (len(answer) + 1 > limit)
-    closed, _ = answer_ids(prompt, [*prompt, *answer, 1, 3], [99], {1}, 50)
+    closed, _ = ids_after(prompt, [*prompt, *answer, 1, 3], [99], {1}, 50)
     assert closed == [*answer, 1]
 
 
 def test_what_is_no_answer_is_refused():
-    assert answer_text([{"role": "assistant", "content": "yes"}]) == "yes"
+    assert completion_text([{"role": "assistant", "content": "yes"}]) == "yes"
     for wrong in (None, 3, [], [{"role": "assistant"}], [{"content": "a"}, {"content": "b"}]):
         with pytest.raises(ValueError, match="a completion is a text or a list of one assistant message"):
-            answer_text(wrong)
+            completion_text(wrong)

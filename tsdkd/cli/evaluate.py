@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shots", type=_shots, help="worked examples before each item; default: the suite's or the task's own")
     parser.add_argument("--limit", type=_count, help="the first items only; the rows are marked as partial")
-    parser.add_argument("--max_gen_toks", type=_count, help="the longest response, in place of each task's own")
+    parser.add_argument("--max_gen_toks", type=_count, help="the longest completion, in place of each task's own")
     parser.add_argument("--batch_size", type=_batch_size, default="auto", help="found automatically by default")
     parser.add_argument(
         "--dtype",

@@ -27,7 +27,7 @@ class DataArguments:
     )
     drop_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep the first of equal prompts."})
     completion_column: str = field(
-        default="completion", metadata={"help": "The column of given answers, for methods that train on them."}
+        default="completion", metadata={"help": "The column of given completions, for methods that train on them."}
     )
     pretraining_dataset_name: str | None = field(
         default=None, metadata={"help": "A corpus with a 'text' column, for a method with a loss on one (minillm)."}

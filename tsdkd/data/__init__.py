@@ -1,1 +1,1 @@
-"""Prompts, records and answers: what goes into training and how an answer is graded."""
+"""Prompts, records and completions: what goes into training and how an answer is graded."""

@@ -1,4 +1,4 @@
-"""Given answers: from a data set's `completion` to the ids that a model would have written after the prompt."""
+"""Given completions: from a data set's `completion` to the ids that a model would have written after the prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 
-def answer_text(completion: Any) -> str:
+def completion_text(completion: Any) -> str:
     """The text of a completion: itself, or the content of a chat's one assistant message.
 
     Raises:
@@ -27,29 +27,29 @@ def answer_text(completion: Any) -> str:
 def has_text(completion: Any) -> bool:
     """Whether a completion is one, with something in it."""
     try:
-        return bool(answer_text(completion).strip())
+        return bool(completion_text(completion).strip())
     except ValueError:
         return False
 
 
-def answer_ids(
+def ids_after(
     prompt: Sequence[int], whole: Sequence[int], alone: Sequence[int], ends: Collection[int], limit: int
 ) -> tuple[list[int], bool]:
-    """The ids of an answer after its prompt, and whether it was cut.
+    """The ids of a completion after its prompt, and whether it was cut.
 
     Args:
         prompt: the ids of the prompt as it is generated from.
-        whole: those of prompt and answer together.
-        alone: those of the answer's text alone, taken where `whole` does not start with `prompt` (a merge across the
+        whole: those of prompt and completion together.
+        alone: those of the completion's text alone, taken where `whole` does not start with `prompt` (a merge across the
             boundary, or a chat template that renders a past turn differently).
-        ends: the ids that end an answer; the first of them is appended to one without any, and what follows one is left
+        ends: the ids that end a completion; the first of them is appended to one without any, and what follows one is left
             out (a template's line break).
-        limit: ids at most; a longer answer loses its end.
+        limit: ids at most; a longer completion loses its end.
 
     Example:
-        >>> answer_ids([5, 6], [5, 6, 7, 8], [7, 8], [1], 10)
+        >>> ids_after([5, 6], [5, 6, 7, 8], [7, 8], [1], 10)
         ([7, 8, 1], False)
-        >>> answer_ids([5, 6], [5, 9, 8], [7, 8], [1], 2)
+        >>> ids_after([5, 6], [5, 9, 8], [7, 8], [1], 2)
         ([7, 8], True)
     """
     starts = list(whole[: len(prompt)]) == list(prompt) and len(whole) > len(prompt)

@@ -166,12 +166,12 @@ def map_prompts(
     drop_duplicates: bool = False,
     as_chat: bool = False,
 ) -> Any:
-    """The prompts' column as `prompt`, the answers' as `completion` where there is one, and nothing else of the rows.
+    """The prompts' column as `prompt`, the completions' as `completion` where there is one, and nothing else of the rows.
 
     Args:
         rows: a `datasets.Dataset`.
         prompt_column: the column that holds the prompts.
-        completion_column: the column that holds given answers; its default may be missing.
+        completion_column: the column that holds given completions; its default may be missing.
         drop_duplicates: keep the first of equal prompts.
         as_chat: make each text a chat of one user message.
 

@@ -10,13 +10,13 @@ from tsdkd.checks import check_share
 
 
 def mean_of_rest(rewards: torch.Tensor, lengths: Sequence[int], *, normalise: bool = True) -> torch.Tensor:
-    """What follows a token: the mean (or the sum) of the rewards of the later tokens of its response.
+    """What follows a token: the mean (or the sum) of the rewards of the later tokens of its completion.
 
     Formula: `R̄_{t+1} = Σ_{t'>t} r_t' / (L − t)`, t from 1; 0 at the last token.
 
     Args:
-        rewards: `[tokens]`, packed responses.
-        lengths: the tokens of each response, whose sum is `tokens`.
+        rewards: `[tokens]`, packed completions.
+        lengths: the tokens of each completion, whose sum is `tokens`.
         normalise: the mean over the later tokens (MiniLLM's length normalisation); False is their sum.
 
     Returns:
@@ -47,7 +47,7 @@ def clipped_surrogate(
 
     Args:
         log_probs: `[tokens]`, log p_S(y_t), with gradient.
-        old_log_probs: `[tokens]`, recorded when the answers were written.
+        old_log_probs: `[tokens]`, recorded when the completions were written.
         advantages: `[tokens]`, without gradient.
         clip: ε in [0, 1].
 

@@ -16,13 +16,13 @@ def token_coefficients(mask: torch.Tensor, dtype: torch.dtype = torch.float32) -
 
 
 def response_coefficients(mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """1 / n on the n kept tokens of each response: the sum over responses of the mean inside each (indirect term).
+    """1 / n on the n kept tokens of each completion: the sum over completions of the mean inside each (indirect term).
 
     The number of opener tokens of other micro-batches is unknown before their forward pass, so a mean pooled over the
-    step could not be exact; a mean inside each response is.
+    step could not be exact; a mean inside each completion is.
 
     Args:
-        mask: `[responses, longest]` bool.
+        mask: `[completions, longest]` bool.
     """
     return mask.to(dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
 

@@ -1,4 +1,4 @@
-"""A model's answers by vLLM, in this process, for as long as they are written."""
+"""A model's completions by vLLM, in this process, for as long as they are written."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 
 class VLLMWriter:
-    """Writes answers to batches of prompts with a vLLM engine of its own; `close` gives its memory back.
+    """Writes completions to batches of prompts with a vLLM engine of its own; `close` gives its memory back.
 
     Args:
         model: the name or folder of a checkpoint.
         temperature: 0 is greedy.
-        max_new_tokens: ids of an answer at most.
+        max_new_tokens: ids of a completion at most.
         ends: the ids that end one.
         vocab_size: no id from here on is written.
         engine: further arguments of `vllm.LLM`.
@@ -31,8 +31,8 @@ class VLLMWriter:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise ValueError(
-                f"answers by vLLM need the package vllm, which cannot be imported here ({error}): pip install 'tsdkd[vllm]', "
-                "or let transformers write them (teacher_answers_engine=transformers)."
+                f"completions by vLLM need the package vllm, which cannot be imported here ({error}): pip install "
+                "'tsdkd[vllm]', or let transformers write them (teacher_answers_engine=transformers)."
             ) from error
         self._engine = LLM(model=model, **engine)
         size = self._engine.llm_engine.model_config.get_vocab_size()

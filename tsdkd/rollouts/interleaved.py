@@ -1,4 +1,4 @@
-"""Answers that student and teacher write together, token by token, a whole batch at a time on the caches of both models."""
+"""Completions that student and teacher write together, token by token, a whole batch at a time on the caches of both models."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def speculative(top_k: int, temperature: float) -> Rule:
 
 
 class InterleavedWriter:
-    """Writes a batch of answers with both models: each step reads one token through each model's cache.
+    """Writes a batch of completions with both models: each step reads one token through each model's cache.
 
     Args:
         teacher: a causal language model of this process; None leaves the model that `write` is given to write alone.
         rule: who decides the next token.
         vocab_size: the shared ids; none beyond is written.
-        max_new_tokens: ids of an answer at most.
+        max_new_tokens: ids of a completion at most.
         ends: the ids that end one.
         pad_id: any id, for padding that no result depends on.
         autocast: the mixed-precision context of both models' forward passes.
@@ -91,7 +91,7 @@ class InterleavedWriter:
 
     @torch.no_grad()
     def write(self, student: Any, prompt_ids: list[list[int]]) -> tuple[list[list[int]], dict[str, list[list[float]]]]:
-        """Answers of at least one id each, their end included, and what the rule recorded of every id."""
+        """Completions of at least one id each, their end included, and what the rule recorded of every id."""
         models = [student] if self.teacher is None else [student, self.teacher]
         readers = [_Reader(model, prompt_ids, self.pad_id, self.autocast) for model in models]
         ends = torch.tensor(self.ends, device=readers[0].device)

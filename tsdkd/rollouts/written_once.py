@@ -1,4 +1,4 @@
-"""Answers that are written once into a JSONL file and never again: an interrupted writing goes on where it stopped."""
+"""Completions that are written once into a JSONL file and never again: an interrupted writing goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def key_of(ids: Sequence[int]) -> str:
 
 
 def _read(path: Path, settings: dict[str, Any], mend: bool = False) -> dict[str, list[int]]:
-    """The answers of a file by prompt; a torn last line is left out, and taken out where its owner reads (`mend`).
+    """The completions of a file by prompt; a torn last line is left out, and taken out where its owner reads (`mend`).
 
     Raises:
         ValueError: a file that was written with other settings.
     """
-    answers: dict[str, list[int]] = {}
+    completions: dict[str, list[int]] = {}
     rows = read_rows(path, "remove the line to have it written again")
     for number, row in enumerate(rows):
         if number == 0:
@@ -34,14 +34,14 @@ def _read(path: Path, settings: dict[str, Any], mend: bool = False) -> dict[str,
             if other:
                 name = sorted(other)[0]
                 raise ValueError(
-                    f"{path} was written with {name}={row.get(name)!r}, but now it is {settings.get(name)!r}: answers are "
+                    f"{path} was written with {name}={row.get(name)!r}, but now it is {settings.get(name)!r}: completions are "
                     "never written twice. Keep the setting, or name another file (teacher_answers=...)."
                 )
             continue
-        answers[row["prompt"]] = row["completion_ids"]
+        completions[row["prompt"]] = row["completion_ids"]
     if mend:
         mend_rows(path, rows)
-    return answers
+    return completions
 
 
 def write_once(
@@ -55,20 +55,20 @@ def write_once(
     processes: int = 1,
     barrier: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """An answer to each prompt: those in the file as they are, the others written now.
+    """A completion to each prompt: those in the file as they are, the others written now.
 
     Every process writes a file of its own (`path` with its number), and all read all of them.
 
     Args:
         path: the file; its folder is made.
-        prompts: ids; equal prompts get one answer.
-        write: from a batch of prompts to their answers.
-        settings: what the answers depend on (model, temperature, …); the file's first line.
+        prompts: ids; equal prompts get one completion.
+        write: from a batch of prompts to their completions.
+        settings: what the completions depend on (model, temperature, …); the file's first line.
         batch_size: prompts a batch.
         process, processes, barrier: where several processes share the work.
 
     Returns:
-        the answers' ids, one list a prompt.
+        the completions' ids, one list a prompt.
 
     Raises:
         ValueError: a file written with other settings, or damaged before its last line.
@@ -95,7 +95,7 @@ def write_once(
             if time.monotonic() - told > 30:
                 told, done = time.monotonic(), start + len(keys)
                 left = (told - began) / done * (len(missing) - done)
-                logger.warning("the teacher has written %d of %d answers, %.0f s left.", done, len(missing), left)
+                logger.warning("the teacher has written %d of %d completions, %.0f s left.", done, len(missing), left)
     barrier()
     if processes > 1:
         for shard in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}")):

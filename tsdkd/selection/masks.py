@@ -25,7 +25,7 @@ def top_count(length: int, fraction: float) -> int:
 def opener_mask(
     student_entropy: torch.Tensor, mask: torch.Tensor, opener_entropy_share: float | torch.Tensor = 0.1
 ) -> torch.Tensor:
-    """The opener of each completion: its first tokens, up to a share of the response's whole entropy.
+    """The opener of each completion: its first tokens, up to a share of the completion's whole entropy.
 
     Formula: the first `n` trained tokens, `n` the smallest with `Σ_{t≤n} H_S(t) ≥ c · Σ_{t≤L} H_S(t)`; the crossing
     token is in. Sums run in float64.

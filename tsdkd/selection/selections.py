@@ -68,7 +68,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """⌈s·L⌉ tokens of each completion by a draw that depends on the seed and the response's number alone."""
+    """⌈s·L⌉ tokens of each completion by a draw that depends on the seed and the completion's number alone."""
 
     share: float = 0.5
     seed: int = 0

@@ -36,10 +36,10 @@ def write_shard(folder: Path, name: str, prompts: list, rollouts: Rollouts, hidd
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows, states = folder / f"{name}.jsonl", folder / f"{name}.safetensors"
-    answers = [ids if length else [] for ids, length in zip(rollouts.completion_ids, rollouts.lengths, strict=True)]
+    completions = [ids if length else [] for ids, length in zip(rollouts.completion_ids, rollouts.lengths, strict=True)]
     lines = [
-        json.dumps({"prompt": prompt, "prompt_ids": ids, "completion_ids": answer})
-        for prompt, ids, answer in zip(prompts, rollouts.prompt_ids, answers, strict=True)
+        json.dumps({"prompt": prompt, "prompt_ids": ids, "completion_ids": completion})
+        for prompt, ids, completion in zip(prompts, rollouts.prompt_ids, completions, strict=True)
     ]
     rows.write_text("\n".join(lines) + "\n")
     save_file({str(row): states_of_row.contiguous().cpu() for row, states_of_row in enumerate(hidden)}, states)
@@ -116,7 +116,7 @@ class Recording:
         return cls(folder, manifest)
 
     def check_student(self, fingerprint: str | None, longest: int) -> None:
-        """Refuse another student than the one that wrote the answers (None: any is meant), and a limit that would cut them.
+        """Refuse another student than the one that wrote the completions (None: any is meant), and a limit that would cut them.
 
         Raises:
             ValueError: saying what to do.
@@ -124,7 +124,7 @@ class Recording:
         if fingerprint not in (None, self.about.get("student_fingerprint")):
             raise ValueError(
                 f"the recording {self.folder} was made with another student ({self.about.get('models', {}).get('student')}) or "
-                "other weights of it: its answers would be a stranger's. Record again with this student, or say that it "
+                "other weights of it: its completions would be a stranger's. Record again with this student, or say that it "
                 "is meant: any_recording=True."
             )
         recorded = max((len(row["completion_ids"]) for row in self.rows), default=0)
@@ -155,9 +155,9 @@ class Recording:
         place = self._where.get(_key(prompt, completion))
         if place is None:
             raise ValueError(
-                f"a prompt of {len(prompt)} and an answer of {len(completion)} tokens are not in the recording {self.folder}: "
-                "a recorded teacher knows its own rows alone. Keep max_completion_length and the prompts of the recording, and "
-                "evaluate with a live teacher."
+                f"a prompt of {len(prompt)} and a completion of {len(completion)} tokens are not in the recording "
+                f"{self.folder}: a recorded teacher knows its own rows alone. Keep max_completion_length and the prompts of "
+                "the recording, and evaluate with a live teacher."
             )
         return self._shard(place[0]).get_tensor(place[1])
 

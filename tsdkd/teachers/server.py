@@ -105,7 +105,7 @@ class ServerTeacher:
         urls: the servers' addresses, e.g. `http://127.0.0.1:8000`.
         head: the teacher's head, on the device where the loss is computed.
         rows: rows a request.
-        dtype: of the answers, `bfloat16` or `float32`.
+        dtype: of the replies, `bfloat16` or `float32`.
         connect_timeout, read_timeout: seconds.
         retries: how often a request is made again, on the next server, with growing pauses.
 
@@ -176,8 +176,8 @@ class ServerTeacher:
             TeacherUnavailable: a server that does not answer.
         """
         for number, url in enumerate(self.urls):
-            answer = self._ask(number, "tokenize", {"prompt": text, "add_special_tokens": False})
-            theirs = answer.json()["tokens"]
+            reply = self._ask(number, "tokenize", {"prompt": text, "add_special_tokens": False})
+            theirs = reply.json()["tokens"]
             if theirs != ids:
                 raise ValueError(
                     f"the server {url} reads {text[:40]!r} as the ids {theirs[:8]}… but the student's tokenizer gives "
@@ -255,11 +255,11 @@ class ServerTeacher:
             "embed_dtype": self.dtype,
             "endianness": "little",
         }
-        answer = self._ask(server, "pooling", body)
-        if "metadata" not in answer.headers:
+        reply = self._ask(server, "pooling", body)
+        if "metadata" not in reply.headers:
             raise ValueError(f"the server {self.urls[server]} gave no pooling metadata: {_START}.")
-        items = sorted(json.loads(answer.headers["metadata"])["data"], key=lambda item: item["index"])
-        content, states = bytearray(answer.content), []
+        items = sorted(json.loads(reply.headers["metadata"])["data"], key=lambda item: item["index"])
+        content, states = bytearray(reply.content), []
         for item, ids in zip(items, sequences, strict=True):
             part = torch.frombuffer(content[item["start"] : item["end"]], dtype=_DTYPES[self.dtype])
             tokens = part.reshape(item["shape"])
@@ -281,13 +281,13 @@ class ServerTeacher:
     def _ask(self, server: int, path: str, body: Any) -> httpx.Response:
         client, url = self._clients[server], self.urls[server]
         try:
-            answer = client.request("GET" if body is None else "POST", path, json=body)
+            reply = client.request("GET" if body is None else "POST", path, json=body)
         except httpx.TimeoutException as error:
             raise TeacherUnavailable(f"the server {url} did not answer in time ({type(error).__name__}).") from error
         except httpx.HTTPError as error:
             raise TeacherUnavailable(f"the server {url} cannot be reached ({error}).") from error
-        if answer.status_code >= 500:
-            raise TeacherUnavailable(f"the server {url} failed ({answer.status_code}: {answer.text[:200]}).")
-        if answer.status_code >= 400:
-            raise ValueError(f"the server {url} refused /{path} ({answer.status_code}: {answer.text[:300]}): {_START}.")
-        return answer
+        if reply.status_code >= 500:
+            raise TeacherUnavailable(f"the server {url} failed ({reply.status_code}: {reply.text[:200]}).")
+        if reply.status_code >= 400:
+            raise ValueError(f"the server {url} refused /{path} ({reply.status_code}: {reply.text[:300]}): {_START}.")
+        return reply

@@ -33,19 +33,19 @@ class TokenDistillConfig(DistillationConfig):
     Args:
         method: the method's name; its own options are `method_options`.
         method_options: the method's options by name, a dict or JSON.
-        max_length: prompt plus response, tokens; never above the smaller context of the two models. None: that context.
-        max_completion_length: tokens of a response; None is 512, TRL's default, or half of what a smaller context holds.
+        max_length: prompt plus completion, tokens; never above the smaller context of the two models. None: that context.
+        max_completion_length: tokens of a completion; None is 512, TRL's default, or half of what a smaller context holds.
         drop_long_prompts: drop prompts that leave no room for `max_completion_length`, and log how many, instead of
             refusing them.
         teacher_batch_size: rows per forward pass of the teacher; None: `per_device_train_batch_size`.
         fused_impl: the loss engine, see `tsdkd.fused`.
         gradient_filter: see `tsdkd.fused.evaluate`; 0 is exact.
-        teacher_answers: the JSONL file of the answers that the teacher writes, once, for a method that trains on given ones
+        teacher_answers: the JSONL file of the completions that the teacher writes, once, for a method that trains on given ones
             and a data set without; None: `teacher_answers.jsonl` in `output_dir`. Each process adds its number to the name.
         teacher_answers_temperature: the temperature of that writing; 0 is greedy.
         teacher_answers_engine: `transformers`, or `vllm`: an engine of its own on the first process, with
             `vllm_gpu_memory_utilization` of the memory, as long as the writing lasts.
-        token_budget: stop after the step that brings the tokens of answers trained on, over all processes, to this many.
+        token_budget: stop after the step that brings the tokens of completions trained on, over all processes, to this many.
         teacher_placement: `local`, whole in each process; `zero3`, sharded over all processes by DeepSpeed, whatever the
             student runs under; or `server`: vLLM servers at `teacher_urls` give the teacher's hidden states, and only its
             head is held here.
@@ -77,10 +77,11 @@ class TokenDistillConfig(DistillationConfig):
     )
     max_length: int | None = field(
         default=1024,
-        metadata={"help": "Prompt plus response, tokens (paper, A.9: 'Max Sequence Length 1024')."},
+        metadata={"help": "Prompt plus completion, tokens (paper, A.9: 'Max Sequence Length 1024')."},
     )
     max_completion_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a response; default 512 as in TRL, or half of what a smaller context holds."}
+        default=None,
+        metadata={"help": "Tokens of a completion; default 512 as in TRL, or half of what a smaller context holds."},
     )
     drop_long_prompts: bool = field(
         default=False, metadata={"help": "Drop prompts that leave no room for a completion instead of refusing them."}
@@ -90,9 +91,11 @@ class TokenDistillConfig(DistillationConfig):
     gradient_filter: float = field(
         default=0.0, metadata={"help": "Skip vocabulary blocks whose gradient is nowhere this large; 0 is exact."}
     )
-    teacher_answers: str | None = field(default=None, metadata={"help": "JSONL file of the answers that the teacher writes."})
+    teacher_answers: str | None = field(
+        default=None, metadata={"help": "JSONL file of the completions that the teacher writes."}
+    )
     teacher_answers_temperature: float = field(
-        default=0.0, metadata={"help": "Temperature of the answers that the teacher writes; 0 is greedy."}
+        default=0.0, metadata={"help": "Temperature of the completions that the teacher writes; 0 is greedy."}
     )
     teacher_answers_engine: str = field(
         default="transformers", metadata={"help": "What writes them: 'transformers' or 'vllm'."}
@@ -198,7 +201,7 @@ class TSDKDConfig(TokenDistillConfig):
     gate_sharpness: float = field(default=1.0, metadata={"help": "gamma of Eq. 11 (the paper gives none)."})
     num_candidates: int = field(default=10, metadata={"help": "k, tokens the student proposes (paper, A.3 and A.9: 10)."})
     opener_entropy_share: float = field(
-        default=0.1, metadata={"help": "c, share of the response's entropy that the opener holds (paper, A.9: 0.1)."}
+        default=0.1, metadata={"help": "c, share of the completion's entropy that the opener holds (paper, A.9: 0.1)."}
     )
     top_entropy_fraction: float = field(
         default=0.1, metadata={"help": "rho, share of tokens whose entropy is minimised (paper, A.4 and A.9: 0.1)."}
@@ -215,11 +218,11 @@ class TSDKDConfig(TokenDistillConfig):
     )
     selection_share: float = field(default=0.5, metadata={"help": "The share that a selection keeps."})
     adaptive_opener: bool = field(
-        default=False, metadata={"help": "Choose c by each response's difficulty (paper, A.7, Algorithm 2)."}
+        default=False, metadata={"help": "Choose c by each completion's difficulty (paper, A.7, Algorithm 2)."}
     )
     lmbda: float = field(
         default=1.0,
-        metadata={"help": "Probability of the student's answers in a step, else the data set's (paper: 1; A.6: 0)."},
+        metadata={"help": "Probability of the student's completions in a step, else the data set's (paper: 1; A.6: 0)."},
     )
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from trl import DistillationTrainer
 
-from tsdkd.data.completions import answer_ids, answer_text
+from tsdkd.data.completions import completion_text, ids_after
 from tsdkd.teachers import gathered
 from tsdkd.trainers.completions import Batch
 from tsdkd.trainers.engines import Generation, without_repeats
@@ -83,7 +83,7 @@ class TRLTrainer(DistillationTrainer):
         return self.processing_class(text=texts)["input_ids"]
 
     def tokenize_completions(self, prompts: list, completions: list, limit: int) -> list[tuple[list[int], bool]]:
-        texts = [answer_text(completion) for completion in completions]
+        texts = [completion_text(completion) for completion in completions]
         alone = self.processing_class(text=texts, add_special_tokens=False)["input_ids"]
         if isinstance(prompts[0], str):
             whole = self.processing_class(text=[a + b for a, b in zip(prompts, texts, strict=True)])["input_ids"]
@@ -97,7 +97,7 @@ class TRLTrainer(DistillationTrainer):
                 **self.chat_template_kwargs,
             )["input_ids"]
         parts = zip(self.tokenize(prompts), whole, alone, strict=True)
-        return [answer_ids(p, w, a, self.eos_token_ids, limit) for p, w, a in parts]
+        return [ids_after(p, w, a, self.eos_token_ids, limit) for p, w, a in parts]
 
     def student(self) -> AbstractContextManager[Any]:
         return self.generation.student()
