@@ -7,9 +7,11 @@ import inspect
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from tiny import config
 
 import tsdkd
-from tsdkd import TSDKDTrainer
+from tsdkd import TokenDistillConfig, TokenDistillTrainer, TSDKDTrainer
 from tsdkd.trainers import host, setup
 from tsdkd.trainers.trl_seams import TRLTrainer
 
@@ -52,6 +54,35 @@ def test_collaborators_know_the_host_and_not_the_trainer():
                 node.body = []
         imported = {n.module for n in ast.parse(path.read_text()).body if isinstance(n, ast.ImportFrom)}
         assert not imported & {"tsdkd.trainers.trl_seams", "tsdkd.trainers.token_level", "trl"} - {"trl"}, path.name
+
+
+def test_old_names_that_users_import_are_forwarded_with_a_warning():
+    import tsdkd.rollouts
+    import tsdkd.types
+
+    for module, old, new in ((tsdkd.types, "Answers", "RolloutSpec"), (tsdkd.rollouts, "AnswerSource", "RolloutSource")):
+        with pytest.warns(DeprecationWarning, match=f"{old} is now .*{new}; the old name goes in 0.2"):
+            assert getattr(module, old) is getattr(module, new)
+        with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+            _ = module.Nothing
+
+
+def test_all_that_is_wrong_with_a_set_up_can_be_told_at_once(tmp_path):
+    """The trainer raises the first; whoever asks gets every one, each with what was received and what to do."""
+    args = config(tmp_path, TokenDistillConfig, method="minillm", method_options={"pretraining_weight": 1.0})
+    rows = Dataset.from_dict({"prompt": ["a", "", "b"]})
+    found = list(setup.problems(setup.Setup(args, args.build_method(), "student", None, None, rows)))
+    told = [str(problem) for problem in found]
+    for part in (
+        "no teacher was given",
+        "takes a pretraining_dataset",
+        "3 rows but one generation batch",
+        "1 prompts that are empty",
+    ):
+        assert any(part in text for text in told), part
+    assert len(found) == 4 and all(problem.what and problem.do for problem in found)
+    with pytest.raises(ValueError, match="no teacher was given"):
+        TokenDistillTrainer("student", args=args, train_dataset=rows)
 
 
 def test_every_check_is_a_function_of_a_setup_that_yields_problems():

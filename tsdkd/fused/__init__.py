@@ -120,7 +120,7 @@ def evaluate(
     check_weight("gradient_filter", gradient_filter)
     check_batch(batch, student_head, teacher_head)
     if batch.plan is not None and batch.plan.is_cut:
-        objective = objective.without_selections()
+        objective = objective.after_cut()
     _check_needs(objective, batch, teacher_head)
     student_head, teacher_head = shared_heads(student_head, teacher_head)
     for term in objective.active:

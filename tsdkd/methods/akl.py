@@ -8,7 +8,7 @@ import torch
 
 from tsdkd.checks import check_positive, check_share
 from tsdkd.losses.divergence import log_probs
-from tsdkd.methods.base import DivergenceMethod, State
+from tsdkd.methods.base import DivergenceMethod, State, by_share
 from tsdkd.types import Divergence, RolloutSpec
 
 
@@ -75,7 +75,7 @@ class AKL(DivergenceMethod):
 
     @property
     def rollouts(self) -> RolloutSpec:
-        return RolloutSpec(share=self.lmbda, evaluate_on="student" if self.lmbda else "dataset")
+        return by_share(self.lmbda)
 
     def divergence_of(self, state: State | None = None) -> Divergence:
         return Divergence(adaptive_kl, "adaptive_kl", "head_mass", self.head_mass)

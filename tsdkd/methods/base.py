@@ -162,6 +162,12 @@ class _OneTerm(Method):
         return self.method.counts(lengths)
 
 
+def by_share(lmbda: float) -> RolloutSpec:
+    """The student's completions with probability λ, drawn for each step, else the data set's; without any of its own an
+    evaluation reads the data set's, too."""
+    return RolloutSpec(share=lmbda, evaluate_on="student" if lmbda else "dataset")
+
+
 def cross_entropy(log_probs: torch.Tensor, rows: slice) -> torch.Tensor:
     """−log p_S(y_t), as the function of a term on the tokens that stand."""
     return -log_probs

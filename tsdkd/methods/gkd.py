@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tsdkd.checks import check_share
 from tsdkd.losses import resolve_divergence
-from tsdkd.methods.base import DivergenceMethod, State
+from tsdkd.methods.base import DivergenceMethod, State, by_share
 from tsdkd.types import Divergence, RolloutSpec
 
 
@@ -54,7 +54,7 @@ class GKD(DivergenceMethod):
 
     @property
     def rollouts(self) -> RolloutSpec:
-        return RolloutSpec(share=self.lmbda, evaluate_on="student" if self.lmbda else "dataset")
+        return by_share(self.lmbda)
 
     def divergence_of(self, state: State | None = None) -> Divergence:
         return resolve_divergence(self.divergence, beta=self.beta)

@@ -9,7 +9,7 @@ import torch
 
 from tsdkd.checks import check_share, check_weight
 from tsdkd.losses import forward_kl
-from tsdkd.methods.base import DivergenceMethod, State, Summary
+from tsdkd.methods.base import DivergenceMethod, State, Summary, by_share
 from tsdkd.types import Divergence, RolloutSpec
 
 
@@ -79,7 +79,7 @@ class TAID(DivergenceMethod):
 
     @property
     def rollouts(self) -> RolloutSpec:
-        return RolloutSpec(share=self.lmbda, evaluate_on="student" if self.lmbda else "dataset")
+        return by_share(self.lmbda)
 
     def start(self, max_steps: int | None) -> State:
         return Interpolation(self, max_steps)

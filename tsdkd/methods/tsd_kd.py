@@ -25,7 +25,7 @@ from tsdkd.checks import (
 from tsdkd.fused import check_divergence_once, check_objective
 from tsdkd.fused.reference import evaluate_logits
 from tsdkd.losses import resolve_divergence, shared_vocabulary
-from tsdkd.methods.base import Method, State, Summary
+from tsdkd.methods.base import Method, State, Summary, by_share
 from tsdkd.selection import (
     AdaptiveOpener,
     Gate,
@@ -130,7 +130,7 @@ class TSDKD(Method):
     @property
     def rollouts(self) -> RolloutSpec:
         """The student's own completions, or the data set's where `lmbda` says so."""
-        return RolloutSpec(share=self.lmbda, evaluate_on="student" if self.lmbda else "dataset")
+        return by_share(self.lmbda)
 
     def start(self, max_steps: int | None) -> State:
         """The adaptive opener's history, where there is one."""

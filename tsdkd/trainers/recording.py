@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import gather_object
 
 from tsdkd.teachers.recorded import MANIFEST, write_manifest, write_shard
 
-if TYPE_CHECKING:
-    from tsdkd.trainers.token_level import TokenDistillTrainer
 
-
-def check_recordable(trainer: TokenDistillTrainer, folder: Path) -> None:
-    """Refuse what cannot be recorded, or not here.
+def check_recordable(trainer: Any, folder: Path) -> None:
+    """Refuse what a `TokenDistillTrainer` cannot record, or not here.
 
     Raises:
         ValueError: saying what to do.
@@ -31,7 +28,7 @@ def check_recordable(trainer: TokenDistillTrainer, folder: Path) -> None:
         raise ValueError("completions that call tools cannot be recorded: leave tools out.")
 
 
-def write_recording(trainer: TokenDistillTrainer, folder: Path, about: dict[str, Any]) -> None:
+def write_recording(trainer: Any, folder: Path, about: dict[str, Any]) -> None:
     """A shard a step and process, then head and manifest by the first process."""
     trainer.model.train()
     trainer.state.max_steps = max(1, trainer.args.max_steps)

@@ -155,6 +155,12 @@ class Objective:
         """The same on all tokens, where the selections have been applied."""
         return dataclasses.replace(self, terms=tuple(dataclasses.replace(term, selection=None) for term in self.terms))
 
+    def after_cut(self) -> Objective:
+        """The same on completions that were cut to what is read: a selection that says by lengths where to cut is applied."""
+        cut = lambda term: term.selection is not None and term.selection.prefix_length is not None  # noqa: E731
+        left = (dataclasses.replace(term, selection=None) if cut(term) else term for term in self.terms)
+        return dataclasses.replace(self, terms=tuple(left))
+
     def counts(self, lengths: Sequence[int]) -> Counts:
         """What the terms are divided by, from the trained tokens of each completion of a step."""
         entropy = [term for term in self.active if isinstance(term, EntropyTerm)]
