@@ -1,1 +1,1 @@
-"""Prompts, records and completions: what goes into training and how an answer is graded."""
+"""Prompts, completions, rows of JSONL, and how an answer is graded."""
