@@ -83,8 +83,17 @@ def comparison() -> str:
     shared = ", ".join(
         f"{key} {first['settings'][key]}" for key in ("max_steps", "per_device_train_batch_size", "learning_rate", "problems")
     )
-    run = {**first["provenance"], "run": "Three seeds"}
-    return f"{table(rows)}\n\nMean over seeds, greedy; {shared}. {stamp(run)}"
+    by_commit: dict[str, list[dict]] = {}
+    for row in rows:
+        by_commit.setdefault(row["provenance"]["commit"].rstrip("+"), []).append(row)
+    if len({row["provenance"]["command"] for row in rows}) == 1:
+        by_commit = {"": rows}
+    stamps = []
+    for several in by_commit.values():
+        labels, seeds = dict.fromkeys(row["label"] for row in several), {row["seed"] for row in several}
+        named = "" if len(by_commit) == 1 else f"{', '.join(labels)}: "
+        stamps.append(stamp({**several[0]["provenance"], "run": f"{named}{len(seeds)} seed{'s' * (len(seeds) > 1)}"}))
+    return f"{table(rows)}\n\nMean over seeds, greedy; {shared}. {'; '.join(stamps)}"
 
 
 def main() -> None:

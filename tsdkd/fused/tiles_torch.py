@@ -26,6 +26,9 @@ from tsdkd.types import Divergence
 _BLOCK_ELEMENTS = 1 << 18
 _TOPK_TILE = 128
 
+# A log-probability that stands for −∞, and what no finite divergence reaches.
+_IMPOSSIBLE, _INFINITE = -3e38, 1e6
+
 
 @dataclass
 class RowStatistics:
@@ -168,12 +171,15 @@ def canonical(name: str, parameter: float) -> tuple[str, float]:
 
 
 def _normalise_(logits: torch.Tensor, highest: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Logits to log-probabilities in place, probabilities into `out`; the log-normaliser `[rows, 1]`."""
+    """Logits to log-probabilities in place, probabilities into `out`; the log-normaliser `[rows, 1]`.
+
+    The log-probability of an impossible id is `_IMPOSSIBLE`, not −∞: times its probability it is 0.
+    """
     logits.sub_(highest)
     torch.exp(logits, out=out)
     total = out.sum(-1, keepdim=True)
     log_total = total.log()
-    logits.sub_(log_total)
+    logits.sub_(log_total).clamp_min_(_IMPOSSIBLE)
     out.mul_(total.reciprocal_())
     return highest + log_total
 
@@ -299,7 +305,8 @@ def sweep(
         if tile is None:
             into.divergence.copy_(_by_autograd(divergence, s_logits, t_logits, gradient if with_gradient else None))
         else:
-            into.divergence.copy_(_divergence(*tile, s, p_s, t, p_t, spare, gradient)[:, 0])
+            value = _divergence(*tile, s, p_s, t, p_t, spare, gradient)[:, 0]
+            into.divergence.copy_(value.masked_fill_(value > _INFINITE, math.inf))
         if with_gradient:
             _through_transform_(gradient, s, s_log_total, student_transform, temperature)
             student[start:stop].copy_(gradient)
@@ -342,7 +349,8 @@ def sampled_gradient(
     entropy = torch.empty_like(log_p)
     for rows, s, log_total, p, gradient in _normalised_blocks(student, student_transform, temperature, work):
         column = ids[rows].unsqueeze(-1)
-        log_p[rows] = s.gather(1, column)[:, 0]
+        chosen = s.gather(1, column)[:, 0]
+        log_p[rows] = chosen.masked_fill(chosen == _IMPOSSIBLE, -math.inf)
         entropy[rows] = -_dot(p, s, gradient)[:, 0]
         torch.neg(p, out=gradient)
         gradient.scatter_add_(1, column, torch.ones_like(column, dtype=work))

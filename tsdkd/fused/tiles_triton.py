@@ -111,7 +111,6 @@ def _pair(s, t, parameter: tl.constexpr, KIND: tl.constexpr, TINY: tl.constexpr)
     by_t = tl.zeros_like(s)
     by_s = tl.zeros_like(s)
     ratio = tl.zeros_like(s)
-    inside = s > float("-inf")
     if KIND == 0:
         by_t = t - s
     elif KIND == 1:
@@ -128,7 +127,8 @@ def _pair(s, t, parameter: tl.constexpr, KIND: tl.constexpr, TINY: tl.constexpr)
         m = tl.maximum(parameter * p_s + (1.0 - parameter) * p_t, TINY)
         by_s = s - tl.log(m)
         ratio = p_s / m
-    return p_s, p_t, tl.where(inside, by_t, 0.0), tl.where(inside, by_s, 0.0), ratio
+    # An id without probability, or beyond the vocabulary, adds nothing: 0 · ∞ = 0.
+    return p_s, p_t, tl.where(p_t > 0, by_t, 0.0), tl.where(p_s > 0, by_s, 0.0), ratio
 
 
 @triton.jit
@@ -156,9 +156,8 @@ def _sums_and_gradient(
         s = (s - s_max) * inverse_tau - s_log
         t = (t - t_max) * inverse_tau - t_log
         p_s, p_t, by_t, by_s, ratio = _pair(s, t, parameter, KIND, TINY)
-        inside = columns < vocab
-        s_entropy -= tl.sum(tl.where(inside, p_s * s, 0.0), axis=0)
-        t_entropy -= tl.sum(tl.where(inside, p_t * t, 0.0), axis=0)
+        s_entropy -= tl.sum(tl.where(p_s > 0, p_s * s, 0.0), axis=0)
+        t_entropy -= tl.sum(tl.where(p_t > 0, p_t * t, 0.0), axis=0)
         sum_t += tl.sum(p_t * by_t, axis=0)
         sum_s += tl.sum(p_s * by_s, axis=0)
         sum_ratio += tl.sum(p_s * ratio, axis=0)
@@ -215,7 +214,8 @@ def _student_rows(
         columns = start + tl.arange(0, BLOCK)
         s = _load_logits(s_ptr + row * stride, s_bias, columns, vocab, s_scale, s_cap, S_BIAS, S_CAP, WORK)
         s = (s - highest) * inverse_tau - log_total
-        entropy -= tl.sum(tl.where(columns < vocab, tl.exp(s) * s, 0.0), axis=0)
+        p = tl.exp(s)
+        entropy -= tl.sum(tl.where(p > 0, p * s, 0.0), axis=0)
     if SAMPLED:
         id = tl.load(ids_ptr + row)
         log_p = tl.zeros((), WORK)
@@ -228,7 +228,8 @@ def _student_rows(
             log_p += tl.sum(tl.where(here, s, 0.0), axis=0)
             gradient = (here.to(WORK) - tl.exp(s)) * (s_scale * inverse_tau)
         else:
-            gradient = -tl.exp(s) * (s + entropy) * (s_scale * inverse_tau)
+            p = tl.exp(s)
+            gradient = tl.where(p > 0, -p * (s + entropy), 0.0) * (s_scale * inverse_tau)
         if S_CAP:
             gradient = gradient * (1.0 - (z / s_cap) * (z / s_cap))
         inside = columns < vocab

@@ -1,7 +1,8 @@
 """Divergences between next-token distributions, per token and unreduced.
 
 Every function takes student logits first, both `[..., vocab]`, and returns `[...]` in nats: zero where the two
-distributions are equal, never negative. The teacher receives no gradient. bf16 and fp16 logits are computed in float32.
+distributions are equal, never negative, infinite where one gives mass to an id that is impossible to the other (a logit of
+−∞). The teacher receives no gradient. bf16 and fp16 logits are computed in float32.
 `p_T`, `p_S` are the softmax of teacher and student logits divided by `temperature`; there is no factor τ².
 """
 
@@ -40,13 +41,20 @@ def log_probs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     return torch.log_softmax(full_precision(logits) / temperature, dim=-1)
 
 
+def expectation(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Σ_v p(v) · values(v), `[..., vocab]` → `[...]`, with 0 · ∞ = 0: an id of probability 0 reaches nothing."""
+    return (p * values.masked_fill(p == 0, 0.0)).sum(-1)
+
+
 def _both(student_logits, teacher_logits, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     check_same_shape(student_logits, teacher_logits)
     return log_probs(student_logits, temperature), log_probs(teacher_logits.detach(), temperature)
 
 
 def _log_mixture(first: torch.Tensor, first_weight: float, second: torch.Tensor) -> torch.Tensor:
-    """log(w · p + (1 − w) · q) from log p and log q."""
+    """log(w · p + (1 − w) · q) from log p and log q; 0, which no sum reads, where both probabilities are 0."""
+    nothing = first.isneginf() & second.isneginf()  # logaddexp's gradient there is NaN
+    first, second = first.masked_fill(nothing, 0.0), second.masked_fill(nothing, 0.0)
     return torch.logaddexp(first + math.log(first_weight), second + math.log1p(-first_weight))
 
 
@@ -73,7 +81,7 @@ def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
         TSD-KD section 2; Hinton et al. 2015.
     """
     student, teacher = _both(student_logits, teacher_logits, temperature)
-    return (teacher.exp() * (teacher - student)).sum(-1)
+    return expectation(teacher.exp(), teacher - student)
 
 
 def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -89,7 +97,7 @@ def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
         TSD-KD section 2; Gu et al. 2024.
     """
     student, teacher = _both(student_logits, teacher_logits, temperature)
-    return (student.exp() * (student - teacher)).sum(-1)
+    return expectation(student.exp(), student - teacher)
 
 
 def generalized_jsd(
@@ -126,8 +134,8 @@ def generalized_jsd(
         return reverse_kl(student_logits, teacher_logits, temperature)
     student, teacher = _both(student_logits, teacher_logits, temperature)
     mixture = _log_mixture(teacher, beta, student)
-    to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
-    to_student = (student.exp() * (student - mixture)).sum(-1)
+    to_teacher = expectation(teacher.exp(), teacher - mixture)
+    to_student = expectation(student.exp(), student - mixture)
     return beta * to_teacher + (1 - beta) * to_student
 
 
@@ -151,7 +159,7 @@ def skew_forward_kl(
         return forward_kl(student_logits, teacher_logits, temperature)
     student, teacher = _both(student_logits, teacher_logits, temperature)
     mixture = teacher if alpha == 1.0 else _log_mixture(teacher, alpha, student)
-    return (teacher.exp() * (teacher - mixture)).sum(-1)
+    return expectation(teacher.exp(), teacher - mixture)
 
 
 def skew_reverse_kl(
@@ -174,4 +182,4 @@ def skew_reverse_kl(
         return reverse_kl(student_logits, teacher_logits, temperature)
     student, teacher = _both(student_logits, teacher_logits, temperature)
     mixture = student if alpha == 1.0 else _log_mixture(student, alpha, teacher)
-    return (student.exp() * (student - mixture)).sum(-1)
+    return expectation(student.exp(), student - mixture)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tsdkd.checks import check_choice
-from tsdkd.losses.divergence import log_probs
+from tsdkd.losses.divergence import expectation, log_probs
 
 ENTROPY_TARGETS = ("zero", "teacher")
 
@@ -33,7 +33,7 @@ def token_entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tenso
         TSD-KD Eq. 10.
     """
     log_p = log_probs(logits, temperature)
-    return -(log_p.exp() * log_p).sum(-1)
+    return -expectation(log_p.exp(), log_p)
 
 
 def entropy_penalty(

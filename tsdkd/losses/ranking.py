@@ -97,7 +97,9 @@ def plackett_luce_nll(ordered_scores: torch.Tensor, stage_weights: torch.Tensor 
     k = scores.shape[-1]
     placed = torch.ones(k, k, dtype=torch.bool, device=scores.device).tril(-1)  # row i: the items j < i
     remaining = scores.unsqueeze(-2).expand(*scores.shape, k).masked_fill(placed, float("-inf"))
-    stages = remaining.logsumexp(-1) - scores
+    nothing = remaining.amax(-1).isneginf()  # only impossible items are left: their order is no choice
+    total = remaining.masked_fill(nothing.unsqueeze(-1), 0.0).logsumexp(-1)
+    stages = torch.where(nothing, 0.0, total - scores.masked_fill(nothing, 0.0))
     return (stages if stage_weights is None else stages * stage_weights).sum(-1)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tsdkd.checks import check_positive, check_share
-from tsdkd.losses.divergence import log_probs
+from tsdkd.losses.divergence import expectation, log_probs
 from tsdkd.methods.base import DivergenceMethod, State, by_share
 from tsdkd.types import Divergence, RolloutSpec
 
@@ -30,7 +30,7 @@ def adaptive_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, head
     head = torch.where(in_head, gaps.gather(-1, order), 0.0).sum(-1)
     both = gaps.sum(-1)
     share = torch.where(both > 0, head / both.clamp(min=torch.finfo(both.dtype).tiny), 0.5)
-    forward, reverse = (p_t * (log_t - log_s)).sum(-1), (p_s * (log_s - log_t)).sum(-1)
+    forward, reverse = expectation(p_t, log_t - log_s), expectation(p_s, log_s - log_t)
     return share * forward + (1.0 - share) * reverse
 
 

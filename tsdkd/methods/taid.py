@@ -15,13 +15,13 @@ from tsdkd.types import Divergence, RolloutSpec
 
 def to_mixture(student_logits: torch.Tensor, teacher_logits: torch.Tensor, share: float = 0.4) -> torch.Tensor:
     """`KL(p_t ‖ p_S)`, `p_t = softmax((1 − t) · z_S + t · z_T)` without gradient, `[..., vocab]` → `[...]`, nats."""
-    return forward_kl(student_logits, torch.lerp(student_logits.detach(), teacher_logits, share))
+    parts = ((1.0 - share, student_logits.detach()), (share, teacher_logits))
+    return forward_kl(student_logits, torch.stack([w * z for w, z in parts if w]).sum(0))  # 0 · −∞ is no part of it
 
 
 class Interpolation(State):
-    """t: after step n of N, `min(t_end, max(t_start + (t_end − t_start) n / N, t + α σ(m) (1 − t)))`, where
-    `m ← β m + (1 − β) (J' − J) / J'` and J', J are the losses of the last step and of this one; no such move after the first.
-    """
+    """t: after step n of N, `min(t_end, max(t_start + (t_end − t_start) n / N, t + α σ(m) (1 − t)))`, where `m ← β m +
+    (1 − β) (J' − J) / J'` and J', J are the losses of the last step and of this one; no such move after the first."""
 
     reads_loss = True
 
