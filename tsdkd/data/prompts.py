@@ -128,7 +128,7 @@ def fitting_rows(lengths: Sequence[int], limit: int, why: str, role: str, drop: 
 
 
 def load_rows(name: str, *, config: str | None = None, split: str = "train") -> Any:
-    """A data set from the Hub or from a local JSONL, JSON, CSV or Parquet file.
+    """A data set from the Hub or from a local JSONL, JSON, CSV or Parquet file; `split` may be a slice, `train[:100]`.
 
     Raises:
         ValueError: the file is not there.
@@ -140,7 +140,8 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train") -> 
         return datasets.load_dataset(name, config, split=split)
     if not path.is_file():
         raise ValueError(f"there is no file {name}: pass the path of one ({', '.join(_BUILDERS)}), or a data set's name.")
-    return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+    part = split[split.index("[") :] if "[" in split else ""  # a file is one split, whatever it is called; a slice is a slice
+    return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=f"train{part}")
 
 
 def load_prompts(name: str, *, config: str | None = None, split: str = "train", **mapping: Any) -> Any:

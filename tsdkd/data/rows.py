@@ -21,15 +21,22 @@ def read_rows(path: Path, advice: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: a damaged line before the last, with `advice`.
     """
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = lines_of(path) if path.is_file() else []
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number < len(lines):
+            if number < lines[-1][0]:
                 raise ValueError(f"{path}, line {number} is damaged ({error}): {advice}.") from error
     return rows
+
+
+def lines_of(path: Path) -> list[tuple[int, str]]:
+    """The lines of a JSONL file with their numbers, from 1: without a byte-order mark and blank lines, ended by line feeds (or
+    carriage returns before them) alone, since a text may hold other separators."""
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -41,7 +48,7 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def mend_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Leave these rows in a file that holds more lines, or whose last line is not ended."""
     text = path.read_text() if path.is_file() else ""
-    if text and (len(rows) < len(text.splitlines()) or not text.endswith("\n")):
+    if text and (len(rows) < len(lines_of(path)) or not text.endswith("\n")):
         replace_rows(path, rows)
 
 

@@ -31,29 +31,40 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 @torch.no_grad()
 def answers(
-    model, tokenizer, problems: Sequence[Problem], batch_size: int = 250, max_new_tokens: int = MAX_NEW_TOKENS
+    model,
+    tokenizer,
+    problems: Sequence[Problem],
+    batch_size: int = 250,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    as_chat: bool = True,
 ) -> list[str]:
-    """The model's greedy answers, in the problems' order."""
+    """The model's greedy answers, in the problems' order; questions are put as chats, or as plain text."""
     texts: list[str] = []
     for start in range(0, len(problems), batch_size):
-        chats = [[{"role": "user", "content": p.question}] for p in problems[start : start + batch_size]]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
-        ).to(model.device)
+        questions = [p.question for p in problems[start : start + batch_size]]
+        how = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        if as_chat:
+            chats = [[{"role": "user", "content": question}] for question in questions]
+            inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True, **how)
+        else:
+            inputs = tokenizer(questions, return_token_type_ids=False, **how)
+        inputs = inputs.to(model.device)
         output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
         texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 
 
-def accuracy(model, tokenizer, problems: Sequence[Problem], max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, float]:
-    """Share of problems answered right, with its 95 % Wilson interval.
+def accuracy(
+    model, tokenizer, problems: Sequence[Problem], max_new_tokens: int = MAX_NEW_TOKENS, as_chat: bool = True
+) -> dict[str, float]:
+    """Share of problems answered right, with its 95 % Wilson interval; questions are put as chats, or as plain text.
 
     Returns:
         `accuracy`, `low`, `high` in [0, 1] and `n`, the number of problems.
     """
     was_training = model.training
     model.eval()
-    texts = answers(model, tokenizer, problems, max_new_tokens=max_new_tokens)
+    texts = answers(model, tokenizer, problems, max_new_tokens=max_new_tokens, as_chat=as_chat)
     right = sum(is_correct(text, problem.answer) for text, problem in zip(texts, problems, strict=True))
     model.train(was_training)
     low, high = wilson_interval(right, len(problems))

@@ -61,6 +61,11 @@ class EvaluateWhileTraining(TrainerCallback):
         there = [f"{task}/{metric}" for task in tasks for metric in harness_tasks.metrics_of(self.manager, task)]
         if best is not None and best not in there:
             raise ValueError(f"eval_best={best!r} is no score of these tasks; there are: {', '.join(there)}.")
+        if chat_template and trainer.processing_class.chat_template is None:
+            raise ValueError(
+                "eval_chat_template puts the items of eval_tasks as chats, but the student's tokenizer has no chat template: "
+                "leave it out, or set tokenizer.chat_template."
+            )
         self._scored: int | None = None
 
     @property

@@ -45,7 +45,7 @@ class Host(Protocol):
 
     @property
     def eos_ids(self) -> list[int]:
-        """The ids that end a completion."""
+        """The ids that end a completion and that both models have, the tokenizer's own first."""
         ...
 
     def tokenize(self, prompts: list) -> list[list[int]]:

@@ -90,15 +90,44 @@ def name_of(model: Any) -> str:
 
 
 def vocabulary_of(source: str, args: TokenDistillConfig) -> dict[str, int] | None:
-    """The tokens of the tokenizer that comes with a checkpoint, if one does."""
+    """The tokens of the tokenizer that comes with the teacher's checkpoint, in the revision of its weights, if one does."""
     if not source:
         return None
+    kwargs = _teacher_kwargs(args)
+    where = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
         logger.warning("no tokenizer could be read from %r: %s", source, str(error).splitlines()[0])
         return None
     return tokenizer.get_vocab()
+
+
+def check_special_ids(tokenizer: Any, ends: list[int], rows: int, vocab_size: int) -> None:
+    """Refuse a padding token without a row in the student, and a student none of whose ends both models have.
+
+    Args:
+        ends: the ids that end a completion.
+        rows: of the student's embedding.
+        vocab_size: the ids that both models have.
+
+    Raises:
+        ValueError: naming the token.
+    """
+    pad = tokenizer.pad_token_id
+    if pad is not None and pad >= rows:
+        raise ValueError(
+            f"the tokenizer's padding token {tokenizer.pad_token!r} is id {pad}, but the student has {rows} rows: generation "
+            "would read one that is not there. Set tokenizer.pad_token to a token that it has, or resize the embedding "
+            "(model.resize_token_embeddings(len(tokenizer)))."
+        )
+    if all(end >= vocab_size for end in ends):
+        named = ", ".join(f"{tokenizer.decode([end])!r} (id {end})" for end in ends)
+        raise ValueError(
+            f"no completion could end: of the {vocab_size} ids that both models have none is an end of the student's, which are "
+            f"{named}, and ids beyond are never sampled. Take a teacher of its family, or an end that both have "
+            "(generation_config.eos_token_id)."
+        )
 
 
 def names_of(setup: Any) -> dict[str, str]:

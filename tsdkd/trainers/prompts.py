@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from tsdkd.checks import refuse
 from tsdkd.data.prompts import fitting_rows, prompt_problems
 from tsdkd.teachers.heads import text_config
@@ -71,7 +73,12 @@ class Prompts:
             return dataset
         host, lengths = self.host, []
         for start in range(0, len(dataset), PIECE):
-            for row, ids in enumerate(host.tokenize(dataset[start : start + PIECE]["prompt"]), start):
+            for row, ids in enumerate(self._tokenized(dataset[start : start + PIECE]["prompt"], start, role), start):
+                if not ids:
+                    raise ValueError(
+                        f"the prompt of row {row} of {role} has no tokens: nothing predicts the first one of its completion. "
+                        "Remove it, or use a tokenizer that begins a text with a token of its own."
+                    )
                 if max(ids, default=0) >= host.vocab_size:
                     raise ValueError(
                         f"the prompt of row {row} of {role} holds id {max(ids)}, {host.tokenizer.decode([max(ids)])!r}, "
@@ -97,6 +104,21 @@ class Prompts:
                 refuse(prompt_problems(dataset, role, needed, " after the others were dropped"))
         return dataset
 
+    def _tokenized(self, prompts: list, first: int, role: str) -> list[list[int]]:
+        """Ids of prompts, or the row whose chat the template does not take."""
+        try:
+            return self.host.tokenize(prompts)
+        except (TemplateError, ValueError, TypeError, KeyError):
+            for row, prompt in enumerate(prompts, first):
+                try:
+                    self.host.tokenize([prompt])
+                except (TemplateError, ValueError, TypeError, KeyError) as error:
+                    raise ValueError(
+                        f"the prompt of row {row} of {role} cannot be rendered by the tokenizer's chat template ({error}). "
+                        "Remove or change the turn that it does not take (a system role?), or set another template."
+                    ) from error
+            raise
+
     def left_out_of_epoch(self, dataset: Any) -> int:
         """Rows that fill no generation batch: TRL's sampler leaves them out, others in each epoch; said, too."""
         if not hasattr(dataset, "__len__"):
@@ -112,12 +134,16 @@ class Prompts:
             )
         return rows
 
-    def refuse_long(self, prompt_ids: list[list[int]]) -> None:
+    def refuse_unfit(self, prompt_ids: list[list[int]]) -> None:
         """Refuse a prompt of a stream that does not fit; other data sets were measured at construction.
 
         Raises:
-            ValueError: its length and what fits.
+            ValueError: a prompt without tokens, or its length and what fits.
         """
+        if not all(prompt_ids):
+            raise ValueError(
+                "a prompt without tokens arrived: nothing predicts the first token of its completion. Filter the stream."
+            )
         too_long = max(map(len, prompt_ids))
         if too_long > self.limits.prompt:
             raise ValueError(

@@ -23,6 +23,7 @@ from tsdkd.trainers.loading import restore_buffers
 from tsdkd.trainers.loop import Loop
 from tsdkd.trainers.models import (
     check_same_tokens,
+    check_special_ids,
     check_terms,
     fingerprint_of,
     load_sharded_teacher,
@@ -71,6 +72,7 @@ class TokenDistillTrainer(TRLTrainer):
     config_class: type[TokenDistillConfig] = TokenDistillConfig
     teacher: Teacher | None
     teacher_model: Any
+    has_chats: bool
 
     def __init__(
         self,
@@ -111,7 +113,8 @@ class TokenDistillTrainer(TRLTrainer):
         self.generation.reload_whole()
         if args.token_budget is not None:
             self.add_callback(_Budget(self))
-        if setup.has_chats and self.tokenizer.chat_template is None:
+        self.has_chats = setup.has_chats
+        if self.has_chats and self.tokenizer.chat_template is None:
             raise ValueError(
                 f"the prompts are chats but the tokenizer of {name_of(self.model)} has no chat template: set "
                 "tokenizer.chat_template, use an instruct model's tokenizer (processing_class=...), or pass the "
@@ -119,6 +122,7 @@ class TokenDistillTrainer(TRLTrainer):
             )
         self._place_teacher(setup)
         check_terms(self.method, self.vocab_size, self.accelerator.device)
+        check_special_ids(self.tokenizer, self.eos_token_ids, vocabulary_size(self.model), self.vocab_size)
         with gathered(*self.model.parameters()):  # under ZeRO-3 it is loaded in shares
             check_head(self.model, "student", self.vocab_size)
         self.generation.forbid_ids_from(self.vocab_size)

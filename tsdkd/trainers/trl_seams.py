@@ -74,7 +74,8 @@ class TRLTrainer(DistillationTrainer):
 
     @property
     def eos_ids(self) -> list[int]:
-        return self.eos_token_ids
+        own = self._tokenizer.eos_token_id  # a list may begin with an end that the model never writes
+        return sorted((end for end in self.eos_token_ids if end < self.vocab_size), key=lambda end: end != own)
 
     def tokenize(self, prompts: list) -> list[list[int]]:
         return self._tokenize_prompts(prompts)[0]
@@ -97,7 +98,7 @@ class TRLTrainer(DistillationTrainer):
                 **self.chat_template_kwargs,
             )["input_ids"]
         parts = zip(self.tokenize(prompts), whole, alone, strict=True)
-        return [ids_after(p, w, a, self.eos_token_ids, limit) for p, w, a in parts]
+        return [ids_after(p, w, a, self.eos_ids, limit) for p, w, a in parts]
 
     def student(self) -> AbstractContextManager[Any]:
         return self.generation.student()
@@ -136,7 +137,7 @@ class TRLTrainer(DistillationTrainer):
         hand = self._in_hand
         with self.loop.metrics.time(self.mode, "rollout"):
             prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
-        self.loop.prompts.refuse_long(prompt_ids)
+        self.loop.prompts.refuse_unfit(prompt_ids)
         masks = tool_mask if tool_mask is not None else [[1] * len(ids) for ids in completion_ids]
         if hand.empty:
             masks = [[0] * len(mask) if row in hand.empty else mask for row, mask in enumerate(masks)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tsdkd.data.rows import ScoreRow
+from tsdkd.data.rows import ScoreRow, lines_of
 from tsdkd.demo.problems import Problem, held_out
 
 
@@ -42,8 +42,11 @@ def problems_at(path: Path | None) -> list[Problem]:
 
         return held_out(1000, HELD_OUT_SEED, set(), LEVELS)
     problems = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        row = json.loads(line)
+    for number, line in lines_of(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON ({error}).") from error
         if "question" not in row or "answer" not in row:
             raise ValueError(f"{path}, line {number} has the keys {', '.join(row)}: a problem has 'question' and 'answer'.")
         problems.append(Problem(row["question"], "", str(row["answer"]), 0))
@@ -62,7 +65,8 @@ class OnProblems:
     def __call__(self, trainer: Any, label: str) -> list[ScoreRow]:
         from tsdkd.demo.scoring import accuracy
 
-        found = accuracy(trainer.model, trainer.processing_class, self.problems, trainer.max_completion_length)
+        longest, as_chat = trainer.max_completion_length, trainer.has_chats  # asked as it was trained
+        found = accuracy(trainer.model, trainer.processing_class, self.problems, longest, as_chat)
         interval = {"low": found["low"], "high": found["high"]}
         n = int(found["n"])
         return [ScoreRow(task="problems", metric="accuracy", score=found["accuracy"], n=n, label=label, more=interval)]

@@ -1,0 +1,130 @@
+"""Inputs that people really have: what is right, or a refusal that names the row, the token or the option."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset, IterableDataset
+from running import answered, by_prompt, general, make, student
+from tiny import prompts, tiny_model
+
+from tsdkd.data.prompts import load_prompts
+from tsdkd.data.rows import lines_of, read_rows
+from tsdkd.demo.recreate import make_tokenizer
+from tsdkd.methods import SupervisedKD
+from tsdkd.pipelines.compare.scoring import problems_at
+
+
+def full_tokenizer(**special):
+    """The demo's tokenizer with as many tokens as a tiny model has rows, and then some."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<x{i}>" for i in range(64 - len(tokenizer))])
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def test_of_several_ends_a_given_completion_has_the_tokenizers_own(tmp_path):
+    learner = student()
+    learner.generation_config.eos_token_id = [2, 1]  # a list may begin with one that the model never writes
+    trainer = general(tmp_path, SupervisedKD(), student=learner, data=answered(4), max_completion_length=30)
+    assert trainer.eos_ids == [1, 2]
+    (ids, cut), *_ = trainer.tokenize_completions(["Tom has 12 apples."], ["#### 17"], 30)
+    assert ids[-1] == make_tokenizer().eos_token_id == 1 and not cut
+
+
+def test_an_end_that_the_teacher_lacks_is_refused_and_one_that_it_has_is_enough(tmp_path):
+    tokenizer = full_tokenizer(eos_token="<|stop|>")  # id 64
+    learner = tiny_model(seed=1, vocab_size=66)
+    learner.generation_config.eos_token_id = tokenizer.eos_token_id
+    with pytest.raises(ValueError, match=r"no completion could end: of the 64 ids .* '<\|stop\|>' \(id 64\)"):
+        make(tmp_path, student=learner, processing_class=tokenizer)
+    learner.generation_config.eos_token_id = [64, 1]
+    assert make(tmp_path, student=learner, processing_class=tokenizer).eos_ids == [1]
+
+
+def test_a_padding_token_without_a_row_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"padding token '\[PAD\]' is id 64, but the student has 64 rows"):
+        make(tmp_path, processing_class=full_tokenizer(pad_token="[PAD]"))
+
+
+def test_a_turn_that_the_template_does_not_take_is_refused_with_its_row(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no such role') }}{% endif %}" + tokenizer.chat_template
+    )
+    user = {"role": "user", "content": "Tom has 12 apples."}
+    data = Dataset.from_list([{"prompt": [user]}] * 3 + [{"prompt": [{"role": "system", "content": "Tom"}, user]}])
+    with pytest.raises(ValueError, match=r"the prompt of row 3 of train_dataset cannot be rendered .*no such role"):
+        make(tmp_path, data=data, processing_class=tokenizer)
+
+
+def test_a_prompt_without_tokens_is_refused_in_a_stream_too(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "Tom has 12 apples."}, {"prompt": ""}] * 8))
+    trainer = make(tmp_path, data=stream, rollouts=by_prompt, max_steps=1)
+    with pytest.raises(ValueError, match="a prompt without tokens arrived"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "split,expected", [("train", 16), ("train[:8]", 8), ("test", 16), ("test[25%:]", 12), ("train[-3:]", 3)]
+)
+def test_a_slice_of_a_local_file_is_a_slice(tmp_path, split, expected):
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Tom has {n} apples."}) + "\n" for n in range(16)))
+    assert len(load_prompts(str(file), split=split)) == expected
+
+
+def test_every_jsonl_is_read_alike(tmp_path):
+    """A byte-order mark, carriage returns, blank lines, and separators that stand inside a text."""
+    problems = [{"question": f"Tom has {n} app\u2028les\u0085.", "answer": "5"} for n in range(4)]
+    plain = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in problems)
+    for text in (plain, plain + "\n", "\ufeff" + plain, plain.replace("\n", "\r\n"), "\n" + plain + "  \n"):
+        file = tmp_path / "p.jsonl"
+        file.write_bytes(text.encode())
+        assert [p.question for p in problems_at(file)] == [row["question"] for row in problems]
+        assert read_rows(file, "mend it") == problems and len(lines_of(file)) == 4
+    file.write_text(plain + "\n{broken\n" + plain)
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 6 is no JSON"):
+        problems_at(file)
+    with pytest.raises(ValueError, match=r"line 6 is damaged .*: mend it"):
+        read_rows(file, "mend it")
+
+
+def test_the_teachers_tokenizer_is_of_its_weights_revision(tmp_path, monkeypatch):
+    asked = []
+
+    def from_pretrained(source, **where):
+        asked.append((source, where.get("revision")))
+        return make_tokenizer()
+
+    monkeypatch.setattr("tsdkd.trainers.models.AutoTokenizer.from_pretrained", from_pretrained)
+    teacher = tiny_model(seed=2, hidden=48)
+    teacher.config._name_or_path = "org/teacher"
+    make(tmp_path, teacher=teacher, teacher_model_revision="v2")
+    assert asked[-1] == ("org/teacher", "v2")
+
+
+def test_tasks_as_chats_without_a_template_are_refused_before_the_first_step(tmp_path):
+    from tsdkd.cli.evaluate import bundled_tasks
+    from tsdkd.evaluation.while_training import EvaluateWhileTraining
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    trainer = make(tmp_path, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="eval_chat_template puts the items of eval_tasks as chats, but"):
+        EvaluateWhileTraining(trainer, ["tsdkd_word_problems"], 5, include_path=[bundled_tasks()], chat_template=True, limit=2)
+
+
+def test_a_base_model_is_compared_on_text_as_it_was_trained(tmp_path):
+    from tsdkd.pipelines.compare import OnProblems
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"question": "Tom has 5 pens.", "answer": 7}\n')
+    trainer = make(tmp_path, processing_class=tokenizer, rollouts=by_prompt)
+    trainer.train()
+    (row,) = OnProblems(problems_at(file))(trainer, "one")
+    assert not trainer.has_chats and row.n == 1 and 0 <= row.score <= 1
+    assert make(tmp_path / "chats", data=prompts(8, chat=True)).has_chats
