@@ -15,5 +15,5 @@ def total_variation(student_logits, teacher_logits):
 student = torch.randn(2, 5, 32, requires_grad=True)
 terms = tsd_kd_loss(student, torch.randn(2, 5, 32), torch.ones(2, 5), divergence=total_variation)
 terms.loss.backward()
-DIVERGENCES["total_variation"] = total_variation  # now a name everywhere: --method_options '{"divergence": "total_variation"}'
+DIVERGENCES["total_variation"] = total_variation  # a name in this process, for tsd_kd and gkd
 print(f"direct {terms.direct.item():.3f}", GKD(divergence="total_variation").divergence_of().name)

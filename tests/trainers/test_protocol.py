@@ -74,10 +74,10 @@ def test_a_term_that_an_evaluation_cannot_compute_is_left_out_and_named(tmp_path
 
 def test_a_loss_that_loses_a_term_is_refused(tmp_path):
     class Lossy(ReverseKL):
-        def terms(self):
+        def terms(self, state=None):
             return {"reverse_kl": 0.5, "forgotten": 1.0}
 
-    with pytest.raises(ValueError, match="terms reverse_kl, forgotten, but its loss gave reverse_kl: forgotten would"):
+    with pytest.raises(ValueError, match="terms forgotten, reverse_kl, but its loss gave reverse_kl: forgotten would"):
         general(tmp_path, Lossy(), rollouts=by_prompt).train()
 
 

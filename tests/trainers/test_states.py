@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 
@@ -13,6 +14,7 @@ from tiny import prompts, tiny_model
 from tsdkd import TSDKD
 from tsdkd.methods import GKD, DistiLLM, SeqKD
 from tsdkd.selection import AdaptiveOpener
+from tsdkd.types import RolloutSpec
 
 
 @pytest.mark.parametrize("batch,accumulation", [(8, 1), (2, 4)])
@@ -165,3 +167,44 @@ def test_a_token_budget_ends_the_run(tmp_path):
     trainer = general(tmp_path, GKD(), rollouts=lambda ids: [5] * 10, max_steps=9, token_budget=100)
     trainer.train()
     assert trainer.state.global_step == 3 and trainer.trained_tokens == 120
+
+
+def test_a_new_run_begins_with_a_new_state_and_without_what_an_interrupted_step_left(tmp_path):
+    trainer = general(tmp_path, TSDKD(adaptive_opener=AdaptiveOpener(warmup=2)), rollouts=by_prompt, max_steps=2)
+    compute, calls = trainer.loop.compute, []
+
+    def interrupted(student_model, step):
+        calls.append(1)
+        loss = compute(student_model, step)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return loss
+
+    trainer.loop.compute = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert len(trainer.loop.state.history.smoothed) == 4
+    trainer.train()
+    assert len(trainer.loop.state.history.smoothed) == 8  # two steps of four, and none of the interrupted one
+
+
+@pytest.mark.parametrize(
+    "ids,recorded,message",
+    [
+        ([[5] * 13] * 4, {}, "wrote 13 ids in row 0, and max_completion_length is 12"),
+        ([[70]] * 4, {}, "wrote id 70 in row 0, and both models have the ids below 64 alone"),
+        ([[5]] * 3, {}, "gave 3 completions for 4 prompts"),
+        ([[5, 6]] * 4, {"weight": [[1.0]] * 4}, "recorded other than one number for each of the 2 ids of row 0"),
+    ],
+)
+def test_what_a_writer_of_ones_own_may_not_write_is_refused(tmp_path, ids, recorded, message):
+    class Wrong:
+        def write(self, model, prompt_ids):
+            return ids, recorded
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Written(GKD):
+        rollouts = RolloutSpec(writer=Wrong())
+
+    with pytest.raises(ValueError, match=f"the writer Wrong {message}"):
+        general(tmp_path, Written()).train()

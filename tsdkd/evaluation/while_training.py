@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from tsdkd.data.rows import ScoreRow, append_rows
+from tsdkd.data.rows import ScoreRow, append_rows, read_rows, replace_rows
 from tsdkd.evaluation import harness
 from tsdkd.evaluation import tasks as harness_tasks
 from tsdkd.evaluation.run import Model, Settings, rows_of
@@ -78,11 +78,11 @@ class EvaluateWhileTraining(TrainerCallback):
             return
         rows = self.folder / "benchmarks.jsonl"
         if rows.is_file():
-            lines = rows.read_text().splitlines(keepends=True)
-            ours = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            if len(ours) < len(lines):
+            found = read_rows(rows, "remove it, or the file")
+            ours = [row for row in found if row["step"] <= state.global_step]
+            if len(ours) < len(found):
                 rows.replace(rows.with_name("benchmarks.before.jsonl"))
-                rows.write_text("".join(ours))
+            replace_rows(rows, ours)
         record = self.folder / "best" / "best.json"
         if record.is_file() and json.loads(record.read_text())["step"] > state.global_step:
             record.replace(record.with_name("best.before.json"))

@@ -19,7 +19,8 @@ import torch
 
 from tsdkd.checks import check_candidates, check_choice, check_positive, check_weight
 from tsdkd.fused import function, reference, tiles_torch
-from tsdkd.fused.decide import Layout
+from tsdkd.fused.chunks import reads_are_free
+from tsdkd.fused.decide import Layout, check_count
 from tsdkd.fused.reads import dense_terms, reads_teacher, teacher_scope
 from tsdkd.fused.reads import read_plan as read_plan
 from tsdkd.losses import ENTROPY_TARGETS, STAGE_WEIGHTS, check_divergence, resolve_divergence
@@ -121,7 +122,7 @@ def evaluate(
     check_batch(batch, student_head, teacher_head)
     if batch.plan is not None and batch.plan.is_cut:
         objective = objective.after_cut()
-    _check_needs(objective, batch, teacher_head)
+    _check_needs(objective, batch, teacher_head, counts)
     student_head, teacher_head = shared_heads(student_head, teacher_head)
     for term in objective.active:
         if isinstance(term, RankingTerm):
@@ -187,9 +188,16 @@ def check_objective(objective: Objective) -> None:
             )
 
 
-def _check_needs(objective: Objective, batch: TokenBatch, teacher_head: Head | None) -> None:
-    """Refuse a batch that lacks what a term reads."""
+def _check_needs(objective: Objective, batch: TokenBatch, teacher_head: Head | None, counts: Counts | None) -> None:
+    """Refuse a batch or counts that lack what a term reads."""
     check_objective(objective)
+    selecting = [term.name for term in dense_terms(objective) if term.selection is not None and not term.per_completion]
+    if counts is not None and len(selecting) > 1 and not counts.divisors.keys() >= set(selecting):
+        raise ValueError(
+            f"counts say one number of the tokens that the terms {', '.join(selecting)} select: pass "
+            "Objective.counts(lengths) of the "
+            "step, or Counts with divisors by name."
+        )
     scope = teacher_scope(objective)
     if reads_teacher(objective) and (batch.teacher_hidden is None or teacher_head is None):
         raise ValueError("the objective reads the teacher, but no hidden states or no head of one were given: pass both.")
@@ -211,13 +219,15 @@ def _selected_ahead(objective: Objective, batch: TokenBatch) -> tuple[torch.Tens
     if len(active) != 1 or not isinstance(active[0], DivergenceTerm):
         return None
     selection, gate = active[0].selection, active[0].gate
-    own_token = gate is None or gate.reads in ("token", "lengths")
+    own_token = gate is None or gate.reads == "token"  # any other sees the whole completion
     if selection is None or selection.count is None or selection.reads != "lengths" or not own_token:
         return None
     lengths = [selection.count(length) for length in batch.lengths]
     mask = batch.mask()
     empty = torch.zeros_like(mask, dtype=torch.float32)
     selected = selection(TokenStatistics(mask, empty, rows=batch.rows)).bool() & mask
+    if reads_are_free(mask.device):
+        check_count(active[0], selected, mask)
     layout = Layout(batch.lengths, mask.device)
     index = torch.nonzero_static(layout.pack(selected), size=sum(lengths))[:, 0]
     return index, lengths, selected

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tsdkd.fused.chunks import reads_are_free
 from tsdkd.losses import entropy_penalty
 from tsdkd.losses.reduction import divide, response_coefficients, token_coefficients, weighted_sum
 from tsdkd.types import (
@@ -23,6 +24,7 @@ from tsdkd.types import (
     TokenStatistics,
     length_mask,
 )
+from tsdkd.types.rules import name_of
 
 
 class Layout:
@@ -60,7 +62,31 @@ class Taken:
 def select(term: Term, statistics: TokenStatistics, readable: torch.Tensor | None) -> torch.Tensor:
     """A term's tokens, a bool mask; `readable` is `TokenBatch.readable`, None for the whole mask."""
     mask = statistics.mask if readable is None or not term.reads_teacher else readable
-    return mask if term.selection is None else term.selection(statistics).bool() & mask
+    if term.selection is None:
+        return mask
+    chosen = term.selection(statistics).bool() & statistics.mask
+    if reads_are_free(mask.device):
+        check_count(term, chosen, statistics.mask)
+    return chosen & mask
+
+
+def check_count(term: Term, chosen: torch.Tensor, mask: torch.Tensor) -> None:
+    """Refuse a selection that keeps other than what its `count` says, which the term is divided by.
+
+    Raises:
+        ValueError: the rule, the length, both numbers.
+    """
+    if term.selection is None or term.selection.count is None:
+        return
+    for length, kept in zip(mask.sum(-1).tolist(), chosen.sum(-1).tolist(), strict=True):
+        if length and term.selection.count(length) != kept:
+            raise ValueError(
+                f"the selection {name_of(term.selection.function)} of the {term.name} term keeps {kept} tokens of a "
+                "completion of "
+                f"{length}, but its count({length}) is {term.selection.count(length)}, which the term is divided by. Let "
+                "them agree, or "
+                "leave count out."
+            )
 
 
 def decide(term: Term, statistics: TokenStatistics, tokens: torch.Tensor) -> Taken:

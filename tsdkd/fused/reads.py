@@ -56,11 +56,12 @@ def needed_ahead(objective: Objective) -> str:
 
 
 def announce_price(objective: Objective) -> None:
-    """Say once what a rule of a divergence term costs that reads other tokens."""
-    for term in dense_terms(objective):
+    """Say once what a rule costs that reads other tokens."""
+    for term in objective.active:
+        reading = ("student", "both") if isinstance(term, DivergenceTerm) else ("both",)
         for kind, rule in term.rules:
             announcement = (kind, name_of(rule.function), rule.reads)
-            if rule.reads not in ("student", "both") or announcement in _announced:
+            if rule.reads not in reading or announcement in _announced:
                 continue
             _announced.add(announcement)
             what = "the student's head" if rule.reads == "student" else "both heads"
@@ -80,7 +81,7 @@ def read_plan(objective: Objective, lengths: tuple[int, ...]) -> ReadPlan:
     the student's statistics tell spare the teacher what stands behind the longest of them.
     """
     active = objective.active
-    own_token = all(rule.reads in ("token", "lengths") for term in active for kind, rule in term.rules if kind == "gate")
+    own_token = all(rule.reads == "token" for term in active for kind, rule in term.rules if kind == "gate")
     if len(active) == 1 and own_token and active[0].selection is not None and active[0].selection.prefix_length is not None:
         prefix = tuple(active[0].selection.prefix_length(length) for length in lengths)
         return ReadPlan(tuple(lengths), prefix, prefix)

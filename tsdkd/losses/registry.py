@@ -65,9 +65,11 @@ def _named(name: str, options: dict[str, float]) -> Divergence:
     function = DIVERGENCES[name]
     for keyword, parameter in inspect.signature(function).parameters.items():
         if keyword in ("beta", "alpha"):
-            value = options.get(keyword, parameter.default)
-            check_share(keyword, value)
-            return Divergence(function, name, keyword, float(value))
+            if keyword in options:
+                check_share(keyword, options[keyword])
+            elif parameter.default is parameter.empty:
+                raise ValueError(f"divergence={name!r} has no default for {keyword}: give its function one.")
+            return Divergence(function, name, keyword, float(options.get(keyword, parameter.default)))
     return Divergence(function, name)
 
 
@@ -77,12 +79,13 @@ def check_divergence(divergence: Divergence, vocab_size: int, device: torch.devi
     Raises:
         ValueError: it fails, gives another shape than `[tokens]`, or a NaN or Inf, or no gradient for the student.
     """
-    ids = torch.arange(vocab_size, device=device, dtype=torch.float32)
-    # Fixed numbers: a check draws nothing from the run's random state.
-    student = torch.stack([(ids * 0.7).sin() * 2, (ids * 1.3).cos() * 3]).requires_grad_()
-    teacher = torch.stack([(ids * 0.9).cos() * 2, (ids * 0.4).sin() * 3])
     what = f"divergence={divergence.name} on two rows of {vocab_size} logits"
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        ids = torch.arange(vocab_size, device=device, dtype=torch.float32)
+        # Fixed numbers: a check draws nothing from the run's random state.
+        student = torch.stack([(ids * 0.7).sin() * 2, (ids * 1.3).cos() * 3]).requires_grad_()
+        teacher = torch.stack([(ids * 0.9).cos() * 2, (ids * 0.4).sin() * 3])
+        untouched = teacher.clone()
         try:
             value = divergence(student, teacher)
         except Exception as error:
@@ -90,6 +93,8 @@ def check_divergence(divergence: Divergence, vocab_size: int, device: torch.devi
                 f"{what} failed ({type(error).__name__}: {error}). It takes the student's and the teacher's logits, both of "
                 f"shape [2, {vocab_size}] here, and gives one number a row."
             ) from error
+        if not torch.equal(teacher, untouched):
+            raise ValueError(f"{what} changed the teacher's logits in place, which others read after it: work on a copy.")
         if not isinstance(value, torch.Tensor) or value.shape != (2,):
             got = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
             raise ValueError(

@@ -37,6 +37,14 @@ def resolve_method(method: str | Method, options: dict[str, Any] | None = None) 
         return METHODS[method](**(options or {}))
     if options:
         raise ValueError("method_options were given beside a method object: set them on the object.")
+    if isinstance(method, type):
+        raise ValueError(f"method={method.__name__} is a class: pass an object of it, {method.__name__}(…).")
+    if isinstance(method, Method) and not method.name:
+        raise ValueError(
+            f"the method {type(method).__name__} has no name: set one on its class (name = 'mine'); checkpoints and the "
+            "model card are "
+            "known by it."
+        )
     if not isinstance(method, Method):
         raise ValueError(
             f"method={type(method).__name__} is no tsdkd.methods.Method: make its class a subclass of it (or of "

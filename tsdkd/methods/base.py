@@ -94,7 +94,8 @@ class Method(abc.ABC):
         """The terms and their temperature, so that a term may close over its batch and over the run's state.
 
         Without a batch: every term by name, weight, selection and gate, as counts and logs need them. With one, a term that
-        the batch does not allow (recorded log-probabilities in an evaluation) is left out. Without a state: the first.
+        the batch does not allow (recorded log-probabilities in an evaluation) is left out; none is added. Without a state: the
+        first. A state may move weights, selections and divergences.
         """
 
     @property
@@ -108,20 +109,20 @@ class Method(abc.ABC):
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether its loss reads the teacher at all."""
+        """Whether its loss reads the teacher at all, as it starts."""
         return fused.reads_teacher(self.objective())
 
-    def terms(self) -> dict[str, float]:
+    def terms(self, state: State | None = None) -> dict[str, float]:
         """Each term's weight in the loss, by the name it is logged under."""
-        return {term.name: term.weight for term in self.objective().terms}
+        return {term.name: term.weight for term in self.objective(None, state).terms}
 
-    def counts(self, lengths: Sequence[int]) -> Counts:
+    def counts(self, lengths: Sequence[int], state: State | None = None) -> Counts:
         """What the terms are divided by, from the trained tokens of each completion of a step."""
-        return self.objective().counts(lengths)
+        return self.objective(None, state).counts(lengths)
 
-    def reads(self, lengths: Sequence[int]) -> ReadPlan:
+    def reads(self, lengths: Sequence[int], state: State | None = None) -> ReadPlan:
         """How much of each completion the models read."""
-        return fused.read_plan(self.objective(), tuple(lengths))
+        return fused.read_plan(self.objective(None, state), tuple(lengths))
 
     def only(self, term: str) -> Method:
         """The same method with every other term's weight 0."""
@@ -158,8 +159,8 @@ class _OneTerm(Method):
     def rollouts(self) -> RolloutSpec:
         return self.method.rollouts
 
-    def counts(self, lengths: Sequence[int]) -> Counts:
-        return self.method.counts(lengths)
+    def counts(self, lengths: Sequence[int], state: State | None = None) -> Counts:
+        return self.method.counts(lengths, state)
 
 
 def by_share(lmbda: float) -> RolloutSpec:

@@ -35,7 +35,7 @@ class Interpolation(State):
         if self.previous is not None:
             change = (self.previous - loss) / (self.previous + 1e-15)
             self.momentum = method.momentum * self.momentum + (1.0 - method.momentum) * change
-            adaptive += method.step_size * (1.0 - self.share) / (1.0 + math.exp(-self.momentum))
+            adaptive += method.step_size * (1.0 - self.share) * (1.0 + math.tanh(self.momentum / 2)) / 2  # a sigmoid
         done = summary.step / self.max_steps if self.max_steps else 0.0
         linear = method.start_share + (method.end_share - method.start_share) * done
         self.share, self.previous = min(method.end_share, max(linear, adaptive)), loss

@@ -24,6 +24,7 @@ from tsdkd.checks import (
 )
 from tsdkd.fused import check_divergence_once, check_objective
 from tsdkd.fused.reference import evaluate_logits
+from tsdkd.fused.tiles_torch import written_tile
 from tsdkd.losses import resolve_divergence, shared_vocabulary
 from tsdkd.methods.base import Method, State, Summary, by_share
 from tsdkd.selection import (
@@ -272,8 +273,9 @@ def tsd_kd_loss(
     student, teacher = shared_vocabulary(student_logits, teacher_logits)
     check_candidates(num_candidates, student.shape[-1])
     objective = method.objective()
-    if not isinstance(divergence, str):
-        check_divergence_once(objective.terms[1].divergence, student.shape[-1], student.device)  # type: ignore[attr-defined]
+    assert objective.divergence is not None
+    if written_tile(objective.divergence) is None:
+        check_divergence_once(objective.divergence, student.shape[-1], student.device)
     lengths = mask.sum(-1).tolist()
     return evaluate_logits(objective, student[mask], teacher[mask], lengths, Counts.from_any(counts)).spread(mask)
 

@@ -50,6 +50,7 @@ class Prefix:
 
     share: float = 0.5
     needs = "lengths"
+    is_prefix = True
 
     def __post_init__(self) -> None:
         check_share("selection_share", self.share)

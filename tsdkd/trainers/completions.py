@@ -89,10 +89,35 @@ class CompletionSupply:
         else:
             with self.host.student() as student:
                 written = Written(*self._writer.write(student, prompt_ids))
+            self._check_written(written, len(prompt_ids))
         if batch.is_fresh:
             pairs = zip(batch.rows, written.ids, strict=True)
             self.source.keep([{"prompt": row["prompt"], "completion_ids": ids} for row, ids in pairs])
         return written
+
+    def _check_written(self, written: Written, rows: int) -> None:
+        """Refuse what a writer of a user's own may not write."""
+        host, who = self.host, type(self._writer).__name__
+        columns: dict[str, list] = {"completions": written.ids, **written.token_values}
+        for name, column in columns.items():
+            if len(column) != rows:
+                raise ValueError(f"the writer {who} gave {len(column)} {name} for {rows} prompts: give a list of ids each.")
+        for row, ids in enumerate(written.ids):
+            if len(ids) > host.max_completion_length:
+                raise ValueError(
+                    f"the writer {who} wrote {len(ids)} ids in row {row}, and max_completion_length is "
+                    f"{host.max_completion_length}: "
+                    "let it stop there."
+                )
+            if ids and not 0 <= min(ids) <= max(ids) < host.vocab_size:
+                raise ValueError(
+                    f"the writer {who} wrote id {max(ids)} in row {row}, and both models have the ids below "
+                    f"{host.vocab_size} alone."
+                )
+            if any(len(column[row]) != len(ids) for column in written.token_values.values()):
+                raise ValueError(
+                    f"the writer {who} recorded other than one number for each of the {len(ids)} ids of row {row}."
+                )
 
     def _log(self, drawn: str) -> None:
         if not self.spec.need_dataset:

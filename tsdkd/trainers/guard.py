@@ -27,6 +27,11 @@ class Guard:
         self._flags: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, list[tuple[torch.Tensor, Rollouts]]] = {}
 
+    def forget(self) -> None:
+        """Forget what an interrupted step left."""
+        self._flags.clear()
+        self._tokens.clear()
+
     def watch(self, name: str, values: torch.Tensor) -> None:
         """Remember whether `values` hold a NaN or Inf; nothing is read from the device."""
         flag = ~torch.isfinite(values.detach()).all()

@@ -57,11 +57,11 @@ class Loop:
         if method.pretraining_weight:
             corpus = Corpus(setup.pretraining_dataset, args.seed, limits.prompt + limits.completion)
         models = () if teacher_model is None else (teacher_model,)
-        self.metrics = Metrics(accelerator, method.terms())
+        self.metrics = Metrics(accelerator, lambda: method.terms(self.state))
         self.guard = Guard(accelerator, names)
         self.supply = CompletionSupply(host, setup.rollouts, teacher_model, teacher, names["teacher"], self.metrics)
         self.prompts = Prompts(host, limits, self.supply.check)
-        self.scorer = StepScorer(host, method, reader, self.metrics, corpus)
+        self.scorer = StepScorer(host, method, lambda: self.state, reader, self.metrics, corpus)
         self.loss = StepLoss(
             method,
             teacher_head=lambda: None if reader is None else reader.head,
@@ -87,7 +87,8 @@ class Loop:
 
     def begin(self, max_steps: int) -> None:
         """A training run of so many steps starts, and the method's state with it."""
-        self.loss.state = self.method.start(max_steps)
+        self.loss.begin(self.method.start(max_steps))
+        self.guard.forget()
 
     # ------------------------------------------------------------------ a step
 

@@ -65,7 +65,8 @@ class StepLoss:
 
     @staticmethod
     def step_of(method: Method, rollouts: Rollouts, teacher_hidden: list[torch.Tensor] | None = None) -> Step:
-        """A whole step of rollouts that one caller holds, read to the end by both models."""
+        """A whole step of rollouts that one caller holds; the teacher reads as far as the student, who reads what the "
+        "method does."""
         plan = dataclasses.replace(method.reads(rollouts.lengths), rule=None)
         return Step(rollouts, method.counts(rollouts.lengths), range(len(rollouts)), plan, teacher_hidden)
 
@@ -129,12 +130,14 @@ class StepLoss:
         return method.loss(batch, head, self.teacher_head(), counts=step.counts, state=self.state, **self.engine)
 
     def _refuse_lost_terms(self, terms: LossTerms) -> None:
-        lost = [name for name, weight in self.method.terms().items() if weight and name not in terms.terms]
+        stated = {name for name, weight in self.method.terms(self.state).items() if weight}
+        lost = sorted(stated ^ terms.terms.keys())
         if lost:
             raise ValueError(
-                f"the method {self.method.name} states the terms {', '.join(self.method.terms())}, but its loss gave "
-                f"{', '.join(terms.terms) or 'none'}: {', '.join(lost)} would be trained on and never be seen. Let terms() and "
-                "objective() name the same."
+                f"the method {self.method.name} states the terms {', '.join(sorted(stated)) or 'none'}, but its loss gave "
+                f"{', '.join(sorted(terms.terms)) or 'none'}: {', '.join(lost)} would be counted or logged by nobody. Let "
+                "terms(), "
+                "and objective() with and without a batch, name the same."
             )
 
     def _corpus(self, student: nn.Module, step: Step) -> torch.Tensor:
@@ -158,7 +161,7 @@ class StepLoss:
         """The norm of each weighted term's gradient with respect to the student's last hidden states."""
         bias = None if head.bias is None else head.bias.detach()
         frozen = dataclasses.replace(head, weight=head.weight.detach(), bias=bias)
-        for term, weight in self.method.terms().items():
+        for term, weight in self.method.terms(self.state).items():
             if weight == 0:
                 continue
             hidden = batch.student_hidden.detach().requires_grad_()
@@ -175,12 +178,24 @@ class StepLoss:
         """Keep what the state observes of a micro-batch, and its part of the loss where the state asks for it."""
         observed = self.state.observe(terms.statistics)
         if observed is not None:
+            if observed.ndim != 2 or len(observed) != len(step.rows):
+                raise ValueError(
+                    f"{type(self.state).__name__}.observe gave the shape {list(observed.shape)} for {len(step.rows)} "
+                    "completions: give "
+                    "[completions, n], a row each."
+                )
             kept = [row if length else -1 for row, length in zip(step.rows, step.rollouts.lengths, strict=True)]
             self._observed.append((kept, observed))
         if self.state.reads_loss:
             values = {"": terms.loss, **{name: result.value for name, result in terms.terms.items()}}
             for name, value in values.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+
+    def begin(self, state: State) -> None:
+        """A run starts with this state; what an interrupted step left is forgotten."""
+        self.state = state
+        self._observed.clear()
+        self._sums.clear()
 
     @property
     def numbers(self) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,10 +91,10 @@ class Metrics:
 
     Args:
         accelerator: of the run.
-        weights: each term's weight in the loss, by name.
+        weights: gives each term's weight in the loss of now, by name.
     """
 
-    def __init__(self, accelerator: Any, weights: Mapping[str, float]) -> None:
+    def __init__(self, accelerator: Any, weights: Callable[[], Mapping[str, float]]) -> None:
         self.accelerator, self.weights = accelerator, weights
         self.sums = {mode: Sums() for mode in ("train", "eval")}
         self.watches = {mode: Stopwatch(accelerator.device) for mode in self.sums}
@@ -164,7 +164,7 @@ class Metrics:
 
     def _loss_of(self, metrics: Mapping[str, float]) -> float:
         """The weighted sum of the terms; one that an evaluation cannot compute is left out, and named once."""
-        weighted = {name: weight for name, weight in self.weights.items() if weight}
+        weighted = {name: weight for name, weight in self.weights().items() if weight}
         missing = sorted(name for name in weighted if f"loss/{name}" not in metrics)
         if set(missing) - self._left_out:
             self._left_out.update(missing)

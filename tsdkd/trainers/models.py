@@ -124,8 +124,8 @@ def check_special_ids(tokenizer: Any, ends: list[int], rows: int, vocab_size: in
     if all(end >= vocab_size for end in ends):
         named = ", ".join(f"{tokenizer.decode([end])!r} (id {end})" for end in ends)
         raise ValueError(
-            f"no completion could end: of the {vocab_size} ids that both models have none is an end of the student's, which are "
-            f"{named}, and ids beyond are never sampled. Take a teacher of its family, or an end that both have "
+            f"no completion could end: of the {vocab_size} ids that both models have none is an end of the student's, which "
+            f"are {named}, and ids beyond are never sampled. Take a teacher of its family, or an end that both have "
             "(generation_config.eos_token_id)."
         )
 

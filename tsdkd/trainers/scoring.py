@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
 from tsdkd.fused import token_statistics
-from tsdkd.methods import Method
+from tsdkd.methods import Method, State
 from tsdkd.teachers import Teacher, TeacherUnavailable, head_of, hidden_of
 from tsdkd.trainers.corpus import Corpus
 from tsdkd.trainers.host import Host, teacher_rows
@@ -21,7 +22,7 @@ class StepScorer:
 
     Args:
         host: the trainer.
-        method: whose terms say what is counted and read.
+        method, state: whose terms say what is counted and read; the state of now.
         teacher: None where no term reads one.
         metrics: what is logged.
         corpus: texts for a loss beside the completions.
@@ -31,11 +32,12 @@ class StepScorer:
         self,
         host: Host,
         method: Method,
+        state: Callable[[], State],
         teacher: Teacher | None,
         metrics: Metrics,
         corpus: Corpus | None = None,
     ) -> None:
-        self.host, self.method, self.teacher = host, method, teacher
+        self.host, self.method, self.state, self.teacher = host, method, state, teacher
         self.metrics, self.corpus = metrics, corpus
         self.whole = False  # a recording keeps whole completions, for methods that read more than this one
 
@@ -47,7 +49,7 @@ class StepScorer:
         """
         host, lengths = self.host, rollouts.lengths
         self._log(rollouts)
-        plan = ReadPlan.whole(lengths) if self.whole else self.method.reads(lengths)
+        plan = ReadPlan.whole(lengths) if self.whole else self.method.reads(lengths, self.state())
         if plan.is_cut:
             self._spared(rollouts, rollouts.first(plan.student))
         counts, extra = self._counts(lengths), {}
@@ -72,7 +74,7 @@ class StepScorer:
 
     def _counts(self, lengths: list[int]) -> Counts:
         """The step's counts over all processes; of an evaluation's batch its own."""
-        host, own = self.host, self.method.counts(lengths)
+        host, own = self.host, self.method.counts(lengths, self.state())
         names = ("tokens", "selected", "responses", "direct")
         numbers = {name: value for name in names if (value := getattr(own, name)) is not None}
         every = [*numbers.values(), *own.divisors.values()]

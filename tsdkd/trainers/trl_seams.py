@@ -180,7 +180,7 @@ class TRLTrainer(DistillationTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, "completion", "completion_ids", "recorded"]
+        self._signature_columns = [*self._signature_columns, "completion", "completion_ids"]
 
     # ------------------------------------------------------------------ training
 

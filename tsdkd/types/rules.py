@@ -52,9 +52,17 @@ class Rule:
         reads = getattr(rule, "needs", "token" if kind == "gate" else "both")
         if reads not in READS:
             raise ValueError(f"the {kind} {name_of(rule)} has needs={reads!r}; choose one of: {', '.join(READS)}.")
-        return cls(
-            rule, reads, getattr(rule, "count", None), getattr(rule, "is_prefix", False), getattr(rule, "prefix_length", None)
-        )
+        if kind == "selection" and reads == "token":
+            reads = "both"  # it is asked of all tokens before any is swept
+        is_prefix, prefix_length = getattr(rule, "is_prefix", False), getattr(rule, "prefix_length", None)
+        if prefix_length is not None and not (is_prefix and reads == "lengths"):
+            raise ValueError(
+                f"the {kind} {name_of(rule)} has a prefix_length, by which completions are cut before anything is known of "
+                "them: it "
+                "takes needs = 'lengths' and is_prefix = True."
+            )
+        count = None if isinstance(rule, tuple) else getattr(rule, "count", None)  # a tuple's own count is no rule's
+        return cls(rule, reads, count, is_prefix, prefix_length)
 
     def __call__(self, statistics: TokenStatistics) -> torch.Tensor:
         """What the function says, without gradient.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from tsdkd.types.rules import Divergence, Rule
+from tsdkd.types.rules import Divergence, Rule, name_of
 from tsdkd.types.tokens import TokenStatistics
 
 Number = torch.Tensor | float
@@ -38,6 +39,10 @@ class Term:
     reads_teacher: ClassVar[bool] = True  # the teacher's scores or its distribution
 
     def __post_init__(self) -> None:
+        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not math.isfinite(self.weight):
+            raise ValueError(
+                f"the term {self.name} has weight={self.weight!r}: a weight is a finite number; 0 switches it off."
+            )
         object.__setattr__(self, "selection", Rule.of(self.selection, "selection"))
         object.__setattr__(self, "gate", Rule.of(self.gate, "gate"))
 
@@ -65,14 +70,27 @@ class Term:
         if self.selection is None:
             return sum(lengths)
         count = self.selection.count
-        return None if count is None else sum(count(length) for length in lengths)
+        return None if count is None else sum(count(length) for length in lengths if length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceTerm(Term):
-    """A divergence between the two next-token distributions of each token."""
+    """A divergence between the two next-token distributions of each token: a `Divergence`, as `losses.resolve_divergence` makes
+    one of a name, or a function."""
 
-    divergence: Divergence
+    divergence: Any
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.divergence, Divergence):
+            return
+        if not callable(self.divergence):
+            raise ValueError(
+                f"the term {self.name} has divergence={self.divergence!r}: pass losses.resolve_divergence of a name, or a "
+                "function of "
+                "two logit tensors."
+            )
+        object.__setattr__(self, "divergence", Divergence(self.divergence, name_of(self.divergence)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +222,10 @@ class Counts:
             return self.divisors[term.name]
         if term.per_completion:
             return self.responses
-        if isinstance(term, EntropyTerm):
-            return self.selected
         if term.selection is None:
             return self.tokens
+        if isinstance(term, EntropyTerm):
+            return self.selected
         if not isinstance(term, DivergenceTerm) or self.direct is None:
             raise ValueError(
                 f"counts say nothing of the tokens that the {term.name} term selects: pass Counts(tokens, selected, "
