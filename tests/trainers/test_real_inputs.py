@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
-from running import answered, by_prompt, general, make, student
+from running import answered, by_prompt, general, make, rows, student
 from tiny import prompts, tiny_model
 
 from tsdkd.data.prompts import load_prompts
@@ -128,3 +130,25 @@ def test_a_base_model_is_compared_on_text_as_it_was_trained(tmp_path):
     (row,) = OnProblems(problems_at(file))(trainer, "one")
     assert not trainer.has_chats and row.n == 1 and 0 <= row.score <= 1
     assert make(tmp_path / "chats", data=prompts(8, chat=True)).has_chats
+
+
+def test_a_student_whose_updates_would_round_to_nothing_is_warned_about(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="tsdkd"):
+        make(tmp_path / "half", student=tiny_model(seed=1).to(torch.bfloat16), learning_rate=5e-6)
+    assert "most updates of about the learning rate, 5e-06, round to nothing. Load the student in float32" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="tsdkd"):
+        make(tmp_path / "whole", student=tiny_model(seed=1), learning_rate=5e-6)
+        make(tmp_path / "fast", student=tiny_model(seed=1).to(torch.bfloat16), learning_rate=1e-2)
+    assert "round to nothing" not in caplog.text
+
+
+def test_long_prompts_of_a_stream_are_dropped_and_counted(tmp_path):
+    texts = ["Tom has 12 apples.", "Tom has 1 apples." * 9] * 8
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": text} for text in texts]))
+    trainer = make(tmp_path, data=stream, rollouts=by_prompt, drop_long_prompts=True, max_steps=1)
+    trainer.train()
+    assert rows(trainer)[0]["prompts/dropped"] >= 3
+    again = make(tmp_path / "kept", data=stream, rollouts=by_prompt, max_steps=1)
+    with pytest.raises(ValueError, match=r"at most 52 fit: .* Filter the stream, or set drop_long_prompts"):
+        again.train()

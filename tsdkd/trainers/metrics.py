@@ -98,7 +98,7 @@ class Metrics:
         self.accelerator, self.weights = accelerator, weights
         self.sums = {mode: Sums() for mode in ("train", "eval")}
         self.watches = {mode: Stopwatch(accelerator.device) for mode in self.sums}
-        self.constants: dict[str, float] = {}  # the same in every window
+        self.constants: dict[str, Callable[[], float]] = {}  # read in every window
         self._tokens_of_window = 0
         self._steps_of_window = 0
         self._spent: torch.Tensor | None = None
@@ -149,8 +149,8 @@ class Metrics:
             for name, value in parts.items():
                 sums.add_host(f"time/{name}", value, steps)
             sums.add_host("tokens_per_second", self._tokens_of_window, whole / self.accelerator.num_processes)
-            for name, value in self.constants.items():
-                sums.add_host(name, value)
+            for name, read in self.constants.items():
+                sums.add_host(name, read())
             self._steps_of_window = self._tokens_of_window = 0
         metrics = sums.flush(self.accelerator)
         if not metrics:

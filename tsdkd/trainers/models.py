@@ -103,6 +103,27 @@ def vocabulary_of(source: str, args: TokenDistillConfig) -> dict[str, int] | Non
     return tokenizer.get_vocab()
 
 
+def tell_lost_updates(model: Any, learning_rate: float) -> None:
+    """Warn where a step of AdamW, about the learning rate, is mostly less than half a unit of the weights' own dtype."""
+    low = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) and p.numel()]
+    if not low:
+        return
+    weight = max(low, key=torch.numel).detach()
+    typical = weight.flatten()[:: max(1, weight.numel() // 10_000)].abs().float().median().item()
+    if learning_rate < typical * torch.finfo(weight.dtype).eps / 2:
+        logger.warning(
+            "the student's weights are %s, whose unit at a typical weight (%.2g) is %.1g: most updates of about the "
+            "learning rate, "
+            "%g, round to nothing. Load the student in float32 (dtype=torch.float32; mixed precision is bf16=True, and a "
+            "name in "
+            "place of a model is loaded so), or train an adapter.",
+            weight.dtype,
+            typical,
+            typical * torch.finfo(weight.dtype).eps,
+            learning_rate,
+        )
+
+
 def check_special_ids(tokenizer: Any, ends: list[int], rows: int, vocab_size: int) -> None:
     """Refuse a padding token without a row in the student, and a student none of whose ends both models have.
 

@@ -64,13 +64,14 @@ class Prompts:
         self.dropped = 0
 
     def fit(self, dataset: Any, role: str) -> Any:
-        """The rows whose prompts fit, or a stream as it is.
+        """The rows whose prompts fit; of a stream too, where those that do not are to be dropped.
 
         Raises:
             ValueError: prompts that are too long, unless they are to be dropped, or ids that one model lacks.
         """
         if not hasattr(dataset, "__len__"):
-            return dataset
+            drops = self.host.args.drop_long_prompts and hasattr(dataset, "filter")
+            return dataset.filter(self._fits) if drops else dataset
         host, lengths = self.host, []
         for start in range(0, len(dataset), PIECE):
             for row, ids in enumerate(self._tokenized(dataset[start : start + PIECE]["prompt"], start, role), start):
@@ -103,6 +104,12 @@ class Prompts:
                 needed = batch_rows(host.args) * host.accelerator.num_processes
                 refuse(prompt_problems(dataset, role, needed, " after the others were dropped"))
         return dataset
+
+    def _fits(self, row: dict[str, Any]) -> bool:
+        """Whether a stream's row fits; one that does not is counted."""
+        (ids,) = self.host.tokenize([row["prompt"]])
+        self.dropped += len(ids) > self.limits.prompt
+        return len(ids) <= self.limits.prompt
 
     def _tokenized(self, prompts: list, first: int, role: str) -> list[list[int]]:
         """Ids of prompts, or the row whose chat the template does not take."""
@@ -148,5 +155,5 @@ class Prompts:
         if too_long > self.limits.prompt:
             raise ValueError(
                 f"a prompt of {too_long} tokens arrived but at most {self.limits.prompt} fit: {self.limits.reason}. "
-                "Filter the stream."
+                "Filter the stream, or set drop_long_prompts."
             )

@@ -30,6 +30,7 @@ from tsdkd.trainers.models import (
     load_teacher,
     name_of,
     names_of,
+    tell_lost_updates,
     vocabulary_of,
 )
 from tsdkd.trainers.prompts import Limits
@@ -109,6 +110,7 @@ class TokenDistillTrainer(TRLTrainer):
         self._tag_names = ["trl", "tsdkd", self.method.name]
         super().__init__(model, None, args, train_dataset, eval_dataset, **kwargs)
         restore_buffers(self.model, torch.float32)
+        tell_lost_updates(self.model, args.learning_rate)
         self.generation = Generation(self)
         self.generation.reload_whole()
         if args.token_budget is not None:
@@ -175,10 +177,10 @@ class TokenDistillTrainer(TRLTrainer):
         prompts, supply = self.loop.prompts, self.loop.supply
         self.change_data(prompts.fit)
         constants = self.loop.metrics.constants
-        constants["prompts/dropped"] = prompts.dropped
+        constants["prompts/dropped"] = lambda: prompts.dropped  # a stream's are counted as they come
         left_out = 0 if self.train_dataset is None else prompts.left_out_of_epoch(self.train_dataset)
         if left_out:
-            constants["prompts/left_out_of_epoch"] = left_out
+            constants["prompts/left_out_of_epoch"] = lambda: left_out
         if supply.spec.replay is not None and self.eval_dataset is None:
             logger.warning(
                 "%s without an eval_dataset: the share of the student's completions stays at %s.",
