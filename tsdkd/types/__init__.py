@@ -1,23 +1,21 @@
-"""The few nouns that every layer speaks, a file each theme: tokens, rules, terms, rollouts."""
+"""The few nouns that every layer speaks, a file each theme: tokens, rules, terms, results, rollouts."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
+from tsdkd.types.results import LossTerms, TermResult, TokenWeights
 from tsdkd.types.rollouts import ReadPlan, Replay, Rollouts, RolloutSpec
 from tsdkd.types.rules import Divergence, Rule
 from tsdkd.types.terms import (
     Counts,
     DivergenceTerm,
     EntropyTerm,
-    LossTerms,
     Objective,
     RankingTerm,
     SampledTerm,
     Term,
-    TermResult,
-    TokenWeights,
 )
 from tsdkd.types.tokens import Head, TokenBatch, TokenStatistics, length_mask
 
