@@ -113,7 +113,12 @@ def main(folder: Path, scenario: str) -> None:
 
         trainer.teacher_model.model.register_forward_hook(poison)
     if scenario == "one rank dies" and os.environ.get("RANK") == "1":
-        trainer.loop.prepare = lambda rollouts: (_ for _ in ()).throw(RuntimeError("this rank is out of memory"))
+
+        def die(rollouts):
+            (folder / "dies").touch()
+            raise RuntimeError("this rank is out of memory")
+
+        trainer.loop.prepare = die
     result: dict = {"world": trainer.accelerator.num_processes}
     try:
         trainer.train()

@@ -140,7 +140,7 @@ def test_behind_an_opener_the_teacher_reads_nothing(tmp_path, method, monkeypatc
     flats, read = [], []
     for name in ("spared", "whole"):
         if name == "whole":
-            monkeypatch.setattr(type(method), "reads", lambda self, lengths: ReadPlan.whole(lengths))
+            monkeypatch.setattr(type(method), "reads", lambda self, lengths, state=None: ReadPlan.whole(lengths))
         seen = Gradients()
         trainer = general(tmp_path / name, method, rollouts=by_prompt, callbacks=[seen], max_steps=1, max_grad_norm=1e9)
         watch_lengths(trainer.teacher, read)
