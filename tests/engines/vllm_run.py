@@ -258,6 +258,7 @@ def scored_while_training(folder: Path) -> dict:
 
     from tsdkd import TSDKDConfig, TSDKDTrainer
     from tsdkd.cli.evaluate import bundled_tasks
+    from tsdkd.data.rows import read_scores
     from tsdkd.demo.run import shipped
     from tsdkd.evaluation import harness
     from tsdkd.evaluation import tasks as harness_tasks
@@ -276,7 +277,7 @@ def scored_while_training(folder: Path) -> dict:
     harness.hf_model = lambda *a, **k: by_transformers.append(1) or make(*a, **k)
     trainer.add_callback(scoring)
     trainer.train()
-    rows = [json.loads(line) for line in (folder / "out" / "benchmarks.jsonl").read_text().splitlines()]
+    rows = read_scores(folder / "out" / "benchmarks.jsonl")
     assert not by_transformers
     loaded = harness_tasks.load_task(scoring.manager, "tsdkd_word_problems")
     lm = make(trainer.model.eval(), tokenizer=trainer.processing_class, batch_size=60)
