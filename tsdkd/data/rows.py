@@ -21,11 +21,16 @@ def read_rows(path: Path, advice: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: a damaged line before the last, with `advice`.
     """
+    return [row for _, row in _numbered_rows(path, advice)]
+
+
+def _numbered_rows(path: Path, advice: str) -> list[tuple[int, dict[str, Any]]]:
+    """`read_rows` with the numbers of their lines."""
     lines = lines_of(path) if path.is_file() else []
     rows = []
     for number, line in lines:
         try:
-            rows.append(json.loads(line))
+            rows.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
             if number < lines[-1][0]:
                 raise ValueError(f"{path}, line {number} is damaged ({error}): {advice}.") from error
@@ -151,5 +156,5 @@ def read_scores(path: Path) -> list[ScoreRow]:
     Raises:
         ValueError: a line that is no score.
     """
-    found = read_rows(path, "remove it, that task is then scored again")
-    return [ScoreRow.from_json(row, f"{path}, line {number}") for number, row in enumerate(found, 1)]
+    found = _numbered_rows(path, "remove it, that task is then scored again")
+    return [ScoreRow.from_json(row, f"{path}, line {number}") for number, row in found]

@@ -19,8 +19,7 @@ import torch
 
 from tsdkd.checks import check_candidates, check_choice, check_positive, check_weight
 from tsdkd.fused import function, reference, tiles_torch
-from tsdkd.fused.chunks import reads_are_free
-from tsdkd.fused.decide import Layout, check_count
+from tsdkd.fused.decide import Layout, select
 from tsdkd.fused.reads import dense_terms, reads_teacher, teacher_scope
 from tsdkd.fused.reads import read_plan as read_plan
 from tsdkd.losses import ENTROPY_TARGETS, STAGE_WEIGHTS, check_divergence, resolve_divergence
@@ -128,8 +127,7 @@ def evaluate(
         if isinstance(term, RankingTerm):
             check_candidates(term.num_candidates, student_head.size)
     for term in dense_terms(objective):
-        if tiles_torch.written_tile(term.divergence) is None:
-            check_divergence_once(term.divergence, student_head.size, batch.student_hidden.device)
+        check_divergence_once(term.divergence, student_head.size, batch.student_hidden.device)
     engine: dict[str, Any] = {"impl": impl, "chunk_tokens": chunk_tokens, "gradient_filter": gradient_filter}
     ahead = _selected_ahead(objective, batch)
     if ahead is not None:
@@ -153,7 +151,10 @@ def evaluate(
 
 
 def check_divergence_once(divergence: Divergence, vocab_size: int, device: torch.device) -> None:
-    """`losses.check_divergence`, once for each function, vocabulary and device; every time where it cannot be hashed."""
+    """`losses.check_divergence` of one without a tile of its own, once for each function, vocabulary and device; every time
+    where it cannot be hashed."""
+    if tiles_torch.written_tile(divergence) is not None:
+        return
     try:
         key = divergence.function, vocab_size, str(device)
         if key not in _checked:
@@ -195,8 +196,7 @@ def _check_needs(objective: Objective, batch: TokenBatch, teacher_head: Head | N
     if counts is not None and len(selecting) > 1 and not counts.divisors.keys() >= set(selecting):
         raise ValueError(
             f"counts say one number of the tokens that the terms {', '.join(selecting)} select: pass "
-            "Objective.counts(lengths) of the "
-            "step, or Counts with divisors by name."
+            "Objective.counts(lengths) of the step, or Counts with divisors by name."
         )
     scope = teacher_scope(objective)
     if reads_teacher(objective) and (batch.teacher_hidden is None or teacher_head is None):
@@ -225,9 +225,7 @@ def _selected_ahead(objective: Objective, batch: TokenBatch) -> tuple[torch.Tens
     lengths = [selection.count(length) for length in batch.lengths]
     mask = batch.mask()
     empty = torch.zeros_like(mask, dtype=torch.float32)
-    selected = selection(TokenStatistics(mask, empty, rows=batch.rows)).bool() & mask
-    if reads_are_free(mask.device):
-        check_count(active[0], selected, mask)
+    selected = select(active[0], TokenStatistics(mask, empty, rows=batch.rows), None)
     layout = Layout(batch.lengths, mask.device)
     index = torch.nonzero_static(layout.pack(selected), size=sum(lengths))[:, 0]
     return index, lengths, selected

@@ -82,10 +82,8 @@ def check_count(term: Term, chosen: torch.Tensor, mask: torch.Tensor) -> None:
         if length and term.selection.count(length) != kept:
             raise ValueError(
                 f"the selection {name_of(term.selection.function)} of the {term.name} term keeps {kept} tokens of a "
-                "completion of "
-                f"{length}, but its count({length}) is {term.selection.count(length)}, which the term is divided by. Let "
-                "them agree, or "
-                "leave count out."
+                f"completion of {length}, but its count({length}) is {term.selection.count(length)}, which the term is "
+                "divided by. Let them agree, or leave count out."
             )
 
 

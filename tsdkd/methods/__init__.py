@@ -42,8 +42,7 @@ def resolve_method(method: str | Method, options: dict[str, Any] | None = None) 
     if isinstance(method, Method) and not method.name:
         raise ValueError(
             f"the method {type(method).__name__} has no name: set one on its class (name = 'mine'); checkpoints and the "
-            "model card are "
-            "known by it."
+            "model card are known by it."
         )
     if not isinstance(method, Method):
         raise ValueError(

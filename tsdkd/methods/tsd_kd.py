@@ -24,7 +24,6 @@ from tsdkd.checks import (
 )
 from tsdkd.fused import check_divergence_once, check_objective
 from tsdkd.fused.reference import evaluate_logits
-from tsdkd.fused.tiles_torch import written_tile
 from tsdkd.losses import resolve_divergence, shared_vocabulary
 from tsdkd.methods.base import Method, State, Summary, by_share
 from tsdkd.selection import (
@@ -274,8 +273,7 @@ def tsd_kd_loss(
     check_candidates(num_candidates, student.shape[-1])
     objective = method.objective()
     assert objective.divergence is not None
-    if written_tile(objective.divergence) is None:
-        check_divergence_once(objective.divergence, student.shape[-1], student.device)
+    check_divergence_once(objective.divergence, student.shape[-1], student.device)
     lengths = mask.sum(-1).tolist()
     return evaluate_logits(objective, student[mask], teacher[mask], lengths, Counts.from_any(counts)).spread(mask)
 

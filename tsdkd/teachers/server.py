@@ -181,8 +181,7 @@ class ServerTeacher:
             if theirs != ids:
                 raise ValueError(
                     f"the server {url} reads {text[:40]!r} as the ids {theirs[:8]}… but the student's tokenizer gives "
-                    f"{ids[:8]}…: it "
-                    "serves a model with another tokenizer."
+                    f"{ids[:8]}…: it serves a model with another tokenizer."
                 )
             hidden = self._request(number, [ids])[0].to(self._head.weight)
             if hidden.shape[1] != self._head.hidden_size:
@@ -195,8 +194,7 @@ class ServerTeacher:
                 raise ValueError(
                     f"the server {url} does not give the final hidden states of teacher_model: behind its last norm their mean "
                     f"square is {square.mean().item():.2f}, not 1. It serves other weights, or pools: let teacher_model "
-                    "name the "
-                    f"served checkpoint, and {_START}."
+                    f"name the served checkpoint, and {_START}."
                 )
             logits = self._head.logits(hidden[:-1]).float()
             loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:], device=logits.device)).item()
@@ -241,8 +239,7 @@ class ServerTeacher:
                     time.sleep(self.pause * 2**attempt)
         raise TeacherUnavailable(
             f"the teacher's servers ({', '.join(self.urls)}) did not answer {self.retries + 1} times; the last: "
-            f"{failures[-1]} Start "
-            "them again and resume from the last checkpoint: no step was lost."
+            f"{failures[-1]} Start them again and resume from the last checkpoint: no step was lost."
         )
 
     def _request(self, server: int, sequences: list[list[int]]) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tsdkd.rollouts import InterleavedWriter, VLLMWriter, mixed, write_once
-from tsdkd.trainers.host import Host, columns_of, teacher_rows
+from tsdkd.trainers.host import Host, columns_of, has_completions, teacher_rows
 from tsdkd.trainers.prompts import PIECE
 from tsdkd.types import RolloutSpec
 
@@ -50,7 +50,7 @@ class CompletionsAhead:
         """
         if not (self.spec.need_dataset and self.spec.teacher_may_write):
             return dataset
-        if {"completion", "completion_ids"} & set(columns_of(dataset)):
+        if has_completions(columns_of(dataset)):
             return dataset
         if not hasattr(dataset, "__len__"):
             raise ValueError(

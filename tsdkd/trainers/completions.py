@@ -11,7 +11,7 @@ from tsdkd.data.completions import has_text
 from tsdkd.rollouts import RolloutSource, mixed, speculative
 from tsdkd.teachers import Teacher
 from tsdkd.trainers.ahead import CompletionsAhead, interleaved
-from tsdkd.trainers.host import Host, batch_rows, columns_of
+from tsdkd.trainers.host import Host, batch_rows, columns_of, has_completions
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.prompts import PIECE
 from tsdkd.types import RolloutSpec
@@ -65,8 +65,8 @@ class CompletionSupply:
         """The rows of a generation batch, or others in their place, and the completions that stand ready for them."""
         host = self.host
         if host.mode == "eval":
-            answered = "completion" in rows[0] or "completion_ids" in rows[0]
-            return Batch(rows, self._given(rows) if answered and self.spec.evaluate_on == "dataset" else None)
+            reads_given = has_completions(rows[0]) and self.spec.evaluate_on == "dataset"
+            return Batch(rows, self._given(rows) if reads_given else None)
         drawn = self.source.draw(host.step, host.max_steps)
         self._log(drawn)
         if drawn == "fresh":
@@ -106,8 +106,7 @@ class CompletionSupply:
             if len(ids) > host.max_completion_length:
                 raise ValueError(
                     f"the writer {who} wrote {len(ids)} ids in row {row}, and max_completion_length is "
-                    f"{host.max_completion_length}: "
-                    "let it stop there."
+                    f"{host.max_completion_length}: let it stop there."
                 )
             if ids and not 0 <= min(ids) <= max(ids) < host.vocab_size:
                 raise ValueError(
@@ -155,8 +154,8 @@ class CompletionSupply:
         Raises:
             ValueError: rows without text, or with ids that one model lacks.
         """
-        columns = set(columns_of(dataset))
-        if not self.spec.need_dataset or not columns & {"completion", "completion_ids"}:
+        columns = columns_of(dataset)
+        if not self.spec.need_dataset or not has_completions(columns):
             return
         if "completion_ids" not in columns:
             empty = [row for row, completion in enumerate(dataset["completion"]) if not has_text(completion)]

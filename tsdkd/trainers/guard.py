@@ -34,17 +34,17 @@ class Guard:
 
     def watch(self, name: str, values: torch.Tensor) -> None:
         """Remember whether `values` hold a NaN or Inf; nothing is read from the device."""
-        flag = ~torch.isfinite(values.detach()).all()
-        old = self._flags.get(name)
-        self._flags[name] = flag if old is None else old | flag
+        self._flag(name, ~torch.isfinite(values.detach()).all())
 
     def watch_tokens(self, name: str, hidden: torch.Tensor, rollouts: Rollouts) -> None:
         """The same for the packed hidden states `[tokens, hidden]` of a micro-batch, and which of its tokens they are."""
         broken = ~torch.isfinite(hidden.detach()).all(-1)
-        flag = broken.any()
+        self._flag(name, broken.any())
+        self._tokens.setdefault(name, []).append((broken, rollouts))
+
+    def _flag(self, name: str, flag: torch.Tensor) -> None:
         old = self._flags.get(name)
         self._flags[name] = flag if old is None else old | flag
-        self._tokens.setdefault(name, []).append((broken, rollouts))
 
     def _search(self, name: str) -> str:
         """Where the first such token of this process stands; looked for only once the guard has fired."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -98,6 +98,11 @@ def eval_sets(eval_dataset: Any) -> dict[str, Any]:
     if isinstance(eval_dataset, dict):
         return {f"eval_dataset[{name!r}]": rows for name, rows in eval_dataset.items()}
     return {"eval_dataset": eval_dataset}
+
+
+def has_completions(columns: Collection[str]) -> bool:
+    """Whether given completions stand in one of these columns, as text or as ids."""
+    return "completion" in columns or "completion_ids" in columns
 
 
 def columns_of(dataset: Any) -> Sequence[str]:

@@ -17,7 +17,7 @@ from tsdkd.teachers.heads import head_of, last_hidden_state
 from tsdkd.trainers.guard import Guard
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.step import Step
-from tsdkd.types import Head, LossTerms, Rollouts, TokenBatch
+from tsdkd.types import Head, LossTerms, ReadPlan, Rollouts, TokenBatch
 
 
 class StepLoss:
@@ -65,8 +65,8 @@ class StepLoss:
 
     @staticmethod
     def step_of(method: Method, rollouts: Rollouts, teacher_hidden: list[torch.Tensor] | None = None) -> Step:
-        """A whole step of rollouts that one caller holds; the teacher reads as far as the student, who reads what the "
-        "method does."""
+        """A whole step of rollouts that one caller holds; the teacher reads as far as the student, who reads what the method
+        does."""
         plan = dataclasses.replace(method.reads(rollouts.lengths), rule=None)
         return Step(rollouts, method.counts(rollouts.lengths), range(len(rollouts)), plan, teacher_hidden)
 
@@ -136,8 +136,7 @@ class StepLoss:
             raise ValueError(
                 f"the method {self.method.name} states the terms {', '.join(sorted(stated)) or 'none'}, but its loss gave "
                 f"{', '.join(sorted(terms.terms)) or 'none'}: {', '.join(lost)} would be counted or logged by nobody. Let "
-                "terms(), "
-                "and objective() with and without a batch, name the same."
+                "terms(), and objective() with and without a batch, name the same."
             )
 
     def _corpus(self, student: nn.Module, step: Step) -> torch.Tensor:
@@ -146,10 +145,7 @@ class StepLoss:
         if not texts:
             return torch.zeros((), device=self.device)
         rows = Rollouts([row[:1] for row in texts], [row[1:] for row in texts], [[1] * (len(row) - 1) for row in texts])
-        ids, mask, where = rows.padded(self.pad_id, self.device)
-        hidden = last_hidden_state(student, ids, mask).flatten(0, 1)[where]
-        targets = torch.tensor(rows.trained(rows.completion_ids), device=hidden.device)
-        batch = TokenBatch(hidden, None, tuple(rows.lengths), token_ids=targets)
+        batch = self.batch_of(student, Step(rows, step.counts, range(len(rows)), ReadPlan.whole(rows.lengths)))
         with self._time("train"), self.gathered(student):
             terms = fused.evaluate(PRETRAINING, batch, head_of(student), None, counts=step.counts, **self.engine)
         self._add("train", {"loss/pretraining": terms.sums["loss/pretraining"]})
@@ -181,8 +177,7 @@ class StepLoss:
             if observed.ndim != 2 or len(observed) != len(step.rows):
                 raise ValueError(
                     f"{type(self.state).__name__}.observe gave the shape {list(observed.shape)} for {len(step.rows)} "
-                    "completions: give "
-                    "[completions, n], a row each."
+                    "completions: give [completions, n], a row each."
                 )
             kept = [row if length else -1 for row, length in zip(step.rows, step.rollouts.lengths, strict=True)]
             self._observed.append((kept, observed))

@@ -31,6 +31,11 @@ def _teacher_kwargs(args: TokenDistillConfig) -> dict[str, Any]:
     return kwargs
 
 
+def _source(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What of a teacher's arguments says which checkpoint is read, for its configuration and its tokenizer."""
+    return {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+
+
 def model_config(name: str, args: TokenDistillConfig) -> Any:
     """The configuration of a student that is not loaded yet."""
     given = args.model_init_kwargs or {}
@@ -52,8 +57,7 @@ def load_sharded_teacher(model: Any, args: TokenDistillConfig) -> tuple[Any, dic
     """
     kwargs, named = _teacher_kwargs(args), isinstance(model, str)
     if named:
-        where = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
-        config = AutoConfig.from_pretrained(model, **where)
+        config = AutoConfig.from_pretrained(model, **_source(kwargs))
     else:
         config = model.config
     if kwargs.get("quantization_config") or getattr(config, "quantization_config", None):
@@ -93,10 +97,8 @@ def vocabulary_of(source: str, args: TokenDistillConfig) -> dict[str, int] | Non
     """The tokens of the tokenizer that comes with the teacher's checkpoint, in the revision of its weights, if one does."""
     if not source:
         return None
-    kwargs = _teacher_kwargs(args)
-    where = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, **_source(_teacher_kwargs(args)))
     except (OSError, ValueError) as error:
         logger.warning("no tokenizer could be read from %r: %s", source, str(error).splitlines()[0])
         return None
@@ -113,10 +115,8 @@ def tell_lost_updates(model: Any, learning_rate: float) -> None:
     if learning_rate < typical * torch.finfo(weight.dtype).eps / 2:
         logger.warning(
             "the student's weights are %s, whose unit at a typical weight (%.2g) is %.1g: most updates of about the "
-            "learning rate, "
-            "%g, round to nothing. Load the student in float32 (dtype=torch.float32; mixed precision is bf16=True, and a "
-            "name in "
-            "place of a model is loaded so), or train an adapter.",
+            "learning rate, %g, round to nothing. Load the student in float32 (dtype=torch.float32; mixed precision is "
+            "bf16=True, and a name in place of a model is loaded so), or train an adapter.",
             weight.dtype,
             typical,
             typical * torch.finfo(weight.dtype).eps,

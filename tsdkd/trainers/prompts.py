@@ -16,6 +16,7 @@ from tsdkd.trainers.host import Host, batch_rows
 
 logger = logging.getLogger(__name__)
 PIECE = 1000  # rows that are tokenized at a time
+_UNRENDERED = (TemplateError, ValueError, TypeError, KeyError)  # of a chat that a template does not take
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Prompts:
                         f"the prompt of row {row} of {role} has no tokens: nothing predicts the first one of its completion. "
                         "Remove it, or use a tokenizer that begins a text with a token of its own."
                     )
-                if max(ids, default=0) >= host.vocab_size:
+                if max(ids) >= host.vocab_size:
                     raise ValueError(
                         f"the prompt of row {row} of {role} holds id {max(ids)}, {host.tokenizer.decode([max(ids)])!r}, "
                         f"beyond the {host.vocab_size} ids that both models have: one of them cannot read it. Remove that "
@@ -115,11 +116,11 @@ class Prompts:
         """Ids of prompts, or the row whose chat the template does not take."""
         try:
             return self.host.tokenize(prompts)
-        except (TemplateError, ValueError, TypeError, KeyError):
+        except _UNRENDERED:
             for row, prompt in enumerate(prompts, first):
                 try:
                     self.host.tokenize([prompt])
-                except (TemplateError, ValueError, TypeError, KeyError) as error:
+                except _UNRENDERED as error:
                     raise ValueError(
                         f"the prompt of row {row} of {role} cannot be rendered by the tokenizer's chat template ({error}). "
                         "Remove or change the turn that it does not take (a system role?), or set another template."

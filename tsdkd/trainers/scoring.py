@@ -74,16 +74,12 @@ class StepScorer:
 
     def _counts(self, lengths: list[int]) -> Counts:
         """The step's counts over all processes; of an evaluation's batch its own."""
-        host, own = self.host, self.method.counts(lengths, self.state())
-        names = ("tokens", "selected", "responses", "direct")
-        numbers = {name: value for name in names if (value := getattr(own, name)) is not None}
-        every = [*numbers.values(), *own.divisors.values()]
-        local = torch.tensor(every, dtype=torch.float32, device=host.accelerator.device)
-        total = host.accelerator.reduce(local, reduction="sum") if host.mode == "train" else local
+        host, own = self.host, self.method.counts(lengths, self.state()).to_dict()
+        total = torch.tensor(list(own.values()), dtype=torch.float32, device=host.accelerator.device)
         if host.mode == "train":
-            self.metrics.step_prepared(sum(lengths), total[0])
-        divisors = dict(zip(own.divisors, total[len(numbers) :], strict=True))
-        return Counts(**dict(zip(numbers, total, strict=False)), divisors=divisors)
+            total = host.accelerator.reduce(total, reduction="sum")
+            self.metrics.step_prepared(sum(lengths), total[0])  # the tokens come first
+        return Counts.from_dict(dict(zip(own, total, strict=True)))
 
     def _spared(self, rollouts: Rollouts, short: Rollouts) -> None:
         before, after = (sum(map(len, r.prompt_ids)) + sum(map(len, r.completion_ids)) for r in (rollouts, short))

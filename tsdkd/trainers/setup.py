@@ -18,7 +18,7 @@ from tsdkd.teachers import Recording
 from tsdkd.teachers.zero3 import zero3_problems
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.engines import vllm_problem
-from tsdkd.trainers.host import batch_rows, columns_of, eval_sets
+from tsdkd.trainers.host import batch_rows, columns_of, eval_sets, has_completions
 from tsdkd.trainers.models import model_config
 from tsdkd.types import RolloutSpec
 
@@ -207,11 +207,7 @@ def completions_are_there(setup: Setup) -> Iterator[Problem]:
         sets.update(eval_sets(setup.eval_dataset))
     for role, rows in sets.items():
         columns = columns_of(rows)
-        if (
-            not columns
-            or {"completion", "completion_ids"} & set(columns)
-            or (spec.teacher_may_write and setup.teacher_can_write)
-        ):
+        if not columns or has_completions(columns) or (spec.teacher_may_write and setup.teacher_can_write):
             continue
         if spec.teacher_may_write:
             yield Problem(

@@ -14,7 +14,6 @@ _PREFIX = "tsdkd_"
 _COUNT = f"{_PREFIX}count/"
 _RECORDED = f"{_PREFIX}recorded/"
 _EXTRA = f"{_PREFIX}extra/"
-_OF_COUNTS = ("tokens", "selected", "responses", "direct")
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,7 @@ class Step:
         batch = {_PREFIX + name: column for name, column in per_row.items()}
         batch.update({_RECORDED + name: column for name, column in self.rollouts.recorded.items()})
         batch.update({_EXTRA + name: list(column) for name, column in self.extra.items()})
-        of_counts = {name: getattr(self.counts, name) for name in _OF_COUNTS}
-        numbers = {**{f"/{name}": value for name, value in self.counts.divisors.items()}, **of_counts}
-        batch.update({_COUNT + name: torch.as_tensor(value) for name, value in numbers.items() if value is not None})
+        batch.update({_COUNT + name: torch.as_tensor(value) for name, value in self.counts.to_dict().items()})
         return batch
 
     @classmethod
@@ -63,11 +60,9 @@ class Step:
         column = lambda name: batch[_PREFIX + name]  # noqa: E731
         part = lambda prefix: {key[len(prefix) :]: value for key, value in batch.items() if key.startswith(prefix)}  # noqa: E731
         rollouts = Rollouts(column("prompts"), column("completions"), column("masks"), part(_RECORDED))
-        counts = part(_COUNT)
-        divisors = {name[1:]: counts.pop(name) for name in list(counts) if name.startswith("/")}
         plan = ReadPlan(tuple(rollouts.lengths), tuple(column("student_prefix")), tuple(column("teacher_prefix")))
         hidden = batch.get(_PREFIX + "teacher_hidden")
-        return cls(rollouts, Counts(**counts, divisors=divisors), column("rows"), plan, hidden, part(_EXTRA))
+        return cls(rollouts, Counts.from_dict(part(_COUNT)), column("rows"), plan, hidden, part(_EXTRA))
 
     @staticmethod
     def by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:

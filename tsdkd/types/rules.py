@@ -58,8 +58,7 @@ class Rule:
         if prefix_length is not None and not (is_prefix and reads == "lengths"):
             raise ValueError(
                 f"the {kind} {name_of(rule)} has a prefix_length, by which completions are cut before anything is known of "
-                "them: it "
-                "takes needs = 'lengths' and is_prefix = True."
+                "them: it takes needs = 'lengths' and is_prefix = True."
             )
         count = None if isinstance(rule, tuple) else getattr(rule, "count", None)  # a tuple's own count is no rule's
         return cls(rule, reads, count, is_prefix, prefix_length)

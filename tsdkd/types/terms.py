@@ -86,8 +86,7 @@ class DivergenceTerm(Term):
         if not callable(self.divergence):
             raise ValueError(
                 f"the term {self.name} has divergence={self.divergence!r}: pass losses.resolve_divergence of a name, or a "
-                "function of "
-                "two logit tensors."
+                "function of two logit tensors."
             )
         object.__setattr__(self, "divergence", Divergence(self.divergence, name_of(self.divergence)))
 
@@ -231,6 +230,19 @@ class Counts:
                 "responses, direct), the last from selection.direct_count over the step's lengths."
             )
         return self.direct
+
+    def to_dict(self) -> dict[str, Number]:
+        """Every number that is stated, flat: members by their names, the tokens first, then divisors by `/name`."""
+        members = {name: getattr(self, name) for name in ("tokens", "selected", "responses", "direct")}
+        stated = {name: value for name, value in members.items() if value is not None}
+        return {**stated, **{f"/{name}": value for name, value in self.divisors.items()}}
+
+    @classmethod
+    def from_dict(cls, numbers: Mapping[str, Number]) -> Counts:
+        """Counts from what `to_dict` gave."""
+        members = {name: value for name, value in numbers.items() if not name.startswith("/")}
+        divisors = {name[1:]: value for name, value in numbers.items() if name.startswith("/")}
+        return cls(**members, divisors=divisors)
 
     @classmethod
     def from_any(cls, counts: Any) -> Counts | None:
