@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -117,6 +119,16 @@ def check_finite(name: str, hidden: torch.Tensor, mask: torch.Tensor) -> None:
             "in all): the model's weights are damaged or its dtype overflows. Check the checkpoint, or run it in bfloat16 or "
             "float32."
         )
+
+
+def unwritable(path: Path, is_folder: bool = False) -> str | None:
+    """Why a file (or a folder) cannot be written, or None; nothing is made."""
+    if path.exists() and path.is_dir() != is_folder:
+        return f"there is a {'file' if is_folder else 'folder'} of that name"
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if there != path and not there.is_dir():
+        return f"{there} is a file"
+    return None if os.access(there, os.W_OK) else f"{there} is not writable"
 
 
 @dataclass(frozen=True)

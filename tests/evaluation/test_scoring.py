@@ -362,11 +362,10 @@ def test_an_adapter_is_scored_on_its_base_with_its_own_tokenizer(tmp_path):
     lm = harness.hf_model(str(tmp_path / "adapter"), dtype="float32", batch_size=2)
     assert lm.apply_chat_template([{"role": "user", "content": "Hi"}]).startswith("OWN ")
     assert any("lora" in name for name, _ in lm.model.named_parameters())
-    assert harness._base_and_adapter(str(tmp_path / "adapter"), "a", "b") == {
+    assert harness._base_and_adapter(str(tmp_path / "adapter"), "a", "b", None) == {
         "a": shipped("student"),
         "b": str(tmp_path / "adapter"),
     }
-    assert harness._adapter(str(tmp_path / "adapter"))["r"] == 32
 
 
 def test_of_choices_the_likeliest_is_kept_as_the_answer(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from tiny import config
 
 import tsdkd
 from tsdkd import TokenDistillConfig, TokenDistillTrainer, TSDKDTrainer
-from tsdkd.trainers import host, setup
+from tsdkd.trainers import host, setup, setup_checks
 from tsdkd.trainers.trl_seams import TRLTrainer
 
 PACKAGE = Path(tsdkd.__file__).parent
@@ -71,20 +71,21 @@ def test_all_that_is_wrong_with_a_set_up_can_be_told_at_once(tmp_path):
     """The trainer raises the first; whoever asks gets every one, each with what was received and what to do."""
     args = config(tmp_path, TokenDistillConfig, method="minillm", method_options={"pretraining_weight": 1.0})
     rows = Dataset.from_dict({"prompt": ["a", "", "b"]})
-    found = list(setup.problems(setup.Setup(args, args.build_method(), "student", None, None, rows)))
+    found = list(setup_checks.problems(setup.Setup(args, args.build_method(), "student", None, None, rows)))
     told = [str(problem) for problem in found]
     for part in (
         "no teacher was given",
         "takes a pretraining_dataset",
         "3 rows but one generation batch",
         "1 prompts that are empty",
+        "the student 'student' cannot be read",
     ):
         assert any(part in text for text in told), part
-    assert len(found) == 4 and all(problem.what and problem.do for problem in found)
+    assert len(found) == 5 and all(problem.what and problem.do for problem in found)
     with pytest.raises(ValueError, match="no teacher was given"):
         TokenDistillTrainer("student", args=args, train_dataset=rows)
 
 
 def test_every_check_is_a_function_of_a_setup_that_yields_problems():
-    for check in setup.CHECKS:
+    for check in setup_checks.CHECKS:
         assert inspect.isgeneratorfunction(check) and check.__doc__, check.__name__

@@ -107,7 +107,8 @@ REFUSED = [
     ({"data": Dataset.from_dict({"prompt": ["a", None, "b", "c"]})}, r"1 prompts that are None \(row 1\)"),
     ({"data": Dataset.from_dict({"prompt": [1, 2, 3, 4]})}, r"4 prompts that are int \(rows 0, 1, 2, 3\)"),
     ({"data": Dataset.from_dict({"prompt": [[{"text": "a"}]] * 4})}, r"a list that is not chat messages"),
-    ({"data": [{"prompt": "a"}] * 4}, r"train_dataset is a list: make it a data set with datasets.Dataset.from_list"),
+    ({"data": ["a"] * 4}, r"row 0 of train_dataset is str: a row is a mapping"),
+    ({"data": iter([{"prompt": "a"}])}, r"train_dataset is list_iterator: pass rows"),
     (
         {"data": Dataset.from_dict({"prompt": [[{"role": "user", "content": [{"type": "image"}]}]] * 4})},
         r"4 prompts that are chats with parts \(images\?\)",
@@ -133,7 +134,7 @@ def test_mixed_prompts_are_refused_with_their_rows(tmp_path):
         column_names = ["prompt"]  # noqa: RUF012
 
         def __getitem__(self, key):
-            return list(self) if key == "prompt" else super().__getitem__(key)
+            return list(self) if key == "prompt" else {"prompt": super().__getitem__(key)}
 
     with pytest.raises(ValueError, match=r"mixes prompts of two types: 3 are text \(rows 0, 1, 3\) and 1 are chats \(row 2\)"):
         make(tmp_path, data=Mixed(["a", "b", [{"role": "user", "content": "c"}], "d"]))

@@ -224,7 +224,7 @@ def test_minillms_pretraining_loss_is_the_corpus_cross_entropy(tmp_path):
         flats.append(seen.flat)
     torch.testing.assert_close(flats[0], flats[1], rtol=1e-4, atol=1e-7)
     model, losses = student(), []
-    for ids in trainer.loop.scorer.corpus.ids(drawn, trainer.tokenize_texts):
+    for ids in trainer.loop.scorer.corpus.ids(drawn, trainer.rendering.texts):
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"))
     mean = torch.cat(losses).mean()

@@ -31,7 +31,7 @@ def test_of_several_ends_a_given_completion_has_the_tokenizers_own(tmp_path):
     learner.generation_config.eos_token_id = [2, 1]  # a list may begin with one that the model never writes
     trainer = general(tmp_path, SupervisedKD(), student=learner, data=answered(4), max_completion_length=30)
     assert trainer.eos_ids == [1, 2]
-    (ids, cut), *_ = trainer.tokenize_completions(["Tom has 12 apples."], ["#### 17"], 30)
+    (ids, cut), *_ = trainer.rendering.completions(["Tom has 12 apples."], ["#### 17"], 30)
     assert ids[-1] == make_tokenizer().eos_token_id == 1 and not cut
 
 
@@ -100,7 +100,7 @@ def test_the_teachers_tokenizer_is_of_its_weights_revision(tmp_path, monkeypatch
         asked.append((source, where.get("revision")))
         return make_tokenizer()
 
-    monkeypatch.setattr("tsdkd.trainers.models.AutoTokenizer.from_pretrained", from_pretrained)
+    monkeypatch.setattr("tsdkd.trainers.sources.AutoTokenizer.from_pretrained", from_pretrained)
     teacher = tiny_model(seed=2, hidden=48)
     teacher.config._name_or_path = "org/teacher"
     make(tmp_path, teacher=teacher, teacher_model_revision="v2")

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATASET",
         help="score nothing: report prompts of this training set (a name or a file) that stand in the tasks' items",
     )
-    parser.add_argument("--prompt_column", default="prompt", help="of that training set (default: %(default)s)")
+    parser.add_argument("--prompt_column", help="of that training set (default: prompt, or messages and the like)")
     parser.add_argument("--dataset_split", default="train", help="of that training set (default: %(default)s)")
     return parser
 
@@ -162,7 +162,7 @@ def _report_overlap(own: argparse.Namespace, tasks: list[str], folders: list[str
     own.out.parent.mkdir(parents=True, exist_ok=True)
     rows = load_prompts(own.check_overlap, split=own.dataset_split, prompt_column=own.prompt_column)
     prompts = [
-        row if isinstance(row, str) else "\n".join(turn["content"] for turn in row if turn["role"] == "user")
+        row if isinstance(row, str) else "\n".join(turn["content"] or "" for turn in row if turn["role"] == "user")
         for row in rows["prompt"]
     ]
     manager = harness_tasks.find_tasks(tasks, folders)

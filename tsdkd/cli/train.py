@@ -15,19 +15,26 @@ class DataArguments:
     """Where the prompts come from, and what the student is scored on while it trains."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "A data set's name, or the path of a JSONL, JSON, CSV or Parquet file."}
+        default=None,
+        metadata={"help": "A data set's name, or the path of a JSONL, CSV, TSV or Parquet file, or of a folder."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
     dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "A second data set, for evaluation."})
     eval_dataset_split: str = field(default="test", metadata={"help": "The evaluation data set's split."})
-    prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts."})
+    prompt_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "The column that holds the prompts; default: prompt, or messages, conversations, instruction and output."
+        },
+    )
     prompt_as_chat: bool = field(
         default=False, metadata={"help": "Make each text prompt a chat of one user message, for models with a chat template."}
     )
     drop_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep the first of equal prompts."})
-    completion_column: str = field(
-        default="completion", metadata={"help": "The column of given completions, for methods that train on them."}
+    completion_column: str | None = field(
+        default=None,
+        metadata={"help": "The column of given completions, for methods that train on them; default: completion, if there."},
     )
     pretraining_dataset_name: str | None = field(
         default=None, metadata={"help": "A corpus with a 'text' column, for a method with a loss on one (minillm)."}
@@ -100,7 +107,8 @@ def build(data: DataArguments, config, model):
 
     from trl import get_peft_config, get_quantization_config
 
-    from tsdkd.data.prompts import load_prompts, load_rows
+    from tsdkd.data.files import load_rows
+    from tsdkd.data.prompts import load_prompts
     from tsdkd.trainers import TokenDistillTrainer, TSDKDConfig, TSDKDTrainer
 
     def load(name: str | None, split: str):

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from tsdkd.checks import Problem
+from tsdkd.data.completions import clean, joined_parts
+from tsdkd.data.files import load_rows
+from tsdkd.data.layouts import CHATS, advice, is_chat, recognised
 
 _SHOWN = 5
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+PIECE = 1000  # rows that are read at a time
+# What of a row goes into its prompt or its completion.
+COLUMNS = ("prompt", "tools", "chat_template_kwargs", "completion", "completion_ids")
+
+
+ENDS_IN_ANSWER = "chats that end in an assistant's turn, behind which the student would write another"
+
+
+def pieces(dataset: Any) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """A data set's rows a thousand at a time, with the number of the first: what goes into prompts and completions."""
+    columns = [name for name in COLUMNS if name in dataset.column_names]
+    for start in range(0, len(dataset), PIECE):
+        piece = dataset[start : start + PIECE]
+        yield (
+            start,
+            [dict(zip(columns, values, strict=True)) for values in zip(*(piece[name] for name in columns), strict=True)],
+        )
 
 
 def _rows(indices: Sequence[int]) -> str:
@@ -26,11 +45,14 @@ def _kind(prompt: Any) -> str:
     if isinstance(prompt, (list, tuple)):
         if not prompt:
             return "empty"
-        if any(isinstance(m, dict) and isinstance(m.get("content"), list) for m in prompt):
+        turns = [clean(turn) for turn in prompt]
+        if any(isinstance(turn, dict) and isinstance(joined_parts(turn.get("content")), list) for turn in turns):
             return "chats with parts (images?), where this trainer takes texts"
-        if all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-            return "chat" if any(m["content"] for m in prompt) else "empty"
-        return "a list that is not chat messages"
+        if not all(isinstance(turn, dict) and "role" in turn and {"content", "tool_calls"} & turn.keys() for turn in turns):
+            return "a list that is not chat messages"
+        if turns[-1]["role"] == "assistant":
+            return ENDS_IN_ANSWER
+        return "chat" if any(turn.get("content") for turn in turns) else "empty"
     return type(prompt).__name__
 
 
@@ -39,7 +61,7 @@ def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = 
     that are empty, None, or partly text and partly chats (with their row numbers).
 
     Args:
-        dataset: a `datasets.Dataset`; of an `IterableDataset` only the columns are checked.
+        dataset: a `datasets.Dataset`; of an `IterableDataset` the first row is looked at.
         role: `train_dataset` or `eval_dataset`, for messages.
         rows_needed: the rows of one generation batch.
         batch: how that number comes about, for messages.
@@ -48,22 +70,19 @@ def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = 
         first = next(iter(dataset), "train")
         yield Problem(f"{role} holds the splits {', '.join(dataset)}", do=f"pass one of them, e.g. dataset[{first!r}]")
         return
-    columns = getattr(dataset, "column_names", None)
-    if isinstance(dataset, (list, tuple)) and columns is None:
-        yield Problem(f"{role} is a {type(dataset).__name__}", do="make it a data set with datasets.Dataset.from_list(rows)")
-        return
-    if columns is not None and "prompt" not in columns:
+    columns = columns_of(dataset)
+    if columns and "prompt" not in columns:
         yield Problem(
             f"{role} has no 'prompt' column; it has: {', '.join(columns) or 'none'}",
-            do=f"rename the one that holds the prompts, e.g. dataset.rename_column({(columns or ['instruction'])[0]!r}, "
+            do="let tsdkd.data.prompts.map_prompts(dataset) make it"
+            if {*CHATS, "instruction"} & set(columns)
+            else f"rename the one that holds the prompts, e.g. dataset.rename_column({(columns or ['instruction'])[0]!r}, "
             "'prompt'), or pass --prompt_column",
         )
         return
-    if columns is not None and {"image", "images"} & set(columns):
+    if {"image", "images"} & set(columns):
         yield Problem(f"{role} has images", "this trainer distils text only", "remove the column with dataset.remove_columns")
-    if not hasattr(dataset, "__len__"):
-        return
-    if len(dataset) < rows_needed:
+    if hasattr(dataset, "__len__") and len(dataset) < rows_needed:
         yield Problem(
             f"{role} has {len(dataset)} rows but one generation batch takes {rows_needed}{batch}",
             "nothing would be trained",
@@ -89,14 +108,30 @@ def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = 
 def _kinds(dataset: Any) -> dict[str, list[int]]:
     """The rows of each kind of prompt."""
     kinds: dict[str, list[int]] = {}
-    for row, prompt in enumerate(dataset["prompt"]):
+    first = [row["prompt"] for row in _first_rows(dataset)]
+    for row, prompt in enumerate(dataset["prompt"] if hasattr(dataset, "__len__") else first):
         kinds.setdefault(_kind(prompt), []).append(row)
     return kinds
 
 
 def are_chats(dataset: Any) -> bool:
-    """Whether a data set's prompts are chats; False of a stream, whose rows are not read ahead."""
-    return hasattr(dataset, "__len__") and len(dataset) > 0 and _kind(dataset[0]["prompt"]) == "chat"
+    """Whether a data set's prompts are chats, by its first row."""
+    return any(_kind(row.get("prompt")) == "chat" for row in _first_rows(dataset))
+
+
+def _first_rows(dataset: Any) -> list[dict[str, Any]]:
+    """The first row, where there is one."""
+    if hasattr(dataset, "__len__"):
+        return [dataset[0]] if len(dataset) else []
+    return list(itertools.islice(dataset, 1))
+
+
+def columns_of(dataset: Any) -> list[str]:
+    """Names of a data set's columns; of a stream that does not state them, those of its first row."""
+    names = getattr(dataset, "column_names", None)
+    if names is None and dataset is not None and not isinstance(dataset, dict):
+        names = [name for row in _first_rows(dataset) for name in row]
+    return list(names or [])
 
 
 def fitting_rows(lengths: Sequence[int], limit: int, why: str, role: str, drop: bool) -> list[int]:
@@ -127,23 +162,6 @@ def fitting_rows(lengths: Sequence[int], limit: int, why: str, role: str, drop: 
     return [row for row in range(len(lengths)) if row not in excluded]
 
 
-def load_rows(name: str, *, config: str | None = None, split: str = "train") -> Any:
-    """A data set from the Hub or from a local JSONL, JSON, CSV or Parquet file; `split` may be a slice, `train[:100]`.
-
-    Raises:
-        ValueError: the file is not there.
-    """
-    import datasets
-
-    path = Path(name)
-    if path.suffix not in _BUILDERS:
-        return datasets.load_dataset(name, config, split=split)
-    if not path.is_file():
-        raise ValueError(f"there is no file {name}: pass the path of one ({', '.join(_BUILDERS)}), or a data set's name.")
-    part = split[split.index("[") :] if "[" in split else ""  # a file is one split, whatever it is called; a slice is a slice
-    return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=f"train{part}")
-
-
 def load_prompts(name: str, *, config: str | None = None, split: str = "train", **mapping: Any) -> Any:
     """A data set of prompts, as `load_rows` takes it.
 
@@ -162,45 +180,71 @@ def load_prompts(name: str, *, config: str | None = None, split: str = "train", 
 def map_prompts(
     rows: Any,
     *,
-    prompt_column: str = "prompt",
-    completion_column: str = "completion",
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
     drop_duplicates: bool = False,
     as_chat: bool = False,
 ) -> Any:
-    """The prompts' column as `prompt`, the completions' as `completion` where there is one, and nothing else of the rows.
+    """The prompts' column as `prompt`, the completions' as `completion` where there is one, `tools` and `chat_template_kwargs`
+    where they are there, and nothing else of the rows.
 
     Args:
         rows: a `datasets.Dataset`.
-        prompt_column: the column that holds the prompts.
-        completion_column: the column that holds given completions; its default may be missing.
+        prompt_column: the column that holds the prompts; None: `prompt`, or else `messages` or `conversations`, whose last
+            turn becomes the completion where it is the assistant's, or `instruction`, `input` and `output`.
+        completion_column: the column that holds given completions; None: `completion`, which may be missing.
         drop_duplicates: keep the first of equal prompts.
         as_chat: make each text a chat of one user message.
 
     Raises:
         ValueError: a named column is not there, or `as_chat` for prompts that are chats already.
     """
-    if prompt_column not in rows.column_names:
-        raise ValueError(
-            f"no column {prompt_column!r} in the data set; it has: {', '.join(rows.column_names)}. Pass --prompt_column."
-        )
-    kept = {prompt_column: "prompt"}
-    if completion_column in rows.column_names:
-        kept[completion_column] = "completion"
-    elif completion_column != "completion":
+    if completion_column not in (None, *rows.column_names):
         raise ValueError(
             f"no column {completion_column!r} in the data set; it has: {', '.join(rows.column_names)}. Pass "
             "--completion_column."
         )
-    rows = rows.select_columns(list(kept)).rename_columns({old: new for old, new in kept.items() if old != new})
+    rows = _named(rows, prompt_column, completion_column)
     if drop_duplicates:
         first: dict[str, int] = {}
-        for row, prompt in enumerate(rows["prompt"]):
-            first.setdefault(repr(prompt), row)
+        for number, values in enumerate(zip(*(rows[name] for name in COLUMNS[:3] if name in rows.column_names), strict=True)):
+            first.setdefault(repr(values), number)
         rows = rows.select(sorted(first.values()))
     if as_chat:
         if len(rows) and not isinstance(rows[0]["prompt"], str):
             raise ValueError("prompt_as_chat makes chats of texts, but these prompts are chats already: leave it out.")
-        rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
-        if "completion" in rows.column_names and isinstance(rows[0]["completion"], str):
-            rows = rows.map(lambda row: {"completion": [{"role": "assistant", "content": row["completion"]}]})
+        made = {"prompt": [[{"role": "user", "content": text}] for text in rows["prompt"]]}
+        if "completion" in rows.column_names:
+            answers = rows["completion"]
+            made["completion"] = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
+        rows = _replaced(rows, made)
     return rows
+
+
+def _named(rows: Any, prompt_column: str | None, completion_column: str | None) -> Any:
+    """The rows with `prompt` and what goes with it."""
+    names, completions = rows.column_names, completion_column or "completion"
+    if prompt_column in (None, "prompt") and "prompt" in names:
+        known = None
+        if completions not in names and len(rows) and is_chat(rows[0]["prompt"]):
+            known = recognised(rows, "prompt", None)
+    else:
+        known = recognised(rows, prompt_column, completion_column)
+        if known is None and (prompt_column or "prompt") not in names:
+            raise ValueError(
+                f"no column {prompt_column or 'prompt'!r} in the data set; it has: {', '.join(names)}. {advice(names)}"
+            )
+    renamed = {} if known else {prompt_column or "prompt": "prompt"}
+    if completions in names and "completion" not in (known or {}):
+        renamed[completions] = "completion"
+    kept = rows.select_columns([*renamed, *(name for name in COLUMNS[1:3] if name in names)])
+    kept = kept.rename_columns({old: new for old, new in renamed.items() if old != new})
+    return _replaced(kept, known) if known else kept
+
+
+def _replaced(rows: Any, columns: dict[str, list[Any]]) -> Any:
+    """The rows with these columns in place of theirs."""
+    from datasets import Dataset
+
+    rest = {name: rows[name] for name in rows.column_names if name not in columns}
+    return Dataset.from_dict({**columns, **{name: list(values) for name, values in rest.items()}})

@@ -3,7 +3,9 @@ one row that a score is, wherever it is written and read."""
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
+import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,8 +42,26 @@ def _numbered_rows(path: Path, advice: str) -> list[tuple[int, dict[str, Any]]]:
 def lines_of(path: Path) -> list[tuple[int, str]]:
     """The lines of a JSONL file with their numbers, from 1: without a byte-order mark and blank lines, ended by line feeds (or
     carriage returns before them) alone, since a text may hold other separators."""
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    return [(number, line.removesuffix("\r")) for number, line in enumerate(text_of(path).split("\n"), 1) if line.strip()]
+
+
+def text_of(path: Path) -> str:
+    """A file's text without a byte-order mark, also of one that is packed (`.gz`) or UTF-16.
+
+    Raises:
+        ValueError: it is neither UTF-8 nor UTF-16.
+    """
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path} cannot be unpacked ({error}): it is damaged.") from error
+    try:
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line} is not UTF-8 ({error.reason}): convert it, iconv -t UTF-8.") from error
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from tsdkd.data.answers import is_correct
+from tsdkd.data.rendering import Rendering
 from tsdkd.demo.problems import Problem
+from tsdkd.rollouts import as_asked
 
 MAX_NEW_TOKENS = 48
 
@@ -40,16 +42,16 @@ def answers(
 ) -> list[str]:
     """The model's greedy answers, in the problems' order; questions are put as chats, or as plain text."""
     texts: list[str] = []
+    rendering = Rendering(tokenizer, tokenizer)
     for start in range(0, len(problems), batch_size):
         questions = [p.question for p in problems[start : start + batch_size]]
-        how = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        if as_chat:
-            chats = [[{"role": "user", "content": question}] for question in questions]
-            inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True, **how)
-        else:
-            inputs = tokenizer(questions, return_token_type_ids=False, **how)
-        inputs = inputs.to(model.device)
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+        asked = [[{"role": "user", "content": question}] for question in questions] if as_chat else questions
+        ids = {"input_ids": rendering.prompts(asked)}
+        inputs = tokenizer.pad(ids, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+        with as_asked(model):
+            output = model.generate(
+                **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
+            )
         texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 

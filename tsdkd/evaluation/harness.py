@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,6 +17,8 @@ import torch
 
 from tsdkd.evaluation.suite import BY_TASK
 from tsdkd.evaluation.tasks import code_may_be_named, lm_eval_package, load_task
+from tsdkd.rollouts import as_asked
+from tsdkd.teachers.sources import adapter_config, base_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,10 @@ def hf_model(model: Any, *, tokenizer: Any = None, dtype: str = "auto", batch_si
     from lm_eval.models.huggingface import HFLM
 
     if isinstance(model, str):
-        options.update(_base_and_adapter(model, "pretrained", "peft"), dtype=dtype)
+        placed = _base_and_adapter(model, "pretrained", "peft", options.get("revision"))
+        if "peft" in placed:
+            options.pop("revision", None)  # the adapter's, not its base's
+        options.update(placed, dtype=dtype)
         tokenizer = tokenizer or model  # of an adapter, the one beside it
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     else:
@@ -67,38 +70,16 @@ def vllm_model(model: str, *, engine: Any = None, **options: Any) -> Any:
         mock.patch.object(by_vllm, "LLM", LLM if engine is None else lambda **_: engine),
     ):
         options = {"batch_size": "auto", "enable_thinking": False, "tokenizer": model, **options}
-        placed = _base_and_adapter(model, "pretrained", "lora_local_path")
+        revision = options.get("revision")
+        placed = _base_and_adapter(model, "pretrained", "lora_local_path", revision)
         if "lora_local_path" in placed:
-            options["max_lora_rank"] = max(16, _adapter(model).get("r") or 0)
+            options["max_lora_rank"] = max(16, (adapter_config(model, revision) or {}).get("r") or 0)
         return by_vllm.VLLM(**placed, **options)
 
 
-def _adapter(model: str) -> dict[str, Any]:
-    """An adapter's configuration; of anything else nothing."""
-    file = Path(model) / "adapter_config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def _base_and_adapter(model: str, base_key: str, adapter_key: str) -> dict[str, Any]:
-    adapter = _adapter(model)
-    return {base_key: adapter["base_model_name_or_path"], adapter_key: model} if adapter else {base_key: model}
-
-
-@contextmanager
-def _greedy_as_asked(lm: Any) -> Iterator[None]:
-    """transformers' generation without what a model's generation_config.json adds (a repetition penalty, a top-k), which
-    vLLM does not read here either; its end tokens stay."""
-    model: Any = getattr(lm, "model", None)
-    own = getattr(model, "generation_config", None)
-    if own is None or not hasattr(own, "eos_token_id"):
-        yield
-        return
-    kept = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = type(own)(**kept)
-    try:
-        yield
-    finally:
-        model.generation_config = own
+def _base_and_adapter(model: str, base_key: str, adapter_key: str, revision: str | None) -> dict[str, Any]:
+    adapter = adapter_config(model, revision)
+    return {base_key: model} if adapter is None else {base_key: base_of(model, adapter), adapter_key: model}
 
 
 # ---------------------------------------------------------------------- scores
@@ -175,7 +156,7 @@ def score(
     while True:
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=1234)  # the harness's own, and again for each try
-        with random_state_kept(), _greedy_as_asked(lm), code_may_be_named() if allow_code else nullcontext():
+        with random_state_kept(), as_asked(getattr(lm, "model", None)), code_may_be_named() if allow_code else nullcontext():
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from tsdkd.rollouts.as_asked import as_asked, leftovers
 from tsdkd.rollouts.by_vllm import VLLMWriter
 from tsdkd.rollouts.interleaved import InterleavedWriter, mixed, speculative
 from tsdkd.rollouts.sources import RolloutSource
 from tsdkd.rollouts.written_once import write_once
 
-__all__ = ["InterleavedWriter", "RolloutSource", "VLLMWriter", "mixed", "speculative", "write_once"]
+__all__ = ["InterleavedWriter", "RolloutSource", "VLLMWriter", "as_asked", "leftovers", "mixed", "speculative", "write_once"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,11 @@ from typing import Any
 import torch
 
 
+def forbidden(ids: Collection[int]) -> dict[int, float]:
+    """A bias that vLLM adds to the logits of some ids: with it none is ever sampled."""
+    return dict.fromkeys(ids, -100.0)
+
+
 class VLLMWriter:
     """Writes completions to batches of prompts with a vLLM engine of its own; `close` gives its memory back.
 
@@ -18,6 +23,7 @@ class VLLMWriter:
         max_new_tokens: ids of a completion at most.
         ends: the ids that end one.
         vocab_size: no id from here on is written.
+        without: further ids that are not.
         engine: further arguments of `vllm.LLM`.
 
     Raises:
@@ -25,7 +31,15 @@ class VLLMWriter:
     """
 
     def __init__(
-        self, model: str, *, temperature: float, max_new_tokens: int, ends: Collection[int], vocab_size: int, **engine: Any
+        self,
+        model: str,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        ends: Collection[int],
+        vocab_size: int,
+        without: Collection[int] = (),
+        **engine: Any,
     ) -> None:
         try:
             from vllm import LLM, SamplingParams
@@ -41,6 +55,7 @@ class VLLMWriter:
             max_tokens=max_new_tokens,
             stop_token_ids=list(ends),
             allowed_token_ids=list(range(vocab_size)) if size > vocab_size else None,
+            logit_bias=forbidden(without) or None,
             detokenize=False,
         )
 

@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
+from tsdkd.rollouts.as_asked import as_asked
+
 # From both models' logits [rows, vocab] to the next ids [rows] and what is recorded of them, [rows] each.
 Rule = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+_TRIES = 8  # draws before a rule is shown the allowed ids alone
 
 
 def _draw(probabilities: torch.Tensor) -> torch.Tensor:
@@ -68,6 +72,8 @@ class InterleavedWriter:
         teacher: a causal language model of this process; None leaves the model that `write` is given to write alone.
         rule: who decides the next token.
         vocab_size: the shared ids; none beyond is written.
+        without: ids among them that are not written either. A rule draws from all, and again where it drew one of these: what
+            it records of a token does not depend on them.
         max_new_tokens: ids of a completion at most.
         ends: the ids that end one.
         pad_id: any id, for padding that no result depends on.
@@ -83,9 +89,10 @@ class InterleavedWriter:
         max_new_tokens: int,
         ends: Collection[int],
         pad_id: int,
+        without: Collection[int] = (),
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self.teacher, self.rule = teacher, rule
+        self.teacher, self.rule, self.without = teacher, rule, list(without)
         self.vocab_size, self.max_new_tokens = vocab_size, max_new_tokens
         self.ends, self.pad_id, self.autocast = list(ends), pad_id, autocast
 
@@ -93,6 +100,10 @@ class InterleavedWriter:
     def write(self, student: Any, prompt_ids: list[list[int]]) -> tuple[list[list[int]], dict[str, list[list[float]]]]:
         """Completions of at least one id each, their end included, and what the rule recorded of every id."""
         models = [student] if self.teacher is None else [student, self.teacher]
+        with as_asked(*models):
+            return self._write(models, prompt_ids)
+
+    def _write(self, models: list[Any], prompt_ids: list[list[int]]) -> tuple[list[list[int]], dict[str, list[list[float]]]]:
         readers = [_Reader(model, prompt_ids, self.pad_id, self.autocast) for model in models]
         ends = torch.tensor(self.ends, device=readers[0].device)
         done = torch.zeros(len(prompt_ids), dtype=torch.bool, device=readers[0].device)
@@ -101,7 +112,7 @@ class InterleavedWriter:
         lengths = torch.zeros(len(prompt_ids), dtype=torch.long, device=done.device)
         while True:
             logits = [reader.logits[:, : self.vocab_size].float().to(done.device) for reader in readers]
-            chosen, recorded = self.rule(logits[0], logits[-1])
+            chosen, recorded = self._next(logits[0], logits[-1])
             ids.append(chosen)
             for name, values in recorded.items():
                 records.setdefault(name, []).append(values)
@@ -117,6 +128,23 @@ class InterleavedWriter:
             return [row[:size] for row, size in zip(torch.stack(columns, 1).tolist(), sizes, strict=True)]
 
         return by_row(ids), {name: by_row(columns) for name, columns in records.items()}
+
+    def _next(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What the rule takes, drawn again where that is not to be written; a rule that insists is shown the others alone."""
+        chosen, recorded = self.rule(student, teacher)
+        if not self.without:
+            return chosen, recorded
+        ids = torch.tensor(self.without, device=student.device)
+        for tries in range(_TRIES + 1):
+            wrong = torch.isin(chosen, ids)
+            if not bool(wrong.any()):
+                break
+            if tries == _TRIES:
+                student, teacher = (logits.index_fill(-1, ids, float("-inf")) for logits in (student, teacher))
+            again, others = self.rule(student, teacher)
+            chosen = torch.where(wrong, again, chosen)
+            recorded = {name: torch.where(wrong, others[name], values) for name, values in recorded.items()}
+        return chosen, recorded
 
 
 class _Reader:

@@ -57,13 +57,17 @@ def vocabulary_size(model: Any) -> int:
 
 def without_adapter_wrapper(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper (its adapters stay active), or the model itself."""
-    return model.base_model.model if hasattr(model, "peft_config") and hasattr(model, "base_model") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone_output(model: Any, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> Any:
+    """What the model gives below its head; the vocabulary is not projected."""
+    return without_adapter_wrapper(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
 
 
 def last_hidden_state(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`[rows, longest, hidden]`, what the head reads; the vocabulary is not projected."""
-    backbone = without_adapter_wrapper(model).base_model
-    return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    """`[rows, longest, hidden]`, what the head reads."""
+    return backbone_output(model, ids, mask).last_hidden_state
 
 
 @torch.no_grad()

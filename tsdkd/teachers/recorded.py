@@ -28,8 +28,10 @@ def _key(prompt: Sequence[int], completion: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([list(prompt), list(completion)]).encode()).hexdigest()
 
 
-def write_shard(folder: Path, name: str, prompts: list, rollouts: Rollouts, hidden: list[torch.Tensor]) -> dict[str, Any]:
-    """One step's rows: ids and masks as JSONL, hidden states as safetensors.
+def write_shard(
+    folder: Path, name: str, prompts: list[dict[str, Any]], rollouts: Rollouts, hidden: list[torch.Tensor]
+) -> dict[str, Any]:
+    """One step's rows: prompts (as rows of a data set) and ids as JSONL, hidden states as safetensors.
 
     Returns:
         the shard's entry in the manifest: its files' checksums and its number of rows.
@@ -38,7 +40,7 @@ def write_shard(folder: Path, name: str, prompts: list, rollouts: Rollouts, hidd
     rows, states = folder / f"{name}.jsonl", folder / f"{name}.safetensors"
     completions = [ids if length else [] for ids, length in zip(rollouts.completion_ids, rollouts.lengths, strict=True)]
     lines = [
-        json.dumps({"prompt": prompt, "prompt_ids": ids, "completion_ids": completion})
+        json.dumps({**prompt, "prompt_ids": ids, "completion_ids": completion})
         for prompt, ids, completion in zip(prompts, rollouts.prompt_ids, completions, strict=True)
     ]
     rows.write_text("\n".join(lines) + "\n")
@@ -86,8 +88,8 @@ class Recording:
             for number, line in enumerate((folder / f"{shard['name']}.jsonl").read_text().splitlines()):
                 row = json.loads(line)
                 self._where[_key(row["prompt_ids"], row["completion_ids"])] = shard["name"], str(number)
-                self._prompt_ids.append(row["prompt_ids"])
-                self.rows.append({"prompt": row["prompt"], "completion_ids": row["completion_ids"]})
+                self._prompt_ids.append(row.pop("prompt_ids"))
+                self.rows.append(row)
 
     @classmethod
     def open(cls, folder: str | Path) -> Recording:
@@ -137,8 +139,7 @@ class Recording:
     def check_rows(self, tokenize: Callable[[list], list[list[int]]]) -> None:
         """Refuse a student whose tokenizer or chat template reads the recorded prompts otherwise."""
         for start in range(0, len(self.rows), 1000):
-            prompts = [row["prompt"] for row in self.rows[start : start + 1000]]
-            for row, ids in enumerate(tokenize(prompts), start):
+            for row, ids in enumerate(tokenize(self.rows[start : start + 1000]), start):
                 if list(ids) != self._prompt_ids[row]:
                     raise ValueError(
                         f"prompt {row} of the recording {self.folder} was recorded as the ids {self._prompt_ids[row][:8]}…, "

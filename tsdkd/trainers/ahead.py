@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from tsdkd.data.prompts import PIECE, columns_of, pieces
 from tsdkd.rollouts import InterleavedWriter, VLLMWriter, mixed, write_once
-from tsdkd.trainers.host import Host, columns_of, has_completions, teacher_rows
-from tsdkd.trainers.prompts import PIECE
+from tsdkd.trainers.host import Host, has_completions, teacher_rows
 from tsdkd.types import RolloutSpec
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ def interleaved(host: Host, teacher: Any, rule: Any) -> InterleavedWriter:
         teacher,
         rule,
         vocab_size=host.vocab_size,
+        without=host.unknown_ids,
         max_new_tokens=host.max_completion_length,
         ends=host.eos_ids,
         pad_id=host.tokenizer.pad_token_id,
@@ -56,8 +57,7 @@ class CompletionsAhead:
             raise ValueError(
                 f"{role} is a stream without a 'completion' column: the teacher can only complete a data set of rows."
             )
-        starts = range(0, len(dataset), PIECE)
-        prompts = [ids for start in starts for ids in self.host.tokenize(dataset[start : start + PIECE]["prompt"])]
+        prompts = [ids for _, rows in pieces(dataset) for ids in self.host.tokenize(rows)]
         return dataset.add_column("completion_ids", self._written(prompts, role))
 
     def _written(self, prompts: list[list[int]], role: str) -> list[list[int]]:
@@ -106,6 +106,8 @@ class CompletionsAhead:
                             max_new_tokens=host.max_completion_length,
                             ends=host.eos_ids,
                             vocab_size=host.vocab_size,
+                            without=host.unknown_ids,
+                            **({"revision": args.teacher_model_revision} if args.teacher_model_revision else {}),
                             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
                             max_model_len=max(map(len, prompts)) + host.max_completion_length,
                             trust_remote_code=args.trust_remote_code,

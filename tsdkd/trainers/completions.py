@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tsdkd.data.completions import has_text
+from tsdkd.data.prompts import columns_of, pieces
 from tsdkd.rollouts import RolloutSource, mixed, speculative
 from tsdkd.teachers import Teacher
 from tsdkd.trainers.ahead import CompletionsAhead, interleaved
-from tsdkd.trainers.host import Host, batch_rows, columns_of, has_completions
+from tsdkd.trainers.host import Host, batch_rows, has_completions
 from tsdkd.trainers.metrics import Metrics
-from tsdkd.trainers.prompts import PIECE
+from tsdkd.trainers.prompts import row_by_row
 from tsdkd.types import RolloutSpec
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class CompletionSupply:
             self._check_written(written, len(prompt_ids))
         if batch.is_fresh:
             pairs = zip(batch.rows, written.ids, strict=True)
-            self.source.keep([{"prompt": row["prompt"], "completion_ids": ids} for row, ids in pairs])
+            self.source.keep([{**row, "completion_ids": ids} for row, ids in pairs])
         return written
 
     def _check_written(self, written: Written, rows: int) -> None:
@@ -135,8 +136,7 @@ class CompletionSupply:
         if "completion_ids" in rows[0]:
             given = [list(row["completion_ids"]) for row in rows]
             return [(ids[:longest], len(ids) > longest) for ids in given]
-        prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
-        return self.host.tokenize_completions(prompts, completions, longest)
+        return self.host.rendering.completions(rows, [row["completion"] for row in rows], longest)
 
     def state_dict(self) -> dict[str, Any] | None:
         """φ, the buffer and the last evaluation's loss, where there is a replay; else nothing."""
@@ -165,10 +165,9 @@ class CompletionSupply:
                     "text or a list of one assistant message with a text. Remove or mend those rows."
                 )
         host, cut = self.host, 0
-        for start in range(0, len(dataset), PIECE):
-            piece = dataset[start : start + PIECE]
-            rows = [dict(zip(piece, values, strict=True)) for values in zip(*piece.values(), strict=True)]
-            for row, (ids, was_cut) in enumerate(self._given_and_cut(rows), start):
+        for start, rows in pieces(dataset):
+            given = row_by_row(self._given_and_cut, rows, start, f"the completion of row {{}} of {role} cannot be rendered")
+            for row, (ids, was_cut) in enumerate(given, start):
                 cut += was_cut
                 if max(ids, default=0) >= host.vocab_size:
                     raise ValueError(

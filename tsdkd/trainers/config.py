@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from trl import DistillationConfig
 
-from tsdkd.checks import check_choice, check_count, check_positive, check_weight
+from tsdkd.checks import check_choice, check_count, check_weight
 from tsdkd.fused import ENGINES
-from tsdkd.losses import DIVERGENCES
 from tsdkd.methods import Method, resolve_method
-from tsdkd.methods.tsd_kd import TSDKD
-from tsdkd.selection import SELECTIONS
 from tsdkd.teachers.placing import PLACEMENTS
+from tsdkd.teachers.sources import loading_options
 from tsdkd.teachers.zero3 import zero3_config
 
 
@@ -55,11 +53,20 @@ class TokenDistillConfig(DistillationConfig):
         recording: a folder that `record` wrote: its rollouts and its teacher's hidden states are trained on, and no
             teacher is loaded.
         any_recording: take a recording that another student, or other weights of this one, wrote.
+        token_aliases: tokens that the two models' tokenizers give different names and mean the same, the student's to the
+            teacher's.
+        router_loss_weight: of a mixture-of-experts student's load-balancing loss, beside the method's; 0 leaves it out. It is
+            the mean over a step's micro-batches, not exactly the step's own, and not in `eval_loss`.
         term_grad_norm_steps: every that many steps, log the norm of each term's gradient with respect to the student's
             last hidden states, on one micro-batch; 0 is never.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DistillationConfig._VALID_DICT_FIELDS, "method_options", "teacher_deepspeed"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *DistillationConfig._VALID_DICT_FIELDS,
+        "method_options",
+        "teacher_deepspeed",
+        "token_aliases",
+    ]
 
     learning_rate: float = field(
         default=5e-6, metadata={"help": "AdamW (paper, A.9: 'Learning rate 5e-6 (Qwen2.5), 1e-7 (Gemma2)')."}
@@ -115,6 +122,12 @@ class TokenDistillConfig(DistillationConfig):
     any_recording: bool = field(
         default=False, metadata={"help": "Train on a recording that another student, or other weights of this one, wrote."}
     )
+    token_aliases: dict[str, str] | str | None = field(
+        default=None, metadata={"help": "Tokens that both mean the same, the student's name to the teacher's, JSON."}
+    )
+    router_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of a mixture-of-experts student's load-balancing loss; 0 leaves it out."}
+    )
     term_grad_norm_steps: int = field(
         default=0, metadata={"help": "Log each term's gradient norm every that many steps; 0 is never."}
     )
@@ -135,6 +148,9 @@ class TokenDistillConfig(DistillationConfig):
             check_count("teacher_batch_size", self.teacher_batch_size)
         check_choice("fused_impl", self.fused_impl, ENGINES)
         check_weight("gradient_filter", self.gradient_filter)
+        check_weight("router_loss_weight", self.router_loss_weight)
+        loading_options(self.model_init_kwargs, "model_init_kwargs", None)  # refuses an unknown dtype
+        loading_options(self.teacher_model_init_kwargs, "teacher_model_init_kwargs", None)
         check_choice("teacher_answers_engine", self.teacher_answers_engine, ("transformers", "vllm"))
         check_weight("teacher_answers_temperature", self.teacher_answers_temperature)
         check_choice("teacher_placement", self.teacher_placement, PLACEMENTS)
@@ -172,67 +188,3 @@ class TokenDistillConfig(DistillationConfig):
                 "the command line, e.g. '{\"lmbda\": 0.5}'."
             )
         return options
-
-
-@dataclass
-class TSDKDConfig(TokenDistillConfig):
-    """Options of `TSDKDTrainer`, with the paper's values: a field for every keyword of `tsd_kd_loss`.
-
-    `temperature` of the loss is `kd_temperature` here; the inherited `temperature` is that of sampling.
-    """
-
-    indirect_weight: float = field(default=0.1, metadata={"help": "alpha of Eq. 13 (paper, A.9: 0.1); 0 is off."})
-    direct_weight: float = field(default=1.0, metadata={"help": "Weight of the gated JSD (paper, Eq. 13: 1); 0 is off."})
-    entropy_weight: float = field(default=1.0, metadata={"help": "Weight of the entropy term (paper, Eq. 13: 1); 0 is off."})
-    divergence: str = field(
-        default="generalized_jsd",
-        metadata={"help": f"Of the direct term (paper, Eq. 1: generalized_jsd): one of {', '.join(DIVERGENCES)}."},
-    )
-    beta: float = field(
-        default=0.9,
-        metadata={
-            "help": "Of generalized_jsd: 0 forward, 1 reverse KL (paper, 4.1: 'we set 0.9 for JSD as suggested by GKD'; A.5)."
-        },
-    )
-    gate: str = field(
-        default="entropy_gap",
-        metadata={"help": "'entropy_gap' (paper, Eq. 11), 'none' (weight 1) or 'divergence_aware' (ours)."},
-    )
-    gate_sharpness: float = field(default=1.0, metadata={"help": "gamma of Eq. 11 (the paper gives none)."})
-    num_candidates: int = field(default=10, metadata={"help": "k, tokens the student proposes (paper, A.3 and A.9: 10)."})
-    opener_entropy_share: float = field(
-        default=0.1, metadata={"help": "c, share of the completion's entropy that the opener holds (paper, A.9: 0.1)."}
-    )
-    top_entropy_fraction: float = field(
-        default=0.1, metadata={"help": "rho, share of tokens whose entropy is minimised (paper, A.4 and A.9: 0.1)."}
-    )
-    kd_temperature: float = field(default=1.0, metadata={"help": "tau of the loss (paper, A.9: 'Temperature of KD 1.0')."})
-    ranking_stage_weights: str = field(
-        default="uniform", metadata={"help": "'uniform' (paper) or 'teacher_mass' (ours): what a stage of the ranking weighs."}
-    )
-    entropy_target: str = field(
-        default="zero", metadata={"help": "'zero' (paper, Eq. 12) or 'teacher' (ours): minimise max(0, H_S - H_T)."}
-    )
-    selection: str = field(
-        default="none", metadata={"help": f"Tokens of the direct term (paper: none): one of {', '.join(SELECTIONS)}."}
-    )
-    selection_share: float = field(default=0.5, metadata={"help": "The share that a selection keeps."})
-    adaptive_opener: bool = field(
-        default=False, metadata={"help": "Choose c by each completion's difficulty (paper, A.7, Algorithm 2)."}
-    )
-    lmbda: float = field(
-        default=1.0,
-        metadata={"help": "Probability of the student's completions in a step, else the data set's (paper: 1; A.6: 0)."},
-    )
-
-    def __post_init__(self) -> None:
-        check_positive("kd_temperature", self.kd_temperature)
-        super().__post_init__()
-
-    def build_method(self) -> Method:
-        if self.method != "tsd_kd" or self.method_options:
-            raise ValueError(
-                f"TSDKDConfig is TSD-KD, its options are fields; got method={self.method!r}, "
-                f"method_options={self.method_options!r}. For another method use TokenDistillConfig."
-            )
-        return TSDKD(**{option.name: getattr(self, option.name) for option in fields(TSDKD)})

@@ -12,6 +12,7 @@ import torch
 from trl.import_utils import is_vllm_available
 from trl.models import unwrap_model_for_generation
 
+from tsdkd.rollouts.by_vllm import forbidden
 from tsdkd.types import Rollouts
 
 
@@ -44,18 +45,22 @@ class Generation:
         if self.vllm is not None:
             self.vllm.max_completion_length = tokens
 
-    def forbid_ids_from(self, vocab_size: int) -> None:
-        """Never sample an id from `vocab_size` on: the other model has no embedding for it."""
+    def forbid_ids(self, vocab_size: int, unknown: list[int]) -> None:
+        """Never sample an id from `vocab_size` on, for which the other model has no embedding, nor one that is no token."""
         trainer = self.trainer
         beyond = list(range(vocab_size, trainer.model.config.get_text_config().vocab_size))
-        if not beyond:
-            return
         if self.vllm is not None:
             kwargs = dict(self.vllm.generation_kwargs or {})
-            kwargs["allowed_token_ids"] = [i for i in kwargs.get("allowed_token_ids", range(vocab_size)) if i < vocab_size]
+            kwargs.setdefault("stop_token_ids", trainer.eos_ids)
+            if beyond:
+                kwargs["allowed_token_ids"] = [i for i in kwargs.get("allowed_token_ids", range(vocab_size)) if i < vocab_size]
+            if unknown:
+                kwargs["logit_bias"] = {**forbidden(unknown), **(kwargs.get("logit_bias") or {})}
             self.vllm.generation_kwargs = kwargs
             return
-        suppressed = sorted({*(trainer.generation_kwargs.get("suppress_tokens") or []), *beyond})
+        if not beyond and not unknown:
+            return
+        suppressed = sorted({*(trainer.generation_kwargs.get("suppress_tokens") or []), *beyond, *unknown})
         trainer.generation_kwargs["suppress_tokens"] = suppressed
         trainer.generation_config.suppress_tokens = suppressed
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
+
+from tsdkd.data.rendering import Rendering
 
 
 class Host(Protocol):
@@ -48,16 +50,18 @@ class Host(Protocol):
         """The ids that end a completion and that both models have, the tokenizer's own first."""
         ...
 
+    @property
+    def unknown_ids(self) -> list[int]:
+        """Ids that both models have and no token: rows that pad an embedding."""
+        ...
+
+    @property
+    def rendering(self) -> Rendering:
+        """How rows become ids."""
+        ...
+
     def tokenize(self, prompts: list) -> list[list[int]]:
-        """Prompts as they are generated from."""
-        ...
-
-    def tokenize_completions(self, prompts: list, completions: list, limit: int) -> list[tuple[list[int], bool]]:
-        """The ids of given completions after their prompts, and whether each was cut."""
-        ...
-
-    def tokenize_texts(self, texts: list[str]) -> list[list[int]]:
-        """Plain texts, as a language model reads them."""
+        """Prompts, or rows with them, as they are generated from."""
         ...
 
     def student(self) -> AbstractContextManager[Any]:
@@ -103,8 +107,3 @@ def eval_sets(eval_dataset: Any) -> dict[str, Any]:
 def has_completions(columns: Collection[str]) -> bool:
     """Whether given completions stand in one of these columns, as text or as ids."""
     return "completion" in columns or "completion_ids" in columns
-
-
-def columns_of(dataset: Any) -> Sequence[str]:
-    """A data set's columns, as far as it knows them."""
-    return getattr(dataset, "column_names", None) or []

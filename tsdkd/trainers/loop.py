@@ -27,6 +27,7 @@ from tsdkd.trainers.host import Host
 from tsdkd.trainers.loss import StepLoss
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.prompts import Limits, Prompts
+from tsdkd.trainers.routers import router_of
 from tsdkd.trainers.scoring import StepScorer
 from tsdkd.trainers.setup import Setup
 from tsdkd.trainers.step import Step
@@ -72,6 +73,7 @@ class Loop:
             guard=self.guard,
             autocast=accelerator.autocast,
             gathered=lambda student: host.gathered_heads(student, *models),
+            router=router_of(host),
             scale=accelerator.num_processes,  # counts are the whole step's, while DDP averages gradients over processes
         )
         parts: dict[str, Stateful] = {"state": self.loss, "answers": self.supply}
@@ -89,6 +91,12 @@ class Loop:
         """A training run of so many steps starts, and the method's state with it."""
         self.loss.begin(self.method.start(max_steps))
         self.guard.forget()
+
+    def fitted(self, rows: Any, role: str) -> Any:
+        """Data that came after construction: what fits of them, with the teacher's completions where the method takes those."""
+        if isinstance(rows, dict):
+            return {name: self.fitted(part, f"{role}[{name!r}]") for name, part in rows.items()}
+        return self.supply.ahead.fill(self.prompts.fit(rows, role), role)
 
     # ------------------------------------------------------------------ a step
 

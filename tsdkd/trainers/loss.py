@@ -16,6 +16,7 @@ from tsdkd.methods.base import PRETRAINING
 from tsdkd.teachers.heads import head_of, last_hidden_state
 from tsdkd.trainers.guard import Guard
 from tsdkd.trainers.metrics import Metrics
+from tsdkd.trainers.routers import RouterLoss
 from tsdkd.trainers.step import Step
 from tsdkd.types import Head, LossTerms, ReadPlan, Rollouts, TokenBatch
 
@@ -34,6 +35,7 @@ class StepLoss:
         autocast: the mixed-precision context of the student's forward pass.
         gathered: makes the heads of models whole (ZeRO-3).
         scale: what the loss of a training step is multiplied by.
+        router: the load-balancing loss of a mixture's routers; None is none.
 
     Example:
         >>> step = StepLoss.step_of(method, rollouts, teacher_hidden)  # doctest: +SKIP
@@ -54,12 +56,13 @@ class StepLoss:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         gathered: Callable[..., AbstractContextManager] = lambda *models: nullcontext(),
         scale: float = 1.0,
+        router: RouterLoss | None = None,
     ) -> None:
         self.method, self.state = method, method.start(None) if state is None else state
         self.teacher_head, self.device, self.pad_id = teacher_head, torch.device(device), pad_id
         self.engine = dict(engine or {})
         self.metrics, self.guard = metrics, guard
-        self.autocast, self.gathered, self.scale = autocast, gathered, scale
+        self.autocast, self.gathered, self.scale, self.router = autocast, gathered, scale, router
         self._observed: list[tuple[list[int], torch.Tensor]] = []
         self._sums: dict[str, torch.Tensor] = {}
 
@@ -91,6 +94,10 @@ class StepLoss:
             return terms.loss
         self._refuse_lost_terms(terms)
         loss = terms.loss
+        if self.router is not None:
+            balance = self.router.take()
+            self._add("train", {"loss/router": (balance.detach(), torch.ones_like(balance))})
+            loss = loss + self.router.weight * self.router.share * balance
         if "corpus" in step.extra:
             with self.autocast():
                 loss = loss + self._corpus(student, step)
@@ -109,7 +116,8 @@ class StepLoss:
         """The student's forward pass over a micro-batch, and beside it what the teacher gave."""
         rollouts = step.rollouts.first(step.plan.student) if step.plan.is_cut else step.rollouts
         ids, mask, where = rollouts.padded(self.pad_id, self.device)
-        hidden = last_hidden_state(student, ids, mask).flatten(0, 1)[where]
+        read = last_hidden_state if self.router is None else self.router.read
+        hidden = read(student, ids, mask).flatten(0, 1)[where]
         lengths, teacher = rollouts.lengths, None
         if step.teacher_hidden is not None:  # zeros stand where the teacher did not read
             parts = zip(step.teacher_hidden, lengths, strict=True)

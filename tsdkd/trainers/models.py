@@ -1,80 +1,24 @@
-"""The two models of a run: how a teacher is loaded, what a model is called, whether two vocabularies agree."""
+"""The two models of a run: whether they can be trained, what they are called, whether their vocabularies agree."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tsdkd.fused import check_divergence_once
 from tsdkd.methods import Method
-from tsdkd.teachers import gathered
-from tsdkd.teachers.zero3 import zero3_config
-from tsdkd.trainers.config import TokenDistillConfig
-from tsdkd.trainers.loading import loading_under, restore_buffers
+from tsdkd.rollouts import leftovers
+from tsdkd.teachers import gathered, vocabulary_size
+from tsdkd.teachers.heads import last_hidden_state, text_config
 from tsdkd.types import DivergenceTerm, RankingTerm
 
 logger = logging.getLogger(__name__)
-
-
-def _teacher_kwargs(args: TokenDistillConfig) -> dict[str, Any]:
-    """What `from_pretrained` is told: the dtype of the checkpoint, unless `teacher_model_init_kwargs` names one."""
-    kwargs = dict(args.teacher_model_init_kwargs or {})
-    kwargs.setdefault("dtype", "auto")
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if args.teacher_model_revision is not None:
-        kwargs.setdefault("revision", args.teacher_model_revision)
-    return kwargs
-
-
-def _source(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What of a teacher's arguments says which checkpoint is read, for its configuration and its tokenizer."""
-    return {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
-
-
-def model_config(name: str, args: TokenDistillConfig) -> Any:
-    """The configuration of a student that is not loaded yet."""
-    given = args.model_init_kwargs or {}
-    options = {key: given[key] for key in ("revision",) if key in given}
-    return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
-
-
-def load_teacher(name: str, args: TokenDistillConfig) -> Any:
-    """A teacher, whole in this process whatever the student runs under."""
-    with loading_under(None):
-        return AutoModelForCausalLM.from_pretrained(name, **_teacher_kwargs(args))
-
-
-def load_sharded_teacher(model: Any, args: TokenDistillConfig) -> tuple[Any, dict[str, Any]]:
-    """A teacher of which each process holds a share, if it comes by name, and the DeepSpeed configuration it runs under.
-
-    Raises:
-        ValueError: quantized weights, which ZeRO-3 cannot shard.
-    """
-    kwargs, named = _teacher_kwargs(args), isinstance(model, str)
-    if named:
-        config = AutoConfig.from_pretrained(model, **_source(kwargs))
-    else:
-        config = model.config
-    if kwargs.get("quantization_config") or getattr(config, "quantization_config", None):
-        raise ValueError(
-            "teacher_placement=zero3 was asked for a quantized teacher, whose weights DeepSpeed cannot shard: load it "
-            "unquantized, or use teacher_placement=local."
-        )
-    dtype = kwargs["dtype"] if named else model.dtype
-    if dtype == "auto":
-        dtype = config.dtype or torch.float32
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    deepspeed_config = zero3_config(args.teacher_deepspeed, dtype, args.teacher_cpu_offload)
-    if named:
-        with loading_under(deepspeed_config):
-            model = AutoModelForCausalLM.from_pretrained(model, **{**kwargs, "dtype": dtype})
-        restore_buffers(model, dtype)
-    return model, deepspeed_config
 
 
 def fingerprint_of(model: Any) -> str:
@@ -91,18 +35,6 @@ def fingerprint_of(model: Any) -> str:
 def name_of(model: Any) -> str:
     """A model's name for messages."""
     return getattr(model.config, "_name_or_path", "") or type(model).__name__
-
-
-def vocabulary_of(source: str, args: TokenDistillConfig) -> dict[str, int] | None:
-    """The tokens of the tokenizer that comes with the teacher's checkpoint, in the revision of its weights, if one does."""
-    if not source:
-        return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **_source(_teacher_kwargs(args)))
-    except (OSError, ValueError) as error:
-        logger.warning("no tokenizer could be read from %r: %s", source, str(error).splitlines()[0])
-        return None
-    return tokenizer.get_vocab()
 
 
 def tell_lost_updates(model: Any, learning_rate: float) -> None:
@@ -177,22 +109,90 @@ def check_terms(method: Method, vocab_size: int, device: torch.device) -> None:
             check_divergence_once(term.divergence, vocab_size, device)
 
 
-def check_same_tokens(ours: dict[str, int], theirs: dict[str, int], vocab_size: int) -> None:
+def check_same_tokens(
+    ours: dict[str, int], theirs: dict[str, int], vocab_size: int, aliases: Mapping[str, str] | None = None
+) -> None:
     """Refuse two vocabularies that give one id to different tokens, or one token different ids, among the shared ids.
+
+    Args:
+        ours, theirs: tokens to ids, the student's and the teacher's.
+        vocab_size: the ids that both models have.
+        aliases: of tokens that are the same, the student's name to the teacher's.
 
     Raises:
         ValueError: showing such a token.
     """
+    named = dict(aliases or {})
+    for name, other in named.items():
+        if name not in ours or other not in theirs:
+            who, token = ("student", name) if name not in ours else ("teacher", other)
+            raise ValueError(f"token_aliases={{{name!r}: {other!r}}}: the {who} has no token {token!r}; remove that pair.")
+    ours = {named.get(token, token): i for token, i in ours.items()}
     our_ids = {i: token for token, i in ours.items() if i < vocab_size}
     for token, i in sorted(theirs.items(), key=lambda item: item[1]):
         if i < vocab_size and our_ids.get(i, token) != token:
             raise ValueError(
                 f"the tokenizers disagree: id {i} is {our_ids[i]!r} for the student but {token!r} for the teacher. "
                 "Distillation compares next-token distributions id by id, so both models must share one tokenizer: pick a "
-                "teacher of the student's family."
+                f"teacher of the student's family. If the two are one token renamed, say so: token_aliases={{{our_ids[i]!r}: "
+                f"{token!r}}}."
             )
         if token in ours and ours[token] != i and min(i, ours[token]) < vocab_size:
             raise ValueError(
                 f"the tokenizers disagree: {token!r} is id {ours[token]} for the student but {i} for the teacher. Pick a "
                 "teacher of the student's family."
             )
+
+
+def with_whole_path(model: Any) -> Any:
+    """A model whose folder, if it was loaded from one by a path from here, is named by its whole path, so that an adapter
+    saved on it finds it again."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    if name and not Path(name).is_absolute() and (Path(name) / "config.json").is_file():
+        model.config._name_or_path = model.name_or_path = str(Path(name).resolve())
+    return model
+
+
+def disable_dropout(model: Any) -> None:
+    """Switch off every dropout of a model, of modules and of the shares that layers keep as numbers; say if it still draws.
+
+    TRL's own switches off `nn.Dropout` alone: attention, activations and whole layers are dropped otherwise in many families.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if ("drop" in name or name == "p_dropout") and isinstance(value, float) and value > 0:
+                setattr(module, name, 0.0)
+    was_training = model.training
+    model.train()
+    ids = (torch.arange(8, device=model.get_input_embeddings().weight.device) * 7 % vocabulary_size(model)).unsqueeze(0)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        first, second = (last_hidden_state(model, ids, torch.ones_like(ids)) for _ in range(2))
+    model.train(was_training)
+    if not torch.equal(first, second):
+        logger.warning(
+            "disable_dropout was asked for, and %s still draws at random in training: two passes over one text differ. Set the "
+            "share in its configuration to 0 before it is loaded.",
+            type(model).__name__,
+        )
+
+
+def tell_student(model: Any, args: Any) -> None:
+    """Say what of a student is not as its owner may think: updates that its dtype loses, what its generation_config would add
+    to rollouts (they and all scoring do without), a load-balancing loss that is not in the objective."""
+    tell_lost_updates(model, args.learning_rate)
+    found = leftovers(model)
+    if found:
+        logger.warning(
+            "the student's generation_config also has %s: rollouts and scores here do without. To sample so, pass "
+            "repetition_penalty or generation_kwargs.",
+            ", ".join(f"{name}={value!r}" for name, value in found.items()),
+        )
+    config = text_config(model)
+    if not args.router_loss_weight and getattr(config, "output_router_logits", False):
+        logger.warning(
+            "the student's configuration has output_router_logits, and its load-balancing loss is not part of the objective: "
+            "set router_loss_weight (its family's router_aux_loss_coef is %s).",
+            getattr(config, "router_aux_loss_coef", None),
+        )

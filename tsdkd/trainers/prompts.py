@@ -10,12 +10,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from tsdkd.checks import refuse
-from tsdkd.data.prompts import fitting_rows, prompt_problems
+from tsdkd.data.prompts import fitting_rows, pieces, prompt_problems
 from tsdkd.teachers.heads import text_config
 from tsdkd.trainers.host import Host, batch_rows
 
 logger = logging.getLogger(__name__)
-PIECE = 1000  # rows that are tokenized at a time
 _UNRENDERED = (TemplateError, ValueError, TypeError, KeyError)  # of a chat that a template does not take
 
 
@@ -51,6 +50,26 @@ class Limits:
         return cls(total - room, f"{reason} less max_completion_length={room}", room)
 
 
+def row_by_row(function: Callable[[list], list], rows: list[dict[str, Any]], first: int, what: str) -> list:
+    """`function(rows)`; where it fails, the number of the row that it fails for, `first` on, goes into `what`.
+
+    Raises:
+        ValueError: `what`, and why.
+    """
+    try:
+        return function(rows)
+    except _UNRENDERED:
+        for number, row in enumerate(rows, first):
+            try:
+                function([row])
+            except _UNRENDERED as error:
+                raise ValueError(
+                    f"{what.format(number)} ({error}). Remove or change what it does not take (a system role?), or set another "
+                    "template."
+                ) from error
+        raise
+
+
 class Prompts:
     """Measures prompts before a run starts.
 
@@ -74,8 +93,11 @@ class Prompts:
             drops = self.host.args.drop_long_prompts and hasattr(dataset, "filter")
             return dataset.filter(self._fits) if drops else dataset
         host, lengths = self.host, []
-        for start in range(0, len(dataset), PIECE):
-            for row, ids in enumerate(self._tokenized(dataset[start : start + PIECE]["prompt"], start, role), start):
+        seen: dict[frozenset[str], int] = {}
+        for start, rows in pieces(dataset):
+            what = f"the prompt of row {{}} of {role} cannot be rendered by the tokenizer's chat template"
+            for row, ids in enumerate(row_by_row(host.tokenize, rows, start, what), start):
+                self._check_fields(rows[row - start], row, role, seen)
                 if not ids:
                     raise ValueError(
                         f"the prompt of row {row} of {role} has no tokens: nothing predicts the first one of its completion. "
@@ -89,8 +111,8 @@ class Prompts:
                     )
                 lengths.append(len(ids))
         self.check_completions(dataset, role)
-        rows = fitting_rows(lengths, self.limits.prompt, self.limits.reason, role, host.args.drop_long_prompts)
-        dropped = len(lengths) - len(rows)
+        fitting = fitting_rows(lengths, self.limits.prompt, self.limits.reason, role, host.args.drop_long_prompts)
+        dropped = len(lengths) - len(fitting)
         if dropped:
             self.dropped += dropped
             logger.warning(
@@ -100,7 +122,7 @@ class Prompts:
                 role,
                 self.limits.prompt,
             )
-            dataset = dataset.select(rows)
+            dataset = dataset.select(fitting)
             if role == "train_dataset":
                 needed = batch_rows(host.args) * host.accelerator.num_processes
                 refuse(prompt_problems(dataset, role, needed, " after the others were dropped"))
@@ -108,24 +130,38 @@ class Prompts:
 
     def _fits(self, row: dict[str, Any]) -> bool:
         """Whether a stream's row fits; one that does not is counted."""
-        (ids,) = self.host.tokenize([row["prompt"]])
+        (ids,) = self.host.tokenize([row])
         self.dropped += len(ids) > self.limits.prompt
         return len(ids) <= self.limits.prompt
 
-    def _tokenized(self, prompts: list, first: int, role: str) -> list[list[int]]:
-        """Ids of prompts, or the row whose chat the template does not take."""
-        try:
-            return self.host.tokenize(prompts)
-        except _UNRENDERED:
-            for row, prompt in enumerate(prompts, first):
-                try:
-                    self.host.tokenize([prompt])
-                except _UNRENDERED as error:
-                    raise ValueError(
-                        f"the prompt of row {row} of {role} cannot be rendered by the tokenizer's chat template ({error}). "
-                        "Remove or change the turn that it does not take (a system role?), or set another template."
-                    ) from error
-            raise
+    def _check_fields(self, row: dict[str, Any], number: int, role: str, seen: dict[frozenset[str], int]) -> None:
+        """Refuse tools, and name fields of turns, of which the chat template renders nothing; asked once a set of fields.
+
+        Raises:
+            ValueError: naming the row.
+        """
+        if isinstance(row["prompt"], str):
+            return
+        given = row.get("completion")
+        turns = [*row["prompt"], *(given if isinstance(given, (list, tuple)) else [])]
+        fields = frozenset(key for turn in turns for key, value in turn.items() if value is not None)
+        fields |= {"tools"} if row.get("tools") else frozenset()
+        if fields <= {"role", "content"} or fields in seen:
+            return
+        seen[fields] = number
+        unused = self.host.rendering.unused(row)
+        if "tools" in unused:
+            raise ValueError(
+                f"row {number} of {role} has tools, and the chat template renders none of them: the student would be trained "
+                "as if there were none. Set a template that does (tokenizer.chat_template), or remove the column."
+            )
+        if unused:
+            logger.warning(
+                "row %d of %s has %s, of which the chat template renders nothing: neither model reads it.",
+                number,
+                role,
+                ", ".join(unused),
+            )
 
     def left_out_of_epoch(self, dataset: Any) -> int:
         """Rows that fill no generation batch: TRL's sampler leaves them out, others in each epoch; said, too."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from tsdkd.data.prompts import COLUMNS
 from tsdkd.teachers.recorded import MANIFEST, write_manifest, write_shard
 
 
@@ -33,12 +34,16 @@ def write_recording(trainer: Any, folder: Path, about: dict[str, Any]) -> None:
     trainer.model.train()
     trainer.state.max_steps = max(1, trainer.args.max_steps)
     process, shards = trainer.accelerator.process_index, []
-    for number, (rows, step) in enumerate(trainer.generation_batches()):
-        if number == trainer.args.max_steps:
-            break
-        assert step.teacher_hidden is not None
-        prompts, name = [row["prompt"] for row in rows], f"step-{number:05d}-{process}"
-        shards.append(write_shard(folder, name, prompts, step.rollouts, list(step.teacher_hidden)))
+    try:
+        for number, (rows, step) in enumerate(trainer.generation_batches()):
+            if number == trainer.args.max_steps:
+                break
+            assert step.teacher_hidden is not None
+            prompts = [{key: row[key] for key in COLUMNS[:3] if row.get(key)} for row in rows]
+            name = f"step-{number:05d}-{process}"
+            shards.append(write_shard(folder, name, prompts, step.rollouts, list(step.teacher_hidden)))
+    finally:
+        trainer.state.global_step = 0  # the draws went by it
     every = gather_object(shards)
     models = () if trainer.teacher_model is None else (trainer.teacher_model,)
     with trainer.gathered_heads(*models):  # by all processes, where each holds a share

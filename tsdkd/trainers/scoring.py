@@ -120,6 +120,6 @@ class StepScorer:
         host = self.host
         assert self.corpus is not None
         texts = self.corpus.draw(rows, host.step, host.accelerator.process_index)
-        ids = self.corpus.ids(texts, host.tokenize_texts)
+        ids = self.corpus.ids(texts, host.rendering.texts)
         tokens = torch.tensor(float(sum(len(row) - 1 for row in ids if row)), device=host.accelerator.device)
         return ids, host.accelerator.reduce(tokens, reduction="sum")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 
 from tsdkd.checks import refuse
-from tsdkd.methods import TSDKD, Method, resolve_method
+from tsdkd.data.files import as_data_set
+from tsdkd.methods import Method
 from tsdkd.provenance import provenance
 from tsdkd.teachers import RecordedTeacher, Recording, Teacher, gathered, vocabulary_size
 from tsdkd.teachers.heads import check_head
 from tsdkd.teachers.placing import Request, place
-from tsdkd.trainers.config import TokenDistillConfig, TSDKDConfig
+from tsdkd.trainers.callbacks import TokenBudget
+from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.engines import Generation
 from tsdkd.trainers.host import teacher_rows
 from tsdkd.trainers.loading import restore_buffers
@@ -25,31 +27,22 @@ from tsdkd.trainers.models import (
     check_same_tokens,
     check_special_ids,
     check_terms,
+    disable_dropout,
     fingerprint_of,
-    load_sharded_teacher,
-    load_teacher,
     name_of,
     names_of,
-    tell_lost_updates,
-    vocabulary_of,
+    tell_student,
+    with_whole_path,
 )
 from tsdkd.trainers.prompts import Limits
 from tsdkd.trainers.recording import check_recordable, write_recording
-from tsdkd.trainers.setup import Setup, problems
+from tsdkd.trainers.setup import Setup, chosen_method
+from tsdkd.trainers.setup_checks import OF_DATA, problems
+from tsdkd.trainers.sources import load_sharded_teacher, load_student, load_teacher, processor_of, vocabulary_of
 from tsdkd.trainers.trl_seams import TRLTrainer
+from tsdkd.trainers.tsd_kd_config import TSDKDConfig
 
 logger = logging.getLogger(__name__)
-
-
-class _Budget(TrainerCallback):
-    """Ends a run that has spent its tokens."""
-
-    def __init__(self, trainer: TokenDistillTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.trained_tokens >= args.token_budget:
-            control.should_training_stop = True
 
 
 class TokenDistillTrainer(TRLTrainer):
@@ -98,9 +91,11 @@ class TokenDistillTrainer(TRLTrainer):
         self.method = chosen_method(args, method)
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         recording = Recording.open(args.recording) if args.recording is not None else None
-        data = train_dataset, eval_dataset, pretraining_dataset
+        train_dataset, eval_dataset = as_data_set(train_dataset, "train_dataset"), as_data_set(eval_dataset, "eval_dataset")
+        data = train_dataset, eval_dataset, as_data_set(pretraining_dataset, "pretraining_dataset")
         setup = Setup(args, self.method, model, teacher_model, recording, *data, has_tools=bool(kwargs.get("tools")))
         refuse(problems(setup))
+        self.setup = setup
         if recording is not None:
             train_dataset = Dataset.from_list(recording.rows)
 
@@ -108,13 +103,19 @@ class TokenDistillTrainer(TRLTrainer):
         args.logging_nan_inf_filter = False
         self._name, self._paper = self.method.title or self.method.name, dict(self.method.paper)
         self._tag_names = ["trl", "tsdkd", self.method.name]
-        super().__init__(model, None, args, train_dataset, eval_dataset, **kwargs)
+        if isinstance(model, str):
+            kwargs["processing_class"] = kwargs.get("processing_class") or processor_of(model, args)
+            model = load_student(model, args, kwargs.pop("quantization_config", None))
+            given, args.model_init_kwargs = args.model_init_kwargs, None  # TRL would say that they are ignored
+        super().__init__(with_whole_path(model), None, args, train_dataset, eval_dataset, **kwargs)
+        if isinstance(setup.student, str):
+            args.model_init_kwargs = given
         restore_buffers(self.model, torch.float32)
-        tell_lost_updates(self.model, args.learning_rate)
+        tell_student(self.model, args)
         self.generation = Generation(self)
         self.generation.reload_whole()
         if args.token_budget is not None:
-            self.add_callback(_Budget(self))
+            self.add_callback(TokenBudget(self))
         self.has_chats = setup.has_chats
         if self.has_chats and self.tokenizer.chat_template is None:
             raise ValueError(
@@ -126,8 +127,10 @@ class TokenDistillTrainer(TRLTrainer):
         check_terms(self.method, self.vocab_size, self.accelerator.device)
         check_special_ids(self.tokenizer, self.eos_token_ids, vocabulary_size(self.model), self.vocab_size)
         with gathered(*self.model.parameters()):  # under ZeRO-3 it is loaded in shares
+            if args.disable_dropout:
+                disable_dropout(self.model)
             check_head(self.model, "student", self.vocab_size)
-        self.generation.forbid_ids_from(self.vocab_size)
+        self.generation.forbid_ids(self.vocab_size, self.unknown_ids)
         limits = Limits.of(args.max_length, args.max_completion_length, self.model, self.teacher_model)
         self.generation.set_max_completion_length(limits.completion)
         if recording is not None:
@@ -170,7 +173,7 @@ class TokenDistillTrainer(TRLTrainer):
         if vocabulary is None:
             logger.warning("the teacher comes without a tokenizer: whether it agrees with the student's is not checked.")
         else:
-            check_same_tokens(self.tokenizer.get_vocab(), vocabulary, self.vocab_size)
+            check_same_tokens(self.tokenizer.get_vocab(), vocabulary, self.vocab_size, self.args.token_aliases)
 
     def _fit_data(self) -> None:
         """Leave the rows that fit, and say what was left out."""
@@ -197,10 +200,18 @@ class TokenDistillTrainer(TRLTrainer):
         self.change_data(self.loop.supply.ahead.fill)
         return super().train(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As transformers' `Trainer.evaluate`."""
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers' `Trainer.evaluate`; rows that are given here are checked as those of the constructor.
+
+        Raises:
+            ValueError: rows without a prompt, or without a completion for a method that scores given ones.
+        """
         self.change_data(self.loop.supply.ahead.fill)
-        return super().evaluate(*args, **kwargs)
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = as_data_set(eval_dataset, "eval_dataset")
+            refuse(problems(dataclasses.replace(self.setup, train_dataset=None, eval_dataset=eval_dataset), OF_DATA))
+            eval_dataset = self.loop.fitted(eval_dataset, "eval_dataset")
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def record(self, folder: str | Path) -> None:
         """Write prompts, rollouts and the teacher's hidden states of a run's steps, without training: `max_steps` of them, or
@@ -226,24 +237,3 @@ class TSDKDTrainer(TokenDistillTrainer):
     """`TokenDistillTrainer` with TSD-KD and the paper's defaults: `from tsdkd import TSDKDConfig, TSDKDTrainer`."""
 
     config_class = TSDKDConfig
-
-
-def chosen_method(args: TokenDistillConfig, method: str | Method | None) -> Method:
-    """The config's method, or the one given beside it.
-
-    Raises:
-        ValueError: options that would be lost.
-    """
-    if method is None:
-        return args.build_method()
-    if isinstance(args, TSDKDConfig):
-        given = resolve_method(method)
-        if not isinstance(given, TSDKD):
-            raise ValueError(
-                f"method={given.name!r} was given with a TSDKDConfig, whose options are TSD-KD's: use "
-                "TokenDistillTrainer with a TokenDistillConfig."
-            )
-        if args.build_method() != TSDKD():
-            raise ValueError("TSD-KD's options were given twice, on the method and in TSDKDConfig: set them on one.")
-        return given
-    return resolve_method(method, args.options_by_name())

@@ -6,6 +6,7 @@ clear line.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from trl import DistillationTrainer
 
-from tsdkd.data.completions import completion_text, ids_after
+from tsdkd.data.prompts import COLUMNS
+from tsdkd.data.rendering import Rendering
+from tsdkd.rollouts import as_asked
 from tsdkd.teachers import gathered
 from tsdkd.trainers.completions import Batch
 from tsdkd.trainers.engines import Generation, without_repeats
@@ -46,8 +49,6 @@ class TRLTrainer(DistillationTrainer):
     _buffered_inputs: Any
     _signature_columns: list[str]
 
-    # ------------------------------------------------------------------ as Host
-
     @property
     def mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -77,28 +78,26 @@ class TRLTrainer(DistillationTrainer):
         own = self._tokenizer.eos_token_id  # a list may begin with an end that the model never writes
         return sorted((end for end in self.eos_token_ids if end < self.vocab_size), key=lambda end: end != own)
 
+    @property
+    def unknown_ids(self) -> list[int]:
+        known = set(self._tokenizer.get_vocab().values())
+        return [i for i in range(self.vocab_size) if i not in known]
+
+    @functools.cached_property
+    def rendering(self) -> Rendering:
+        alone = super()._tokenize_prompts  # a processor wants content in parts, and gives more than ids
+        return Rendering(
+            self.processing_class,
+            self._tokenizer,
+            lambda: self.eos_ids,
+            tools=self.tools,
+            chat_template=self.chat_template,
+            options=self.chat_template_kwargs,
+            multimodal=(lambda chats: alone(chats)[0]) if self._is_vlm else None,
+        )
+
     def tokenize(self, prompts: list) -> list[list[int]]:
-        return self._tokenize_prompts(prompts)[0]
-
-    def tokenize_texts(self, texts: list[str]) -> list[list[int]]:
-        return self.processing_class(text=texts)["input_ids"]
-
-    def tokenize_completions(self, prompts: list, completions: list, limit: int) -> list[tuple[list[int], bool]]:
-        texts = [completion_text(completion) for completion in completions]
-        alone = self.processing_class(text=texts, add_special_tokens=False)["input_ids"]
-        if isinstance(prompts[0], str):
-            whole = self.processing_class(text=[a + b for a, b in zip(prompts, texts, strict=True)])["input_ids"]
-        else:
-            turns = [[*p, {"role": "assistant", "content": text}] for p, text in zip(prompts, texts, strict=True)]
-            whole = self.processing_class.apply_chat_template(
-                conversation=turns,
-                chat_template=self.chat_template,
-                tokenize=True,
-                return_dict=True,
-                **self.chat_template_kwargs,
-            )["input_ids"]
-        parts = zip(self.tokenize(prompts), whole, alone, strict=True)
-        return [ids_after(p, w, a, self.eos_ids, limit) for p, w, a in parts]
+        return self.rendering.prompts(prompts)
 
     def student(self) -> AbstractContextManager[Any]:
         return self.generation.student()
@@ -121,7 +120,8 @@ class TRLTrainer(DistillationTrainer):
 
     def write(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         """The student's own completions, by transformers or vLLM."""
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with as_asked(self.accelerator.unwrap_model(self.model)):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         by_student = lambda ids: self.write(ids, *args, **kwargs)  # noqa: E731
@@ -133,6 +133,11 @@ class TRLTrainer(DistillationTrainer):
         # TRL reads ids[-1] of every completion; a padding token stands in and is not trained on.
         return [ids or [self._tokenizer.pad_token_id] for ids in written.ids]
 
+    def _tokenize_prompts(self, prompts: list):
+        if self._is_vlm and not isinstance(prompts[0], str):
+            return super()._tokenize_prompts(prompts)
+        return self.tokenize(self._in_hand.batch.rows), None, {}
+
     def _generate(self, prompts: list):
         hand = self._in_hand
         with self.loop.metrics.time(self.mode, "rollout"):
@@ -142,10 +147,8 @@ class TRLTrainer(DistillationTrainer):
         if hand.empty:
             masks = [[0] * len(mask) if row in hand.empty else mask for row, mask in enumerate(masks)]
             tool_mask = masks
-        recorded = {
-            name: [values or [0.0] for values in column]  # of a placeholder too
-            for name, column in hand.token_values.items()
-        }
+        values = hand.token_values.items()
+        recorded = {name: [row or [0.0] for row in column] for name, column in values}  # of a placeholder too
         hand.rollouts = Rollouts(prompt_ids, completion_ids, masks, recorded)
         return prompt_ids, completion_ids, tool_mask, images, tool_images
 
@@ -169,18 +172,15 @@ class TRLTrainer(DistillationTrainer):
 
     def generation_batches(self) -> Iterator[tuple[list[dict[str, Any]], Step]]:
         """The rows and the step of each of a run's generation batches, of one epoch, without training on them."""
-        try:
-            for number, rows in enumerate(self.get_train_dataloader()):
-                if number % self.args.gradient_accumulation_steps == 0:
-                    self.state.global_step = number // self.args.gradient_accumulation_steps  # draws depend on it
-                    made = Step.of(self._generate_and_score_completions(rows))
-                    yield self._in_hand.batch.rows, made
-        finally:
-            self.state.global_step = 0
+        for number, rows in enumerate(self.get_train_dataloader()):
+            if number % self.args.gradient_accumulation_steps == 0:
+                self.state.global_step = number // self.args.gradient_accumulation_steps  # draws depend on it
+                made = Step.of(self._generate_and_score_completions(rows))
+                yield self._in_hand.batch.rows, made
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, "completion", "completion_ids"]
+        self._signature_columns = [*self._signature_columns, *COLUMNS[1:]]
 
     # ------------------------------------------------------------------ training
 

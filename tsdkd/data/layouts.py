@@ -1,0 +1,109 @@
+"""Columns as people name them, to `prompt` and `completion`: chats with their answers in, ShareGPT's, instructions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from tsdkd.data.completions import clean
+
+logger = logging.getLogger(__name__)
+
+CHATS = ("messages", "conversations", "conversation")
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+# Names of prompts and of completions that say what to pass, where a data set has no 'prompt'.
+_PROMPTS = ("instruction", "question", "problem", "query", "input", "text")
+_COMPLETIONS = ("output", "answer", "solution", "response")
+
+
+def turns_of(chat: Any, row: int, column: str) -> list[dict[str, Any]]:
+    """A chat's turns by `role` and `content`, whether they stand there or as ShareGPT's `from` and `value`.
+
+    Raises:
+        ValueError: a turn that is neither, by row.
+    """
+    made = []
+    for number, turn in enumerate(chat or []):
+        turn = clean(turn) if isinstance(turn, dict) else {}
+        if {"from", "value"} <= turn.keys():
+            role = _ROLES.get(str(turn["from"]).lower())
+            if role is None:
+                raise ValueError(
+                    f"turn {number} of row {row} in {column!r} is from {turn['from']!r}: known are {', '.join(_ROLES)}."
+                )
+            turn = {"role": role, "content": turn["value"]}
+        if "role" not in turn:
+            raise ValueError(
+                f"turn {number} of row {row} in {column!r} has neither role and content nor from and value: {str(turn)[:80]}."
+            )
+        made.append(turn)
+    return made
+
+
+def split_last(chats: Sequence[Any], column: str, reads_completions: bool = True) -> dict[str, list[Any]]:
+    """Chats as prompts, and the assistant's last turn of each, where it ends the chat, as its completion (else None)."""
+    prompts, completions = [], []
+    for row, chat in enumerate(chats):
+        turns = turns_of(chat, row, column)
+        ends = bool(turns) and turns[-1]["role"] == "assistant"
+        prompts.append(turns[:-1] if ends else turns)
+        completions.append([turns[-1]] if ends else None)
+    found = sum(completion is not None for completion in completions)
+    if found and reads_completions:
+        logger.warning(
+            "the last turn of %d of %d chats in %r is the assistant's: it is their completion, what is before it their prompt.",
+            found,
+            len(prompts),
+            column,
+        )
+    return {"prompt": prompts, **({"completion": completions} if found and reads_completions else {})}
+
+
+def alpaca(rows: Any) -> dict[str, list[Any]]:
+    """`instruction` (with `input` behind it, where there is one) as prompts, `output` as completions."""
+    inputs = rows["input"] if "input" in rows.column_names else [None] * len(rows)
+    pairs = zip(rows["instruction"], inputs, strict=True)
+    prompts = [f"{instruction}\n\n{more}" if more else instruction for instruction, more in pairs]
+    return {"prompt": prompts, "completion": list(rows["output"])}
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of turns."""
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], dict)
+
+
+def recognised(rows: Any, column: str | None, completion_column: str | None) -> dict[str, list[Any]] | None:
+    """The columns of a layout that is known, where no `prompt` is there; None of another.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        column, completion_column: what was asked for by name; None was not.
+    """
+    names = rows.column_names
+    wanted = column or next((name for name in CHATS if name in names), None)
+    if wanted is not None and wanted in names and len(rows) and is_chat(rows[0][wanted]):
+        apart = completion_column or ("completion" if "completion" in names else None)
+        return split_last(rows[wanted], wanted, reads_completions=apart is None)
+    if column is None and {"instruction", "output"} <= set(names) and completion_column is None:
+        return alpaca(rows)
+    return None
+
+
+def advice(names: Sequence[str]) -> str:
+    """What to pass for a data set of these columns."""
+    prompt = next((name for name in _PROMPTS if name in names), None)
+    completion = next((name for name in _COMPLETIONS if name in names), None)
+    said = f"Pass --prompt_column {prompt}" if prompt else "Pass --prompt_column"
+    return f"{said} --completion_column {completion}." if prompt and completion else f"{said}."

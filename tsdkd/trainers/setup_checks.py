@@ -1,0 +1,63 @@
+"""What is checked before anything is loaded: functions over one frozen `Setup`, each yielding `Problem`s.
+
+The trainer raises the first; whoever wants all iterates over `problems(setup)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from tsdkd.checks import Problem
+from tsdkd.trainers.setup import Setup
+from tsdkd.trainers.setup_data import completions_are_there, corpus_has_a_weight, prompts_can_be_read
+from tsdkd.trainers.setup_models import (
+    models_write_text,
+    options_have_effect,
+    outputs_can_be_written,
+    placement_is_possible,
+    teacher_is_there,
+    vllm_works,
+)
+
+
+def recording_goes_alone(setup: Setup) -> Iterator[Problem]:
+    """A recording brings its prompts and its teacher, and its completions stand."""
+    if setup.recording is None:
+        return
+    if setup.method.rollouts.writer != "student":
+        yield Problem(
+            f"{setup.method.name} has its completions written by student and teacher together, and a recording holds "
+            "completions that stand",
+            do="train it with the teacher itself (leave recording out)",
+        )
+    if setup.eval_dataset is not None:
+        yield Problem(
+            "a recorded teacher knows its own rows alone and cannot read an eval_dataset", do="leave eval_dataset out"
+        )
+    if setup.teacher is not None or setup.train_dataset is not None:
+        yield Problem(
+            "a recording brings its prompts and its teacher's hidden states",
+            do="leave train_dataset and the teacher out, or leave recording out",
+        )
+
+
+CHECKS: list[Callable[[Setup], Iterator[Problem]]] = [
+    recording_goes_alone,
+    teacher_is_there,
+    options_have_effect,
+    outputs_can_be_written,
+    vllm_works,
+    placement_is_possible,
+    corpus_has_a_weight,
+    prompts_can_be_read,
+    completions_are_there,
+    models_write_text,  # it reads files, or asks the Hub
+]
+# Of data that come later, to `evaluate`.
+OF_DATA: list[Callable[[Setup], Iterator[Problem]]] = [prompts_can_be_read, completions_are_there]
+
+
+def problems(setup: Setup, checks: list[Callable[[Setup], Iterator[Problem]]] = CHECKS) -> Iterator[Problem]:
+    """Everything that keeps a set-up from running, as far as it can be known before anything is loaded."""
+    for check in checks:
+        yield from check(setup)

