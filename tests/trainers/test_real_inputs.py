@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from running import answered, by_prompt, general, make, rows, student
+from running import alone, answered, by_prompt, general, make, rows, student
 from tiny import prompts, tiny_model
 
 from tsdkd.data.prompts import load_prompts
@@ -152,3 +153,49 @@ def test_long_prompts_of_a_stream_are_dropped_and_counted(tmp_path):
     again = make(tmp_path / "kept", data=stream, rollouts=by_prompt, max_steps=1)
     with pytest.raises(ValueError, match=r"at most 52 fit: .* Filter the stream, or set drop_long_prompts"):
         again.train()
+
+
+# ---------------------------------------------------------------------- options and outputs
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect here: a distillation loss has no labels"),
+        ({"data_seed": 3}, "data_seed=3 has no effect here"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' has no effect"),
+        ({"vllm_max_model_length": 99}, "vllm_max_model_length=99 has no effect without vLLM"),
+        ({"teacher_model_init_kwargs": {"dtype": "bf16"}}, "the teacher is loaded already"),
+        ({"any_recording": True}, "any_recording was set, and no recording"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU trains in fp16")
+    with pytest.raises(ValueError, match="fp16"):
+        make(tmp_path, fp16=True)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"output_dir=.*cannot be written: there is a file of that name"):
+        make(file, student="no/such", teacher="no/such")
+    with pytest.raises(ValueError, match=r"output_dir=.*cannot be written: .*file is a file"):
+        make(file / "below", student="no/such", teacher="no/such")
+    assert sorted(os.listdir(tmp_path)) == ["file"]
+
+
+def test_rows_that_come_to_an_evaluation_are_checked_as_those_before(tmp_path):
+    trainer = alone(tmp_path, answered(4))
+    with pytest.raises(ValueError, match="eval_dataset has no 'completion' column"):
+        trainer.evaluate([{"prompt": "Tom has 12 apples."}] * 4)
+    with pytest.raises(ValueError, match="eval_dataset has no 'prompt' column"):
+        trainer.evaluate(Dataset.from_dict({"text": ["a"]}))
+    first = trainer.evaluate(answered(4))["eval_loss"]
+    assert trainer.evaluate({"a": answered(4)})["eval_a_loss"] == pytest.approx(first)

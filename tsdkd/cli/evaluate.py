@@ -10,6 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tsdkd.checks import unwritable
+
 
 def bundled_tasks() -> str:
     """The folder of the tasks that come with the package."""
@@ -43,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "rows to a JSONL file. Interrupted, it goes on with the first task that has no rows.",
     )
     parser.add_argument("--model", help="a folder that a run saved (of a model or an adapter), or a model's name")
+    parser.add_argument("--revision", help="of a model on the Hub: a branch, a tag or a commit")
     parser.add_argument("--label", help="what tables call it; default: the folder's or the model's name")
     parser.add_argument("--suite", choices=["paper"], help="the paper's ten benchmarks")
     parser.add_argument("--tasks", help="names of the harness, or of --include_path, comma-separated")
@@ -116,12 +119,14 @@ def main(arguments: list[str]) -> int:
     from tsdkd.evaluation import harness
     from tsdkd.evaluation.run import Model, Settings, evaluate
 
-    model = Model.at(own.model, own.label)
+    model = Model.at(own.model, own.label, own.revision)
     chats = {"off": [False], "on": [True], "both": [False, True]}[own.chat_template]
     settings = [Settings(chat, own.limit, own.max_gen_toks, own.shots, own.seed, own.engine, own.dtype) for chat in chats]
 
     def build() -> Any:
         options: dict[str, Any] = {"dtype": own.dtype, "batch_size": own.batch_size, "trust_remote_code": own.trust_remote_code}
+        if own.revision is not None:
+            options["revision"] = own.revision
         if own.engine == "hf":
             return harness.hf_model(model.name, **options)
         if own.max_model_len is not None:
@@ -129,6 +134,9 @@ def main(arguments: list[str]) -> int:
         options["seed"] = own.seed
         return harness.vllm_model(model.name, gpu_memory_utilization=own.gpu_memory_utilization, **options)
 
+    why = unwritable(own.out)
+    if why is not None:
+        raise ValueError(f"--out {own.out} cannot be written: {why}. Name another file.")
     first = os.environ.get("RANK", "0") == "0"
     samples = own.out.with_suffix(".samples.jsonl") if own.log_samples else None
     evaluate(

@@ -8,6 +8,8 @@ from pathlib import Path
 from tsdkd.cli.recipes import named_recipes, one_file, read_recipes
 
 ALIASES = {"--student": "--model_name_or_path", "--teacher": "--teacher_model_name_or_path"}
+# Words for the last checkpoint, and for none; anything else is a folder.
+_RESUME = {"true": True, "yes": True, "latest": True, "last": True, "auto": True, "false": None, "no": None, "none": None}
 
 
 @dataclass
@@ -85,7 +87,11 @@ def parse(arguments: list[str], config_class: type | None = None):
         flag, equals, value = argument.partition("=")
         spelled.append(ALIASES.get(flag, flag) + equals + value)
     with one_file(recipe) as file:
-        return parser.parse_args_and_config(["--config", file, *spelled])
+        data, config, model = parser.parse_args_and_config(["--config", file, *spelled])
+    word = str(config.resume_from_checkpoint).lower()
+    if word in _RESUME:
+        config.resume_from_checkpoint = _RESUME[word]
+    return data, config, model
 
 
 def build(data: DataArguments, config, model):
@@ -128,7 +134,7 @@ def build(data: DataArguments, config, model):
         return rows
 
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
-    if model.dtype not in (None, "auto"):
+    if "torch_dtype" not in (config.model_init_kwargs or {}):
         options["dtype"] = model.dtype
     config.model_init_kwargs = {**{k: v for k, v in options.items() if v is not None}, **(config.model_init_kwargs or {})}
     trainer_class = TSDKDTrainer if isinstance(config, TSDKDConfig) else TokenDistillTrainer

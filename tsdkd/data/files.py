@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,9 @@ from typing import Any
 from tsdkd.data.rows import lines_of, text_of
 
 _JSON = (".jsonl", ".ndjson", ".json")
-_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
-    ".arrow": ("arrow", {}),
-}
-ENDINGS = (*_JSON, *_BUILDERS)
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+ENDINGS = (*_JSON, *_TABLES, *_BUILDERS)
 
 
 def _ending(path: Path) -> str:
@@ -76,8 +73,23 @@ def _of_file(path: Path) -> Any:
         raise ValueError(f"{path} is no file of rows: its name ends in none of {', '.join(ENDINGS)}.")
     if ending in _JSON:
         return data_set(_json_rows(path), str(path))
-    builder, options = _BUILDERS[ending]
-    return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+    if ending in _TABLES:
+        return _of_table(path, _TABLES[ending])
+    return datasets.load_dataset(_BUILDERS[ending], data_files=str(path), split="train")
+
+
+def _of_table(path: Path, separator: str) -> Any:
+    """A table whose cells are texts as they stand (007 is no 7, and NA may be an answer); an empty one is None."""
+    import pandas
+    from datasets import Dataset
+
+    try:
+        read = pandas.read_csv(io.StringIO(text_of(path)), sep=separator, dtype=str, keep_default_na=False)
+    except ValueError as error:  # pandas' parser tells the line
+        raise ValueError(f"{path} is no table of cells apart by {separator!r}: {error}.") from error
+    if not len(read):
+        raise ValueError(f"{path} holds no rows.")
+    return Dataset.from_dict({str(name): [cell if cell != "" else None for cell in read[name]] for name in read.columns})
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
@@ -125,7 +137,7 @@ def data_set(rows: Sequence[dict[str, Any]], source: str) -> Any:
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError) as error:
             kinds = {type(value).__name__: number for number, value in reversed(list(enumerate(values))) if value is not None}
             if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values) and name != "tools":
-                shown = ", ".join(f"{kind} (row {number})" for kind, number in kinds.items())
+                shown = ", ".join(f"{kind} (row {number})" for kind, number in sorted(kinds.items(), key=lambda kind: kind[1]))
                 raise ValueError(
                     f"the column {name!r} of {source} does not fit together ({str(error).splitlines()[0]}); it holds {shown}: "
                     "make its rows alike, e.g. the arguments of every tool call a JSON text."

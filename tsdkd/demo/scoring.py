@@ -39,10 +39,11 @@ def answers(
     batch_size: int = 250,
     max_new_tokens: int = MAX_NEW_TOKENS,
     as_chat: bool = True,
+    rendering: Rendering | None = None,
 ) -> list[str]:
-    """The model's greedy answers, in the problems' order; questions are put as chats, or as plain text."""
+    """The model's greedy answers, in the problems' order; questions are put as chats, or as plain text, as `rendering` does."""
     texts: list[str] = []
-    rendering = Rendering(tokenizer, tokenizer)
+    rendering = rendering or Rendering(tokenizer, tokenizer)
     for start in range(0, len(problems), batch_size):
         questions = [p.question for p in problems[start : start + batch_size]]
         asked = [[{"role": "user", "content": question}] for question in questions] if as_chat else questions
@@ -57,7 +58,12 @@ def answers(
 
 
 def accuracy(
-    model, tokenizer, problems: Sequence[Problem], max_new_tokens: int = MAX_NEW_TOKENS, as_chat: bool = True
+    model,
+    tokenizer,
+    problems: Sequence[Problem],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    as_chat: bool = True,
+    rendering: Rendering | None = None,
 ) -> dict[str, float]:
     """Share of problems answered right, with its 95 % Wilson interval; questions are put as chats, or as plain text.
 
@@ -66,7 +72,7 @@ def accuracy(
     """
     was_training = model.training
     model.eval()
-    texts = answers(model, tokenizer, problems, max_new_tokens=max_new_tokens, as_chat=as_chat)
+    texts = answers(model, tokenizer, problems, max_new_tokens=max_new_tokens, as_chat=as_chat, rendering=rendering)
     right = sum(is_correct(text, problem.answer) for text, problem in zip(texts, problems, strict=True))
     model.train(was_training)
     low, high = wilson_interval(right, len(problems))

@@ -19,6 +19,7 @@ from tsdkd.evaluation import harness
 from tsdkd.evaluation import tasks as harness_tasks
 from tsdkd.evaluation.suite import BY_TASK
 from tsdkd.provenance import provenance
+from tsdkd.teachers.sources import lacks_tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Model:
         return {"model": self.name, "model_digest": self.digest, "label": self.label}
 
     @classmethod
-    def at(cls, name: str, label: str | None = None) -> Model:
-        """A name on the hub, or a folder with weights (or an adapter) and a tokenizer.
+    def at(cls, name: str, label: str | None = None, revision: str | None = None) -> Model:
+        """A name on the hub (in a revision), or a folder with weights (or an adapter) and a tokenizer.
 
         Raises:
             ValueError: a folder without a model or without a tokenizer.
@@ -71,13 +72,16 @@ class Model:
         if not folder.is_dir():
             if name[:1] in "./~" or name.count("/") > 1:
                 raise ValueError(f"--model {name}: there is no such folder. Pass a folder with a model, or a model's name.")
-            return cls(name, "", label or name)
+            return cls(name, revision or "", label or (f"{name}@{revision}" if revision else name))
+        if revision is not None:
+            raise ValueError(f"--revision {revision} was given for the folder {name}, which has none: leave it out.")
+        name = str(folder) if name[:1] == "~" else name
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise ValueError(
                 f"--model {name} holds no config.json and no adapter_config.json: pass the folder that a run saved its "
                 "model in."
             )
-        if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        if lacks_tokenizer(name):
             raise ValueError(
                 f"--model {name} holds no tokenizer (tokenizer.json): save the one it was trained with beside it, "
                 "AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained(FOLDER)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # Asked for in every call, or of no weight beside sampling's own options.
 _ASKED = (*_IDS, "do_sample", "max_length", "max_new_tokens", "use_cache", "cache_implementation", "transformers_version")
+_ONE = re.compile("penalty$|^num_")  # where 1 is nothing
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -23,7 +25,8 @@ def leftovers(model: Any, sampling: bool = False) -> dict[str, Any]:
     if config is None or not hasattr(config, "to_diff_dict"):
         return {}
     left_out = _ASKED if sampling else (*_ASKED, *_SAMPLING)
-    return {name: v for name, v in config.to_diff_dict().items() if name not in left_out and name[:1] != "_" and v is not None}
+    found = {name: value for name, value in config.to_diff_dict().items() if name not in left_out and name[:1] != "_"}
+    return {name: value for name, value in found.items() if value and not (value == 1 and _ONE.search(name))}
 
 
 def _layers(model: Any) -> Iterator[Any]:

@@ -128,8 +128,21 @@ class CompletionSupply:
             self.metrics.add_host("train", "answers/share", self.source.share)
 
     def _given(self, rows: list[dict[str, Any]]) -> list[list[int]]:
-        """The ids of the data set's completions, cut to `max_completion_length`."""
-        return [ids for ids, _ in self._given_and_cut(rows)]
+        """The ids of the data set's completions, cut to `max_completion_length`; a stream's are looked at here.
+
+        Raises:
+            ValueError: a row of a stream without a completion, or with ids that one model lacks.
+        """
+        if "completion_ids" not in rows[0] and not all(has_text(row.get("completion")) for row in rows):
+            raise ValueError("a row without a completion arrived, and the method trains on those: filter the stream.")
+        given = [ids for ids, _ in self._given_and_cut(rows)]
+        beyond = max((max(ids, default=0) for ids in given), default=0)
+        if beyond >= self.host.vocab_size:
+            raise ValueError(
+                f"a completion with id {beyond}, {self.host.tokenizer.decode([beyond])!r}, arrived, beyond the "
+                f"{self.host.vocab_size} ids that both models have: filter the stream."
+            )
+        return given
 
     def _given_and_cut(self, rows: list[dict[str, Any]]) -> list[tuple[list[int], bool]]:
         longest = self.host.max_completion_length

@@ -90,8 +90,7 @@ class Prompts:
             ValueError: prompts that are too long, unless they are to be dropped, or ids that one model lacks.
         """
         if not hasattr(dataset, "__len__"):
-            drops = self.host.args.drop_long_prompts and hasattr(dataset, "filter")
-            return dataset.filter(self._fits) if drops else dataset
+            return dataset.filter(self._fits) if self.host.args.drop_long_prompts else dataset
         host, lengths = self.host, []
         seen: dict[frozenset[str], int] = {}
         for start, rows in pieces(dataset):
@@ -187,6 +186,12 @@ class Prompts:
         if not all(prompt_ids):
             raise ValueError(
                 "a prompt without tokens arrived: nothing predicts the first token of its completion. Filter the stream."
+            )
+        beyond = max(map(max, prompt_ids))
+        if beyond >= self.host.vocab_size:
+            raise ValueError(
+                f"a prompt with id {beyond}, {self.host.tokenizer.decode([beyond])!r}, arrived, beyond the "
+                f"{self.host.vocab_size} ids that both models have. Filter the stream."
             )
         too_long = max(map(len, prompt_ids))
         if too_long > self.limits.prompt:

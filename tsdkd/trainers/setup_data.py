@@ -19,6 +19,12 @@ def corpus_has_a_weight(setup: Setup) -> Iterator[Problem]:
             "nothing would be trained on it",
             "set minillm's pretraining_weight, or leave the data set out",
         )
+    if rows is not None and not hasattr(rows, "__len__"):
+        yield Problem(
+            "pretraining_dataset is a stream",
+            "its texts are drawn at random, by number",
+            "pass rows, e.g. the first of it: datasets.Dataset.from_list(list(stream.take(10000)))",
+        )
     if weight and "text" not in columns_of(rows):
         columns = "none was given" if rows is None else f"it has: {', '.join(columns_of(rows))}"
         yield Problem(

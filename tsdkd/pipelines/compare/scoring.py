@@ -66,7 +66,7 @@ class OnProblems:
         from tsdkd.demo.scoring import accuracy
 
         longest, as_chat = trainer.max_completion_length, trainer.has_chats  # asked as it was trained
-        found = accuracy(trainer.model, trainer.processing_class, self.problems, longest, as_chat)
+        found = accuracy(trainer.model, trainer.processing_class, self.problems, longest, as_chat, rendering=trainer.rendering)
         interval = {"low": found["low"], "high": found["high"]}
         n = int(found["n"])
         return [ScoreRow(task="problems", metric="accuracy", score=found["accuracy"], n=n, label=label, more=interval)]
