@@ -37,7 +37,7 @@ def as_csv(separator):
         ("p.jsonl", JSONL.encode()),
         ("P.JSONL", JSONL.encode()),
         ("p.ndjson", JSONL.encode()),
-        ("p.jsonl.gz", gzip.compress(JSONL.encode())),
+        ("p.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0)),
         ("bom.jsonl", "\ufeff".encode() + JSONL.encode()),
         ("utf16.jsonl", JSONL.encode("utf-16")),
         ("crlf.jsonl", JSONL.replace("\n", "\r\n").encode()),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
     "train": "distil a student from a YAML recipe and flags",
     "compare": "train several methods from the same start and score each",
     "evaluate": "score a model on the paper's benchmarks or your own tasks",
+    "methods": "list the methods, their options and papers",
     "table": "lay scores out as the paper's tables, beside its own numbers",
     "demo": "distil two shipped tiny models on this machine and show what changed",
 }
@@ -24,16 +26,61 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"tsdkd {__version__}")
         return 0
-    usage = _USAGE + "".join(f"  {name:<8}{what}\n" for name, what in COMMANDS.items())
+    usage = _USAGE + "".join(f"  {name:<10}{what}\n" for name, what in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage + "\n`tsdkd COMMAND --help` lists a command's options.")
         return 0
     if arguments[0] not in COMMANDS:
         print(f"tsdkd: unknown command {arguments[0]!r}; the commands are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    command = importlib.import_module(f"tsdkd.cli.{arguments[0]}")
     try:
-        return command.main(arguments[1:])
-    except (ValueError, OSError, FloatingPointError) as error:  # OSError: a model, data set or file that is not there
-        print(f"tsdkd {arguments[0]}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return importlib.import_module(f"tsdkd.cli.{arguments[0]}").main(arguments[1:])
+    except Exception as error:
+        if os.environ.get("TSDKD_TRACEBACK"):
+            raise
+        text, status = told(error)
+        print(f"tsdkd {arguments[0]}: {text}", file=sys.stderr)
+        return status
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """What is said of an error in place of its traceback, and the exit status: 2 for what the caller must change, 1 else."""
+    if isinstance(error, (ValueError, OSError)):  # OSError: a model, data set or file that is not there
+        return str(error) or type(error).__name__, 2
+    if isinstance(error, FloatingPointError):
+        return str(error), 1
+    cause = error.__cause__ or error.__context__
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = str(cause).strip() if cause is not None else ""
+    because = f" ({type(cause).__name__}: {reason.splitlines()[0]})" if reason else ""
+    if isinstance(error, ImportError):
+        package = (error.name or "").partition(".")[0]
+        extra = next((name for name, packages in _EXTRAS.items() if package in packages), None)
+        how = f" pip install 'tsdkd[{extra}]'." if extra else f" pip install {package}." if package else ""
+        return f"a package is missing: {first.rstrip('.')}.{how}", 2
+    # Of other libraries: damaged files, broken templates, data that cannot be made, memory.
+    kind = type(error).__name__
+    return f"{kind}: {first}{because} (TSDKD_TRACEBACK=1 shows where)", 2 if kind in _USERS else 1
+
+
+# Which extra brings a package.
+_EXTRAS = {
+    "vllm": ("vllm",),
+    "deepspeed": ("deepspeed",),
+    "peft": ("peft",),
+    "qlora": ("bitsandbytes",),
+    "eval": ("lm_eval",),
+    "report": ("matplotlib",),
+}
+# Errors of other libraries that a user's file or option makes.
+_USERS = (
+    "SafetensorError",
+    "DatasetGenerationError",
+    "UndefinedError",
+    "TemplateError",
+    "TemplateSyntaxError",
+    "TypeError",
+    "KeyError",
+    "JSONDecodeError",
+    "RuntimeError",
+)

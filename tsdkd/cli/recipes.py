@@ -40,9 +40,15 @@ def read_recipes(files: list[Path]) -> dict[str, Any]:
     Raises:
         ValueError: a file that is not there or holds no YAML mapping.
     """
+    return with_origins(files)[0]
+
+
+def with_origins(files: list[Path]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """`read_recipes`, and the file that each option stands in."""
     import yaml
 
     merged: dict[str, Any] = {}
+    origin: dict[str, Path] = {}
     for file in files:
         try:
             options = parsed(text_of(file.expanduser()))
@@ -51,7 +57,8 @@ def read_recipes(files: list[Path]) -> dict[str, Any]:
         if not isinstance(options, dict):
             raise ValueError(f"the recipe {file} holds {type(options).__name__}; a recipe is a mapping, OPTION: VALUE a line.")
         merged.update(options)
-    return merged
+        origin.update(dict.fromkeys(options, file))
+    return merged, origin
 
 
 def parsed(text: str) -> Any:

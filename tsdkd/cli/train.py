@@ -2,96 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from tsdkd.cli.recipes import named_recipes, one_file, read_recipes
-
-ALIASES = {"--student": "--model_name_or_path", "--teacher": "--teacher_model_name_or_path"}
-# Words for the last checkpoint, and for none; anything else is a folder.
-_RESUME = {"true": True, "yes": True, "latest": True, "last": True, "auto": True, "false": None, "no": None, "none": None}
-
-
-@dataclass
-class DataArguments:
-    """Where the prompts come from, and what the student is scored on while it trains."""
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "A data set's name, or the path of a JSONL, CSV, TSV or Parquet file, or of a folder."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
-    dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "A second data set, for evaluation."})
-    eval_dataset_split: str = field(default="test", metadata={"help": "The evaluation data set's split."})
-    prompt_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "The column that holds the prompts; default: prompt, or messages, conversations, instruction and output."
-        },
-    )
-    prompt_as_chat: bool = field(
-        default=False, metadata={"help": "Make each text prompt a chat of one user message, for models with a chat template."}
-    )
-    drop_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep the first of equal prompts."})
-    completion_column: str | None = field(
-        default=None,
-        metadata={"help": "The column of given completions, for methods that train on them; default: completion, if there."},
-    )
-    pretraining_dataset_name: str | None = field(
-        default=None, metadata={"help": "A corpus with a 'text' column, for a method with a loss on one (minillm)."}
-    )
-    eval_tasks: str | None = field(
-        default=None,
-        metadata={"help": "Tasks, comma-separated, that the student is scored on while it trains; see tsdkd evaluate."},
-    )
-    eval_every: int = field(default=100, metadata={"help": "Optimizer steps between two scorings on eval_tasks."})
-    eval_best: str | None = field(
-        default=None, metadata={"help": "TASK/METRIC of the score by which the best student is kept, in OUTPUT_DIR/best."}
-    )
-    eval_include_path: str | None = field(default=None, metadata={"help": "A folder of task YAMLs of your own."})
-    eval_chat_template: bool = field(default=False, metadata={"help": "Put the items of eval_tasks as chats."})
-    eval_limit: int | None = field(default=None, metadata={"help": "The first items of each of eval_tasks only."})
-    record: str | None = field(
-        default=None,
-        metadata={"help": "Write the rollouts and the teacher's hidden states of the run's steps into this folder, and stop."},
-    )
-
-
-def _config_class(arguments: list[str], recipe: dict) -> type:
-    """TSD-KD's own configuration, or the general one where another method or its options are named."""
-    from tsdkd.trainers import TokenDistillConfig, TSDKDConfig
-
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    named = {flag: words[i + 1] for i, flag in enumerate(words[:-1]) if flag.startswith("--")}
-    method = named.get("--method", recipe.get("method", "tsd_kd"))
-    options = named.get("--method_options", recipe.get("method_options"))
-    return TSDKDConfig if method == "tsd_kd" and not options else TokenDistillConfig
-
-
-def parse(arguments: list[str], config_class: type | None = None):
-    """Data, training and model options from flags and `--config` files: a later file wins over an earlier, flags over all."""
-    from trl import ModelConfig, TrlParser
-
-    files, flags = named_recipes(arguments)
-    recipe = read_recipes(files)
-    about = (
-        f"Aliases: {', '.join(f'{short} for {long}' for short, long in ALIASES.items())}. --config FILE reads a YAML recipe; "
-        "of several a later one's options stand."
-    )
-    parser = TrlParser(
-        (DataArguments, config_class or _config_class(flags, recipe), ModelConfig), prog="tsdkd train", description=about
-    )
-    spelled = []
-    for argument in flags:
-        flag, equals, value = argument.partition("=")
-        spelled.append(ALIASES.get(flag, flag) + equals + value)
-    with one_file(recipe) as file:
-        data, config, model = parser.parse_args_and_config(["--config", file, *spelled])
-    word = str(config.resume_from_checkpoint).lower()
-    if word in _RESUME:
-        config.resume_from_checkpoint = _RESUME[word]
-    return data, config, model
+from tsdkd.cli.console import ConsoleLog
+from tsdkd.cli.parsing import DataArguments, parse
 
 
 def build(data: DataArguments, config, model):
@@ -116,6 +34,7 @@ def build(data: DataArguments, config, model):
     from tsdkd.data.files import load_rows
     from tsdkd.data.prompts import load_prompts
     from tsdkd.trainers import TokenDistillTrainer, TSDKDConfig, TSDKDTrainer
+    from tsdkd.trainers.run_record import changed
 
     def load(name: str | None, split: str):
         if name is None:
@@ -147,6 +66,8 @@ def build(data: DataArguments, config, model):
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    config_of_run = {**changed(data), **changed(model)}
+    trainer.run_record.options = {name: value for name, value in config_of_run.items() if name not in ("dry_run",)}
     if data.eval_tasks:
         from tsdkd.cli.evaluate import bundled_tasks, names_in
         from tsdkd.evaluation.while_training import EvaluateWhileTraining
@@ -166,12 +87,74 @@ def build(data: DataArguments, config, model):
 
 def main(arguments: list[str]) -> int:
     data, config, model = parse(arguments)
+    with no_empty_folder(Path(config.output_dir)):
+        return _run(data, config, model)
+
+
+@contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Take a folder away that was made meanwhile and holds nothing."""
+    was_there = folder.exists()
+    try:
+        yield
+    finally:
+        if not was_there and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _run(data: DataArguments, config: Any, model: Any) -> int:
+    prepare_folder(config, data.overwrite_output_dir, dry=data.dry_run is not None or data.record is not None)
+    if data.dry_run is not None:
+        config.save_strategy = "no"
     trainer = build(data, config, model)
     if data.record is not None:
         trainer.record(data.record)
         trainer.accelerator.print(f"The recording is in {data.record}; train on it with --recording {data.record}")
         return 0
+    if data.dry_run is not None:
+        return _dry_run(trainer, data.dry_run)
+    ConsoleLog.of(trainer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(config.output_dir)
-    trainer.accelerator.print(f"The student is in {config.output_dir}")
+    trainer.accelerator.print(f"The student is in {config.output_dir}, with run.json, config.yaml, metrics.jsonl")
+    return 0
+
+
+def prepare_folder(config: Any, overwrite: bool, dry: bool = False) -> None:
+    """Refuse a folder of another run, unless this one goes on with it or writes over it.
+
+    Raises:
+        ValueError: what lies there, and what to do.
+    """
+    from tsdkd.trainers.run_record import CURVE, METRICS, RUN, is_of_another_run
+
+    folder = Path(config.output_dir)
+    found = is_of_another_run(folder)
+    if found is None or config.resume_from_checkpoint or dry:
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{folder} holds another run ({found}): name another --output_dir, go on with it (--resume_from_checkpoint True), "
+            "or take its place (--overwrite_output_dir)."
+        )
+    if config.process_index == 0:
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        of_run = (RUN, METRICS, CURVE, "benchmarks.jsonl", "config.json", "adapter_config.json")
+        for path in (*(folder / name for name in of_run), *folder.glob("*.safetensors*"), *folder.glob("*.bin")):
+            path.unlink(missing_ok=True)
+
+
+def _dry_run(trainer: Any, how: str) -> int:
+    """The run's table, and with `step` one step on one batch; nothing is kept."""
+    from tsdkd.trainers.run_record import as_text, summary
+
+    trainer.remove_callback(trainer.run_record)
+    trainer.accelerator.print(as_text(summary(trainer)))
+    if how == "step":
+        trainer.args.max_steps = 1
+        result = trainer.train()
+        seconds = result.metrics["train_runtime"]
+        trainer.accelerator.print(f"One step was made: loss {result.training_loss:.4g}, {seconds:.1f} s.")
+    trainer.accelerator.print("This was a dry run: nothing was written.")
     return 0

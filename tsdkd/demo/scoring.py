@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from tsdkd.data.answers import is_correct
+from tsdkd.data.intervals import wilson_interval
 from tsdkd.data.rendering import Rendering
 from tsdkd.demo.problems import Problem
 from tsdkd.rollouts import as_asked
 
 MAX_NEW_TOKENS = 48
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share (95 % by default), in [0, 1].
-
-    Example:
-        >>> low, high = wilson_interval(50, 100)
-        >>> round(low, 4), round(high, 4)
-        (0.4038, 0.5962)
-    """
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"{successes} successes of {trials} trials: pass 0 <= successes <= trials, at least one trial.")
-    share, z2 = successes / trials, z * z
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials)) / (1 + z2 / trials)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @torch.no_grad()

@@ -77,7 +77,13 @@ class TokenDistillConfig(DistillationConfig):
     )
     num_train_epochs: float = field(default=3.0, metadata={"help": "Paper, A.9: 'Epochs 3'."})
 
-    method: str = field(default="tsd_kd", metadata={"help": "The distillation method's name."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling; the loss has kd_temperature."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision in bfloat16; default: on an accelerator that has it."}
+    )
+    method: str = field(
+        default="tsd_kd", metadata={"help": "The distillation method, a name of tsdkd methods (tsd_kd, gkd, distillm, …)."}
+    )
     method_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "The method's options, by name."})
     beta: float | None = field(  # TRL's field, which no method here reads
         default=None, metadata={"help": "Not read: an option of the method, --method_options '{\"beta\": 0.5}'."}
@@ -133,7 +139,7 @@ class TokenDistillConfig(DistillationConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and not self.fp16 and not self.use_cpu:  # type: ignore[has-type]
+        if self.bf16 is None and not self.fp16 and not self.use_cpu:
             self.bf16 = bf16_works_here()
         elif self.bf16 is None:
             self.bf16 = False

@@ -34,6 +34,7 @@ from tsdkd.trainers.step import Step
 from tsdkd.types import Rollouts
 
 logger = logging.getLogger(__name__)
+NORMS_EVERY = 100  # optimizer steps
 
 
 class Loop:
@@ -132,8 +133,12 @@ class Loop:
     def compute(self, student: nn.Module, step: Step) -> torch.Tensor:
         """A micro-batch's loss."""
         host = self.host
-        every = host.args.term_grad_norm_steps
-        norms = bool(every) and host.mode == "train" and host.micro_step == 0 and host.step % every == 0
+        every, norms = host.args.term_grad_norm_steps, None
+        if host.mode == "train" and host.micro_step == 0:
+            if every and host.step % every == 0:
+                norms = True
+            elif host.step % NORMS_EVERY == 0 and len(self.method.terms(self.state)) > 1:
+                norms = False  # for the run's table and its health, on one micro-batch
         return self.loss(student, step, mode=host.mode, term_norms=norms)
 
     def before_optimizer_step(self, grad_norm: torch.Tensor | float | None) -> None:

@@ -63,6 +63,7 @@ class StepLoss:
         self.engine = dict(engine or {})
         self.metrics, self.guard = metrics, guard
         self.autocast, self.gathered, self.scale, self.router = autocast, gathered, scale, router
+        self.norms: dict[str, torch.Tensor] = {}  # each term's gradient, of when it was computed last
         self._observed: list[tuple[list[int], torch.Tensor]] = []
         self._sums: dict[str, torch.Tensor] = {}
 
@@ -73,12 +74,12 @@ class StepLoss:
         plan = dataclasses.replace(method.reads(rollouts.lengths), rule=None)
         return Step(rollouts, method.counts(rollouts.lengths), range(len(rollouts)), plan, teacher_hidden)
 
-    def __call__(self, student: nn.Module, step: Step, *, mode: str = "train", term_norms: bool = False) -> torch.Tensor:
+    def __call__(self, student: nn.Module, step: Step, *, mode: str = "train", term_norms: bool | None = None) -> torch.Tensor:
         """The loss, 0-d; in training mode times `scale`.
 
         Args:
             mode: `"train"` or `"eval"`, which logs apart and neither watches nor observes.
-            term_norms: log the norm of each term's gradient, too.
+            term_norms: compute the norm of each term's gradient, too, into `norms`; True logs it.
 
         Raises:
             ValueError: a term of the method's that its loss does not give.
@@ -87,8 +88,8 @@ class StepLoss:
             batch = self.batch_of(student, step)
             with self._time(mode), self.gathered(student):
                 terms = self._terms(self.method, batch, head_of(student), step)
-                if term_norms:
-                    self._log_term_norms(batch, head_of(student), step)
+                if term_norms is not None:
+                    self._term_norms(batch, head_of(student), step, log=term_norms)
         self._add(mode, terms.sums)
         if mode == "eval":
             return terms.loss
@@ -161,7 +162,7 @@ class StepLoss:
             self.guard.watch("the pretraining term", terms.loss)
         return self.method.pretraining_weight * terms.loss
 
-    def _log_term_norms(self, batch: TokenBatch, head: Head, step: Step) -> None:
+    def _term_norms(self, batch: TokenBatch, head: Head, step: Step, log: bool) -> None:
         """The norm of each weighted term's gradient with respect to the student's last hidden states."""
         bias = None if head.bias is None else head.bias.detach()
         frozen = dataclasses.replace(head, weight=head.weight.detach(), bias=bias)
@@ -174,7 +175,10 @@ class StepLoss:
                 loss = self._terms(self.method.only(term), alone, frozen, step).loss
                 (gradient,) = torch.autograd.grad(loss, hidden)
             norm = gradient.norm()
-            self._add("train", {f"grad_norm/{term}": (norm, torch.ones_like(norm))})
+            self.norms[term] = norm
+            if log:  # the second name goes in 0.2
+                pair = (norm, torch.ones_like(norm))
+                self._add("train", {f"hidden_grad_norm/{term}": pair, f"grad_norm/{term}": pair})
 
     # ------------------------------------------------------------------ the state
 

@@ -11,6 +11,7 @@ from tsdkd.fused import token_statistics
 from tsdkd.methods import Method, State
 from tsdkd.teachers import Teacher, TeacherUnavailable, head_of, hidden_of
 from tsdkd.trainers.corpus import Corpus
+from tsdkd.trainers.health import repetition
 from tsdkd.trainers.host import Host, teacher_rows
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.step import Step
@@ -68,6 +69,8 @@ class StepScorer:
         host, lengths = self.host, rollouts.lengths
         empty = float(sum(length == 0 for length in lengths))
         self.metrics.add_host(host.mode, "completions/empty", empty, 1 / host.accelerator.num_processes)
+        repeated = sum(map(repetition, rollouts.completion_ids))
+        self.metrics.add_host(host.mode, "completions/repetition", repeated, len(lengths))
         if "accepted" in rollouts.recorded:
             accepted = rollouts.trained(rollouts.recorded["accepted"])
             self.metrics.add_host(host.mode, "speculative/acceptance", sum(accepted), len(accepted))

@@ -18,8 +18,10 @@ from tsdkd.teachers import RecordedTeacher, Recording, Teacher, gathered, vocabu
 from tsdkd.teachers.heads import check_head
 from tsdkd.teachers.placing import Request, place
 from tsdkd.trainers.callbacks import TokenBudget
+from tsdkd.trainers.card import card_of
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.engines import Generation
+from tsdkd.trainers.health import watch
 from tsdkd.trainers.host import teacher_rows
 from tsdkd.trainers.loading import restore_buffers
 from tsdkd.trainers.loop import Loop
@@ -36,6 +38,7 @@ from tsdkd.trainers.models import (
 )
 from tsdkd.trainers.prompts import Limits
 from tsdkd.trainers.recording import check_recordable, write_recording
+from tsdkd.trainers.run_record import RunRecord
 from tsdkd.trainers.setup import Setup, chosen_method
 from tsdkd.trainers.setup_checks import OF_DATA, problems
 from tsdkd.trainers.sources import load_sharded_teacher, load_student, load_teacher, processor_of, vocabulary_of
@@ -137,6 +140,9 @@ class TokenDistillTrainer(TRLTrainer):
             recording.check_student(None if args.any_recording else fingerprint_of(self.model), limits.completion)
         self.loop = Loop(self, setup, self.teacher, self.teacher_model, names_of(setup), limits)
         self._fit_data()
+        self.run_record = RunRecord(self)
+        for callback in (self.run_record, watch(self)):
+            self.add_callback(callback)
 
     # ------------------------------------------------------------------ at construction
 
@@ -226,6 +232,12 @@ class TokenDistillTrainer(TRLTrainer):
         about = {"method": self.method.name, "models": self.loop.names, **provenance(self.args.seed)}
         about["student_fingerprint"] = fingerprint_of(self.model)
         write_recording(self, Path(folder), about)
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None) -> None:
+        """The card of the student as it is, in `args.output_dir`, in place of TRL's."""
+        if self.is_world_process_zero():
+            text = card_of(self, model_name, dataset_name, [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])])
+            Path(self.args.output_dir, "README.md").write_text(text)
 
     @property
     def trained_tokens(self) -> int:

@@ -1,0 +1,241 @@
+"""What a run says before its first step, and the record of itself that it leaves in its folder.
+
+`run.json` (resolved options, command, versions, commit, hardware, models), `config.yaml` (the options that differ from their
+defaults: `tsdkd train --config config.yaml` makes the run again), `metrics.jsonl` (a row a log) and `curve.png`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tsdkd.data.rows import append_rows, read_rows, replace_rows
+from tsdkd.provenance import provenance
+from tsdkd.teachers import vocabulary_size
+from tsdkd.trainers.host import batch_rows
+
+logger = logging.getLogger(__name__)
+
+RUN, CONFIG, METRICS, CURVE = "run.json", "config.yaml", "metrics.jsonl", "curve.png"
+_WORKED_OUT = ("logging_nan_inf_filter", "disable_tqdm", "dataloader_pin_memory")
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON and YAML hold it."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(part) for part in value]
+    if hasattr(value, "value") and isinstance(value.value, _PLAIN):  # an enumeration's member
+        return value.value
+    return value if isinstance(value, _PLAIN) else str(value)
+
+
+def changed(options: Any) -> dict[str, Any]:
+    """A dataclass's fields that differ from their defaults, but for those that are worked out from others."""
+    made = {}
+    for field in dataclasses.fields(options) if dataclasses.is_dataclass(options) else ():
+        value = getattr(options, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if hasattr(value, "to_dict"):
+            value, whole = value.to_dict(), type(value)().to_dict()
+            default = {name: whole[name] for name in value}
+        if field.init and field.name not in _WORKED_OUT and value not in (None, []) and plain(value) != plain(default):
+            made[field.name] = plain(value)
+    return made
+
+
+def options_of(method: Any) -> dict[str, Any]:
+    """All of a method's options, where it is a dataclass."""
+    return {f.name: plain(getattr(method, f.name)) for f in dataclasses.fields(method)} if dataclasses.is_dataclass(method) else {}
+
+
+def is_of_another_run(folder: Path) -> str | None:
+    """What of an earlier run lies in a folder, or None."""
+    names = [name for name in (RUN, METRICS, "trainer_state.json") if (folder / name).is_file()]
+    names += sorted(path.name for path in folder.glob("checkpoint-*"))[:1]
+    names += [path.name for path in folder.glob("*.safetensors")][:1]
+    return names[0] if names else None
+
+
+def weights_of(model: Any) -> str:
+    """How many parameters a model has, which of them are trained, and their dtypes."""
+    sizes = [(p.ds_numel if hasattr(p, "ds_numel") else p.numel(), p.requires_grad, str(p.dtype)) for p in model.parameters()]
+    whole, trained = sum(n for n, *_ in sizes), sum(n for n, grad, _ in sizes if grad)
+    dtypes = ", ".join(sorted({dtype.removeprefix("torch.") for *_, dtype in sizes}))
+    share = f", {_count(trained)} trained" if 0 < trained < whole else ""
+    return f"{_count(whole)} parameters{share}, {dtypes}"
+
+
+def _count(number: int) -> str:
+    for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return str(number)
+
+
+def summary(trainer: Any) -> dict[str, str]:
+    """What a `TokenDistillTrainer` will do, a line each."""
+    args, method, state = trainer.args, trainer.method, trainer.state
+    setup, names = trainer.setup, trainer.loop.names
+    options = changed(method)
+    table = {"method": f"{method.title or method.name}" + (f" with {_pairs(options)}" if options else ", its defaults")}
+    table["student"] = f"{names['student']}: {weights_of(trainer.model)}"
+    if trainer.teacher_model is not None:
+        table["teacher"] = f"{names['teacher']}: {weights_of(trainer.teacher_model)}, {args.teacher_placement}"
+    elif trainer.teacher is not None:
+        table["teacher"] = f"{names['teacher']} ({'recording' if setup.recording is not None else args.teacher_placement})"
+    rows, tokens = vocabulary_size(trainer.model), trainer.vocab_size
+    lost = f", {rows - tokens} of the student's not" if rows > tokens else ""
+    padded = len(trainer.unknown_ids)
+    table["vocabulary"] = f"{tokens} ids shared{lost}" + (f", {padded} without a token are never written" if padded else "")
+    data, processes = trainer.train_dataset, trainer.accelerator.num_processes
+    constants = {name: int(read()) for name, read in trainer.loop.metrics.constants.items()}
+    out = [f"{count} {name.split('/')[1].replace('_', ' ')}" for name, count in constants.items() if count]
+    found = f"{len(data)}" if hasattr(data, "__len__") else "a stream"
+    table["prompts"] = ", ".join([f"{found}{', chats' if trainer.has_chats else ', text'}", *out])
+    spec = setup.rollouts
+    writer = spec.writer if isinstance(spec.writer, str) else type(spec.writer).__name__
+    engine = "vLLM" if args.use_vllm else "transformers"
+    given = " and given ones" if spec.need_dataset and (spec.share or spec.replay) else ""
+    all_given = spec.need_dataset and not (spec.share or spec.replay)
+    table["completions"] = "given" if all_given else f"by {writer} ({engine}){given}"
+    size = batch_rows(args) * processes
+    table["batch"] = (
+        f"{size} prompts a step: {args.per_device_train_batch_size} × {args.gradient_accumulation_steps} accumulated × "
+        f"{processes} process{'es' if processes > 1 else ''}"
+    )
+    steps = planned_steps(trainer)
+    epochs = f", {steps * size / len(data):.3g} epochs" if hasattr(data, "__len__") and len(data) else ""
+    begun = f", {state.global_step} of them made" if state.global_step else ""
+    table["steps"] = f"{steps}{epochs}{begun}"
+    rate = f"{args.learning_rate:g}, {plain(args.lr_scheduler_type)}, warm-up {args.warmup_steps:g}"
+    table["learning rate"] = rate if args.learning_rate else "0: the weights will not change"
+    limits = trainer.loop.prompts.limits
+    table["lengths"] = f"prompts up to {limits.prompt} tokens, completions up to {limits.completion}"
+    table["written to"] = f"{args.output_dir}" + ("" if plain(args.save_strategy) == "no" else f", checkpoints {_saving(args)}")
+    return table
+
+
+def planned_steps(trainer: Any) -> int:
+    """The optimizer steps of a run, before it starts, too."""
+    args, data = trainer.args, trainer.train_dataset
+    if trainer.state.max_steps > 0 or args.max_steps > 0:
+        return trainer.state.max_steps if trainer.state.max_steps > 0 else args.max_steps
+    batches = len(data) // (batch_rows(args) * trainer.accelerator.num_processes)
+    return math.ceil(args.num_train_epochs * max(1, batches))
+
+
+def _pairs(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+def _saving(args: Any) -> str:
+    return f"every {args.save_steps:g} steps" if plain(args.save_strategy) == "steps" else f"by {plain(args.save_strategy)}"
+
+
+def as_text(table: Mapping[str, str]) -> str:
+    """A table's lines."""
+    width = max(map(len, table))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in table.items())
+
+
+class RunRecord(TrainerCallback):
+    """Prints a run's table before its first step, and keeps its record, on the first process.
+
+    Args:
+        trainer: whose run it is.
+        options: what beside the trainer's own options makes the run again (data, models), by name.
+        say: what prints the table.
+    """
+
+    def __init__(self, trainer: Any, options: Mapping[str, Any] | None = None, say: Any = print) -> None:
+        self.trainer, self.options, self.say = trainer, dict(options or {}), say
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.trainer.args.output_dir)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        table = summary(self.trainer)
+        self.say(as_text(table))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        before = is_of_another_run(self.folder)
+        if before and not state.global_step:
+            logger.warning("%s holds an earlier run (%s), which this one writes over.", self.folder, before)
+        self._write(table)
+        rows = read_rows(self.folder / METRICS, "remove the line") if state.global_step else []
+        replace_rows(self.folder / METRICS, [row for row in rows if row["step"] <= state.global_step])
+
+    def _write(self, table: Mapping[str, str]) -> None:
+        import yaml
+
+        trainer = self.trainer
+        made = {**self.options, **changed(trainer.args)}
+        (self.folder / CONFIG).write_text(yaml.safe_dump(made, sort_keys=False, allow_unicode=True))
+        origin = provenance(trainer.args.seed)
+        record = {
+            **origin,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "processes": trainer.accelerator.num_processes,
+            "method": trainer.method.name,
+            "method_options": options_of(trainer.method),
+            "models": trainer.loop.names,
+            "summary": dict(table),
+            "config": {**plain(self.options), **plain(trainer.args.to_dict())},
+        }
+        (self.folder / RUN).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and (self.folder / RUN).is_file():
+            append_rows(self.folder / METRICS, [{"step": state.global_step, **plain(logs or {})}])
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            weights = self.trainer.method.terms(self.trainer.loop.state)
+            draw(read_rows(self.folder / METRICS, "remove the line"), weights, self.folder / CURVE)
+
+
+def draw(rows: list[dict[str, Any]], weights: Mapping[str, float], path: Path) -> None:
+    """A run's curves: the weighted terms, and entropies and lengths beside them; nothing where matplotlib is not there."""
+    try:
+        import matplotlib
+    except ImportError:
+        logger.info("no curve was drawn: matplotlib is not installed (pip install 'tsdkd[report]').")
+        return
+    logged = [row for row in rows if any(f"loss/{term}" in row for term in weights)]
+    if len(logged) < 2:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [row["step"] for row in logged]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    for term, weight in weights.items():
+        if weight:
+            values = [weight * row.get(f"loss/{term}", float("nan")) for row in logged]
+            axes[0].plot(steps, values, label=f"{weight:g} × {term}")
+    for name in ("student/entropy", "teacher/entropy"):
+        if any(name in row for row in logged):
+            axes[1].plot(steps, [row.get(name, float("nan")) for row in logged], label=name.split("/")[0])
+    axes[2].plot(steps, [row.get("completions/mean_length", float("nan")) for row in logged], label="mean length")
+    for axis, title, unit in zip(
+        axes, ("Terms of the loss", "Entropy per token", "Completions"), ("weighted term", "nats", "tokens"), strict=True
+    ):
+        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
+        if min((value for line in axis.lines for value in line.get_ydata()), default=0) >= 0:
+            axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
