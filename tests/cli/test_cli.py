@@ -55,7 +55,8 @@ def test_provenance_names_no_strangers_commit(tmp_path, monkeypatch):
 
 def test_unknown_commands_and_bad_values_say_what_to_do(capsys):
     assert main(["trian"]) == 2
-    assert "unknown command 'trian'; the commands are: train, compare, evaluate, methods, table, demo" in capsys.readouterr().err
+    commands = "train, compare, evaluate, methods, table, demo"
+    assert f"unknown command 'trian'; the commands are: {commands}" in capsys.readouterr().err
     assert main(["demo", "--steps", "0"]) == 2
     assert "--steps 0: it must be 1 or more" in capsys.readouterr().err
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("tsdkd 0.")
@@ -179,7 +180,7 @@ def test_another_method_and_a_recording_from_the_command_line(tmp_path, capsys, 
         (["compare", "--config", str(recipe)], "no methods were given"),
         (["compare", "--config", str(recipe), "--methods", "gkd", "--seed", "7"], "--seed: a comparison runs seeds 0, 1"),
         (["train", *given, *data, "--method", "gkd", "--method_options", "[1]"], "--method_options is list: it is a mapping"),
-        (["train", *given, *data, "--method", "gkd", "--beta", "1.0"], "--beta is TRL's field, which no method here reads: pass --gkd.beta"),
+        (["train", *given, *data, "--method", "gkd", "--beta", "1.0"], "no method here reads: pass --gkd.beta"),
         (["compare", "--config", str(recipe), "--methods", "gkd", "--seeds", "0"], "--seeds 0: it must be 1 or more"),
         (["compare", "--config", str(recipe), "--methods", "gkd", "--problems", str(tmp_path / "p.jsonl")], "'question' and"),
         ([*compared[:-1], str(tmp_path / "d.jsonl"), "--methods", "minillm"], "written by student and teacher together"),

@@ -5,8 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
+from tsdkd.checks import unwritable
+from tsdkd.cli.console import ConsoleLog
+from tsdkd.cli.options import ALIASES, fields_of, methods_with, split, value_of
+from tsdkd.cli.parsing import as_mapping
 from tsdkd.cli.recipes import one_file, read_recipes
 
 
@@ -16,7 +22,7 @@ def main(arguments: list[str]) -> int:
         allow_abbrev=False,
         description="Train several methods from the same start with the same prompts and budget, score each by the accuracy of "
         "its greedy answers, and write a row a run. Interrupted, it goes on where it stopped. Flags that are not listed "
-        "here are tsdkd train's.",
+        "here are tsdkd train's; --METHOD.NAME is an option of one method.",
     )
     parser.add_argument("--methods", help="names, comma-separated; default: the recipe's 'methods' mapping")
     parser.add_argument(
@@ -28,36 +34,70 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method, with seeds 0, 1, … (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("comparison.jsonl"), help="rows go here (default: %(default)s)")
-    parser.add_argument("--problems", type=Path, help="JSONL of 'question' and 'answer' to score on; default: the demo's")
+    parser.add_argument(
+        "--problems", type=Path, help="JSONL of 'question' and 'answer' to score on; of the demo's own models its problems"
+    )
+    parser.add_argument(
+        "--answer_pattern",
+        help="a regular expression that finds a final answer, its first group; default: #### ANSWER or \\boxed{ANSWER}",
+    )
+    parser.add_argument("--png", type=Path, help="draw the scores into this file, too (PNG or PDF)")
+    parser.add_argument("--keep_students", action="store_true", help="save every run's student, in its folder")
     parser.add_argument("--eval_tasks", help="score on these tasks of tsdkd evaluate, comma-separated, in place of --problems")
     parser.add_argument("--eval_include_path", action="append", default=[], help="a folder of task YAMLs of your own")
     parser.add_argument("--eval_chat_template", action="store_true", help="put the items of --eval_tasks as chats")
     parser.add_argument("--eval_limit", type=int, help="the first items of each of --eval_tasks only")
     parser.add_argument("--output_dir", type=Path, help="each run gets a folder in it; default: the recipe's, or beside --out")
     own, rest = parser.parse_known_args(arguments)
-    if any(flag.partition("=")[0] == "--seed" for flag in rest):
-        raise ValueError("--seed: a comparison runs seeds 0, 1, …; pass --seeds, how many.")
+    for word in rest:
+        name, _ = split(word)
+        if name in ("seed", "method", "method_options"):
+            by_seeds, by_methods = "runs seeds 0, 1, …; pass --seeds, how many", "takes --methods, or the recipe's mapping"
+            instead = by_seeds if name == "seed" else by_methods
+            raise ValueError(f"--{name}: a comparison {instead}.")
     if own.seeds < 1:
         raise ValueError(f"--seeds {own.seeds}: it must be 1 or more.")
+    for name, path in (("out", own.out), ("png", own.png)):
+        why = None if path is None else unwritable(path)
+        if why is not None:
+            raise ValueError(f"--{name} {path} cannot be written: {why}. Name another file.")
+    if own.answer_pattern is not None:
+        try:
+            re.compile(own.answer_pattern)
+        except re.error as error:
+            raise ValueError(f"--answer_pattern {own.answer_pattern!r} is no regular expression ({error}).") from None
 
-    recipe = read_recipes(own.config)
+    recipe = {ALIASES.get(name, name): value for name, value in read_recipes(own.config).items()}
+    first = os.environ.get("RANK", "0") == "0"
+    say = print if first else lambda text: None
+    if "seed" in recipe:
+        say(f"The recipe's seed ({recipe.pop('seed')}) is not read: a comparison runs seeds 0, 1, … (--seeds).")
 
     from tsdkd.cli.evaluate import bundled_tasks, names_in
-    from tsdkd.cli.train import build, parse
+    from tsdkd.cli.parsing import parse
+    from tsdkd.cli.train import build
     from tsdkd.pipelines.compare import OnProblems, OnTasks, Run, Scorer, compare, labelled, runs_of, table
     from tsdkd.pipelines.compare.runs import settings_of
     from tsdkd.pipelines.compare.scoring import problems_at
+    from tsdkd.pipelines.compare.table import draw
     from tsdkd.trainers import TokenDistillConfig
 
-    methods = labelled(recipe.pop("methods", {}), own.methods)
+    named = recipe.pop("methods", {}) or ([recipe["method"]] if "method" in recipe and not own.methods else {})
+    defaults = _options_by_method(recipe, rest)
+    methods = labelled(named, own.methods)
+    strangers = sorted(set(defaults) - {method for method, _ in methods.values()})
+    if strangers:
+        say(f"Options of {', '.join(strangers)} are not read: it is not among the methods ({', '.join(methods)}).")
+    methods = {label: (method, {**defaults.get(method, {}), **given}) for label, (method, given) in methods.items()}
     scorer: Scorer
     if own.eval_tasks:
         folders = [bundled_tasks(), *own.eval_include_path]
         how = {"chat_template": own.eval_chat_template, "limit": own.eval_limit}
         scorer = OnTasks(names_in(own.eval_tasks), folders, **how)
     else:
-        scorer = OnProblems(problems_at(own.problems))
-    folder = own.output_dir or Path(recipe.get("output_dir", own.out.with_suffix("")))
+        _refuse_strangers_without_problems(own, recipe, rest)
+        scorer = OnProblems(problems_at(own.problems), own.answer_pattern, say)
+    folder = own.output_dir or Path(str(recipe.get("output_dir", own.out.with_suffix(""))))
     if "teacher_answers" not in recipe and not recipe.get("teacher_answers_temperature"):
         recipe["teacher_answers"] = str(folder / "teacher_answers.jsonl")  # greedy: the same for all runs
 
@@ -70,10 +110,75 @@ def main(arguments: list[str]) -> int:
     for run in runs[: len(methods)]:
         options_of(run)  # refuses what does not fit before the first run starts
     settings = settings_of(recipe, rest, scorer)
-    first = os.environ.get("RANK", "0") == "0"
-    say = print if first else lambda text: None
-    rows = compare(runs, lambda run: build(*options_of(run)), scorer, own.out, settings, writes=first, say=say)
+
+    def built(run: Run) -> Any:
+        trainer = build(*options_of(run))
+        ConsoleLog.of(trainer)
+        return trainer
+
+    more = {"with_baselines": True, "keep": own.keep_students}
+    rows = compare(runs, built, scorer, own.out, settings, writes=first, say=say, **more)
     if first:
         print(table(rows))
-        print(f"The rows are in {own.out}")
+        if own.png is not None:
+            own.png.parent.mkdir(parents=True, exist_ok=True)
+            draw(rows, own.png)
+        print(f"The rows are in {own.out}" + (f", the picture in {own.png}" if own.png else ""))
     return 0
+
+
+def _options_by_method(recipe: dict[str, Any], rest: list[str]) -> dict[str, dict[str, Any]]:
+    """The methods' options that a recipe of tsdkd train and flags state, by method; they are taken out of both."""
+    from trl import ModelConfig
+
+    from tsdkd.cli.parsing import DataArguments
+    from tsdkd.methods import METHODS
+    from tsdkd.trainers import TokenDistillConfig
+
+    known = {name for cls in (TokenDistillConfig, ModelConfig, DataArguments) for name in fields_of(cls)}
+    method = recipe.pop("method", "tsd_kd")
+    stated = as_mapping(recipe.pop("method_options", None), "method_options of the recipe")
+    if method == "tsd_kd":  # its options are a recipe's own
+        names = [name for name in recipe if name in fields_of(METHODS["tsd_kd"]) and (name not in known or name == "beta")]
+        stated = {**{name: recipe.pop(name) for name in names}, **stated}
+    made = {method: stated} if stated else {}
+    words = list(rest)
+    rest.clear()
+    while words:
+        word = words.pop(0)
+        name, value = split(word)
+        owner, dot, option = (name or "").partition(".")
+        if name is not None and not dot and name not in known and methods_with(name):
+            raise ValueError(f"--{name}: in a comparison say whose it is, --{methods_with(name)[0]}.{name}.")
+        if not dot or owner not in METHODS:
+            rest.append(word)
+            continue
+        if option not in fields_of(METHODS[owner]):
+            raise ValueError(f"--{name}: {owner} has no such option; it has: {', '.join(fields_of(METHODS[owner]))}.")
+        value = value if value is not None else words.pop(0) if words else ""
+        made.setdefault(owner, {})[option] = value_of(owner, option, value, str(name))
+    return made
+
+
+def _refuse_strangers_without_problems(own: argparse.Namespace, recipe: dict[str, Any], rest: list[str]) -> None:
+    """The demo's problems are for the demo's models.
+
+    Raises:
+        ValueError: another student, and nothing to score it on.
+    """
+    from tsdkd.demo.run import shipped
+
+    named = [words for flag in ("--student", "--model_name_or_path") for words in [_value(rest, flag)] if words]
+    student = str((named or [recipe.get("model_name_or_path") or ""])[-1])
+    if own.problems is None and student and Path(student).resolve() != Path(shipped("student")).resolve():
+        raise ValueError(
+            f"nothing to score {student} on was named: pass --problems FILE (JSONL of 'question' and 'answer') or "
+            "--eval_tasks. The demo's problems are for the demo's models."
+        )
+
+
+def _value(words: list[str], flag: str) -> str | None:
+    for number, word in enumerate(words):
+        if word.partition("=")[0] == flag:
+            return word.partition("=")[2] or (words[number + 1] if number + 1 < len(words) else None)
+    return None

@@ -134,9 +134,10 @@ def main(arguments: list[str]) -> int:
         options["seed"] = own.seed
         return harness.vllm_model(model.name, gpu_memory_utilization=own.gpu_memory_utilization, **options)
 
-    why = unwritable(own.out)
-    if why is not None:
-        raise ValueError(f"--out {own.out} cannot be written: {why}. Name another file.")
+    for path in (own.out, *([own.out.with_suffix(".samples.jsonl")] if own.log_samples else [])):
+        why = unwritable(path)
+        if why is not None:
+            raise ValueError(f"--out {own.out} cannot be written: {why} ({path.name}). Name another file.")
     first = os.environ.get("RANK", "0") == "0"
     samples = own.out.with_suffix(".samples.jsonl") if own.log_samples else None
     evaluate(

@@ -122,3 +122,31 @@ def check_names(flags: Sequence[str], recipe: Mapping[str, Any], origin: Mapping
                     f"{where}{key} is an option of {', '.join(methods_with(key))}: write it under method_options, {{{key}: …}}."
                 )
             raise ValueError(f"{where}there is no option {key!r}.{closest(key, everything)}")
+
+
+def typed(recipe: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], origin: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values as its options take them: a text where YAML read a number or a date, a whole number where it says 2.0,
+    a list of tasks as one text; an option without a value is left out.
+
+    Raises:
+        ValueError: a value of another kind, with the option and the file.
+    """
+    made = {}
+    for name, value in recipe.items():
+        kind = str(fields[name].type) if name in fields else ""
+        where = f"{origin.get(name, 'the recipe')}: {name}"
+        if value is None and name in fields:
+            continue
+        is_text = kind.startswith("str") and "dict" not in kind
+        if is_text and isinstance(value, (list, tuple)):
+            if name not in ("eval_tasks",):
+                raise ValueError(f"{where} is a list: it takes one text.")
+            value = ",".join(map(str, value))
+        elif is_text and not isinstance(value, (str, bool, dict)):
+            value = str(value)
+        elif kind.startswith("int") and isinstance(value, float):
+            if not value.is_integer():
+                raise ValueError(f"{where} is {value}: it takes a whole number.")
+            value = int(value)
+        made[name] = value
+    return made

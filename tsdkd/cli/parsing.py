@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tsdkd.cli.help import short_help
-from tsdkd.cli.options import ALIASES, check_names, closest, fields_of, method_flags, split
+from tsdkd.cli.options import ALIASES, check_names, closest, fields_of, method_flags, split, typed
 from tsdkd.cli.recipes import named_recipes, one_file, with_origins
 
 # Words for the last checkpoint, and for none; anything else is a folder.
@@ -127,6 +127,7 @@ def parse(arguments: list[str], config_class: type | None = None):
         recipe["method_options"] = options
     if "--help_all" in flags:
         flags, recipe = ["--help"], {}
+    recipe = typed(recipe, {name: f for cls in classes for name, f in fields_of(cls).items()}, origin)
     check_names([word for word in flags if word != "--help"], recipe, origin, dict.fromkeys(known))
     parser = TrlParser(classes, prog="tsdkd train")
     parser.error = _refuse
@@ -160,17 +161,17 @@ def _spelled(word: str) -> str:
 
 def _method_options(flags: list[str], recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The method's options in one mapping, the recipe's and over them the flag's, and the flags without it."""
-    options, rest, words = _as_mapping(recipe.pop("method_options", None), "method_options of the recipe"), [], iter(flags)
+    options, rest, words = as_mapping(recipe.pop("method_options", None), "method_options of the recipe"), [], iter(flags)
     for word in words:
         flag, equals, value = word.partition("=")
         if flag == "--method_options":
-            options.update(_as_mapping(value if equals else next(words, ""), flag))
+            options.update(as_mapping(value if equals else next(words, ""), flag))
         else:
             rest.append(word)
     return options, rest
 
 
-def _as_mapping(value: Any, what: str) -> dict[str, Any]:
+def as_mapping(value: Any, what: str) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -206,6 +207,10 @@ def check_values(data: DataArguments, config: Any, model: Any, given: set[str]) 
     ):
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name} {getattr(config, name):g}: pass more than 0.")
+    if data.dataset_config is not None and data.dataset_name and Path(data.dataset_name).expanduser().exists():
+        raise ValueError(f"--dataset_config {data.dataset_config} of {data.dataset_name}, which is local: leave it out.")
+    if "eval_dataset_split" in given and data.eval_dataset_name is None:
+        raise ValueError("--eval_dataset_split has no effect without --eval_dataset_name: pass it, or leave it out.")
     if not data.eval_tasks:
         lost = sorted(given & {"eval_every", "eval_best", "eval_include_path", "eval_chat_template", "eval_limit"})
         if lost:

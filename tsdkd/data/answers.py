@@ -14,11 +14,16 @@ _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _NOISE = str.maketrans("", "", ",$ \t")
 
 
-def final_answer(response: str) -> str | None:
+# What is looked for, as messages say it.
+LOOKED_FOR = r"#### ANSWER or \boxed{ANSWER}"
+
+
+def final_answer(response: str, pattern: str | re.Pattern | None = None) -> str | None:
     """The answer that a response states last, or None where it states none.
 
     Args:
         response: the text of a response, without special tokens.
+        pattern: a regular expression in place of these two; its first group, or what it matches, is the answer.
 
     Returns:
         The text behind the last ``####`` (to the end of its line) or inside the last ``\\boxed{}``, whichever stands
@@ -30,6 +35,9 @@ def final_answer(response: str) -> str | None:
         >>> final_answer("I am not sure.") is None
         True
     """
+    if pattern is not None:
+        matches = list(re.finditer(pattern, response))
+        return ((matches[-1].group(1 if matches[-1].re.groups else 0) or "").strip() or None) if matches else None
     found = [*_HASHES.finditer(response), *_BOXED.finditer(response)]
     if not found:
         return None
@@ -60,12 +68,13 @@ def same_answer(answer: str | None, reference: str) -> bool:
     return answer.translate(_NOISE).casefold() == reference.translate(_NOISE).casefold()
 
 
-def is_correct(response: str, reference: str) -> bool:
+def is_correct(response: str, reference: str, pattern: str | re.Pattern | None = None) -> bool:
     """Whether `response` ends in the answer that `reference` states.
 
     Args:
         response: the text of a response.
         reference: the gold answer, bare (``"17"``) or a worked solution that ends with ``#### 17``.
+        pattern: as `final_answer` takes it, of the response.
 
     Example:
         >>> is_correct("12+5=17\\n#### 17", "17")
@@ -74,4 +83,4 @@ def is_correct(response: str, reference: str) -> bool:
         False
     """
     gold = final_answer(reference)
-    return same_answer(final_answer(response), reference.strip() if gold is None else gold)
+    return same_answer(final_answer(response, pattern), reference.strip() if gold is None else gold)

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
+_KEPT = "tsdkd_json"  # a value that Arrow would make like other rows' is kept as JSON under this key
+
+
+def kept(value: Any) -> dict[str, str]:
+    """A value whose shape Arrow is not to touch: it would give it the keys and the types of every other row's."""
+    return {_KEPT: json.dumps(value)}
+
 
 def clean(value: Any) -> Any:
-    """Without the keys that Arrow filled with None because another row has them; a turn's own content stays."""
+    """Without the keys that Arrow filled with None because another row has them; what was `kept` is as it was."""
     if isinstance(value, dict):
-        return {key: clean(part) for key, part in value.items() if part is not None or key == "content"}
+        if value.keys() == {_KEPT}:
+            return json.loads(value[_KEPT])
+        return {key: clean(part) for key, part in value.items() if part is not None}
     return [clean(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def clean_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn without what Arrow filled in, its own content kept also where it is None, and text in parts joined."""
+    made = clean(turn)
+    if "content" in turn:
+        made["content"] = joined_parts(made.get("content"))
+    return made
 
 
 def joined_parts(content: Any) -> Any:
     """A turn's content, its parts joined where all are texts."""
-    if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        return "".join(part["text"] for part in content)
-    return content
+    if not isinstance(content, (list, tuple)) or not content:
+        return content
+    are_texts = all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content)
+    return "".join(part["text"] for part in content) if are_texts else content
 
 
 def completion_turn(completion: Any) -> dict[str, Any]:
@@ -32,8 +51,8 @@ def completion_turn(completion: Any) -> dict[str, Any]:
     if isinstance(completion, (list, tuple)) and all(isinstance(turn, dict) for turn in completion):
         found = f"the turns of {', '.join(str(turn.get('role')) for turn in completion) or 'nobody'}"
         if len(completion) == 1 and completion[0].get("role", "assistant") == "assistant":
-            turn = clean(completion[0])
-            content = joined_parts(turn.get("content"))
+            turn = clean_turn(completion[0])
+            content = turn.get("content")
             if isinstance(content, str) or (content is None and turn.get("tool_calls")):
                 return {**turn, "role": "assistant", "content": content}
             found = f"a turn whose content is {type(content).__name__}"

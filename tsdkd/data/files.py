@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tsdkd.data.completions import joined_parts, kept
 from tsdkd.data.rows import lines_of, text_of
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+_SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
 ENDINGS = (*_JSON, *_TABLES, *_BUILDERS)
 
 
@@ -37,10 +43,9 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train") -> 
     import datasets
 
     path = Path(name).expanduser()
-    if path.is_dir():
-        return _sliced(_of_folder(path, split), split)
-    if path.is_file():
-        return _sliced(_of_file(path), split)
+    if path.is_dir() or path.is_file():
+        parts = [_sliced(_of_folder(path, part) if path.is_dir() else _of_file(path), part) for part in split.split("+")]
+        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if _ending(path) or name[:1] in "./~":
         raise ValueError(f"there is no file {name}: pass the path of one ({', '.join(ENDINGS)}), or a data set's name.")
     return datasets.load_dataset(name, config, split=split)
@@ -49,20 +54,29 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train") -> 
 def _of_folder(folder: Path, split: str) -> Any:
     import datasets
 
+    wanted = split.partition("[")[0].strip()
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         saved = datasets.load_from_disk(str(folder))
         if not isinstance(saved, datasets.DatasetDict):
             return saved
-        wanted = split.partition("[")[0]
         if wanted not in saved:
             raise ValueError(f"{folder} holds the splits {', '.join(saved)}, not {wanted!r}: pass one of them as the split.")
         return saved[wanted]
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and _ending(file))
+    files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file() and _ending(file)]
+    files = [file for file in files if not any(part.startswith((".", "_")) for part in file.parts)]  # copies of editors
     if not files:
         raise ValueError(f"the folder {folder} holds no file of rows ({', '.join(ENDINGS)}) and no saved data set.")
-    wanted = split.partition("[")[0]
-    named = [file for file in files if wanted in file.relative_to(folder).as_posix()]
-    return datasets.concatenate_datasets([_of_file(file) for file in named or files])
+    of_split = {file: set(re.split(r"[^a-z0-9]+", file.as_posix().lower())) & _SPLITS for file in files}
+    named = [file for file, words in of_split.items() if wanted.lower() in words or (wanted == "train" and not words)]
+    if not named and any(of_split.values()):
+        raise ValueError(
+            f"the folder {folder} holds no file of the split {wanted!r}; it has {', '.join(map(str, files[:5]))}"
+            f"{', …' if len(files) > 5 else ''}: pass one of those, or another split."
+        )
+    chosen = [folder / file for file in named or files]
+    if all(_ending(file) in _JSON for file in chosen):  # their columns need not be alike
+        return data_set([row for file in chosen for row in _json_rows(file)], str(folder))
+    return datasets.concatenate_datasets([_of_file(file) for file in chosen])
 
 
 def _of_file(path: Path) -> Any:
@@ -80,16 +94,29 @@ def _of_file(path: Path) -> Any:
 
 def _of_table(path: Path, separator: str) -> Any:
     """A table whose cells are texts as they stand (007 is no 7, and NA may be an answer); an empty one is None."""
-    import pandas
     from datasets import Dataset
 
+    reader = csv.reader(io.StringIO(text_of(path)), delimiter=separator, strict=True)
+    rows: list[list[str]] = []
     try:
-        read = pandas.read_csv(io.StringIO(text_of(path)), sep=separator, dtype=str, keep_default_na=False)
-    except ValueError as error:  # pandas' parser tells the line
-        raise ValueError(f"{path} is no table of cells apart by {separator!r}: {error}.") from error
-    if not len(read):
+        head = next(reader, [])
+        for cells in reader:
+            if not any(cells):
+                continue
+            surplus = [cell for cell in cells[len(head) :] if cell.strip()]
+            if surplus or len(cells) < len(head):
+                raise ValueError(
+                    f"{path}, line {reader.line_num} has {len(cells)} cells where the header has {len(head)}: put a cell that "
+                    f"holds {separator!r} in quotes."
+                )
+            rows.append(cells[: len(head)])
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num} is no row of a table ({error}): double the quotes in a cell."
+        ) from error
+    if not rows:
         raise ValueError(f"{path} holds no rows.")
-    return Dataset.from_dict({str(name): [cell if cell != "" else None for cell in read[name]] for name in read.columns})
+    return Dataset.from_dict({name: [cells[i] or None for cells in rows] for i, name in enumerate(head) if name})
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
@@ -131,16 +158,21 @@ def data_set(rows: Sequence[dict[str, Any]], source: str) -> Any:
         raise ValueError(f"{source} holds no rows.")
     columns: dict[str, list[Any]] = {}
     for name in dict.fromkeys(key for row in rows for key in row):
-        values = [row.get(name) for row in rows]
+        values = [_kept_as_given(name, row.get(name)) for row in rows]
         try:
             pyarrow.array(values)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError) as error:
-            kinds = {type(value).__name__: number for number, value in reversed(list(enumerate(values))) if value is not None}
-            if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values) and name != "tools":
+        except UnicodeEncodeError as error:
+            row = next(number for number, value in enumerate(values) if not _is_utf8(value))
+            raise ValueError(
+                f"row {row} of {source} holds half a character in {name!r} ({error.reason}): mend its text."
+            ) from error
+        except (pyarrow.ArrowException, OverflowError) as error:
+            if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values):
+                kinds = {type(value).__name__: i for i, value in reversed(list(enumerate(values))) if value is not None}
                 shown = ", ".join(f"{kind} (row {number})" for kind, number in sorted(kinds.items(), key=lambda kind: kind[1]))
                 raise ValueError(
                     f"the column {name!r} of {source} does not fit together ({str(error).splitlines()[0]}); it holds {shown}: "
-                    "make its rows alike, e.g. the arguments of every tool call a JSON text."
+                    "make its rows alike."
                 ) from error
             values = [None if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
         columns[name] = values
@@ -148,21 +180,42 @@ def data_set(rows: Sequence[dict[str, Any]], source: str) -> Any:
 
 
 def _sliced(rows: Any, split: str) -> Any:
-    """The part of a data set that `split` names behind the split's own name."""
+    """The part of a split's rows that stands behind its name in brackets."""
     import datasets
 
-    parts = []
-    for part in split.split("+"):
-        _, bracket, slice_ = part.partition("[")
-        if not bracket:
-            parts.append(rows)
-            continue
-        try:
-            instructions = datasets.ReadInstruction.from_spec(f"train[{slice_}").to_absolute({"train": len(rows)})
-        except (ValueError, AssertionError) as error:
-            raise ValueError(f"{part!r} is no slice of {len(rows)} rows ({error}): e.g. train[:100], train[10%:].") from error
-        parts += [rows.select(range(each.from_ or 0, len(rows) if each.to is None else each.to)) for each in instructions]
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    _, bracket, slice_ = split.partition("[")
+    if not bracket:
+        return rows
+    try:
+        instructions = datasets.ReadInstruction.from_spec(f"train[{slice_.strip()}").to_absolute({"train": len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{split!r} is no slice of {len(rows)} rows ({error}): e.g. train[:100], train[10%:].") from error
+    (each,) = instructions
+    return rows.select(range(each.from_ or 0, len(rows) if each.to is None else each.to))
+
+
+def _is_utf8(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kept_as_given(name: str, value: Any) -> Any:
+    """A column's value so that Arrow changes none of it: tools and options as JSON, and the arguments of tool calls."""
+    if name in ("tools", "chat_template_kwargs") and isinstance(value, (list, tuple, dict)):
+        return json.dumps(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(turn, dict) for turn in value):
+        return [_kept_turn(turn) for turn in value]
+    return value
+
+
+def _kept_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    made = {**turn, "content": joined_parts(turn["content"])} if "content" in turn else dict(turn)
+    if isinstance(made.get("tool_calls"), (list, tuple)):
+        made["tool_calls"] = [kept(call) for call in made["tool_calls"]]
+    return made
 
 
 def as_data_set(rows: Any, role: str) -> Any:
@@ -177,7 +230,10 @@ def as_data_set(rows: Any, role: str) -> Any:
         return {name: as_data_set(part, f"{role}[{name!r}]") for name, part in rows.items()} if type(rows) is dict else rows
     if rows is None or hasattr(rows, "column_names"):
         return rows
-    if hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and not isinstance(rows, str):
+    if hasattr(rows, "columns") and hasattr(rows, "to_dict"):  # a pandas.DataFrame
+        return data_set(rows.to_dict("records"), role)
+    is_stream = isinstance(rows, torch.utils.data.IterableDataset)  # some have a length
+    if not is_stream and hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and not isinstance(rows, str):
         found = [rows[number] for number in range(len(rows))]
         wrong = next((number for number, row in enumerate(found) if not isinstance(row, dict)), None)
         if wrong is not None:

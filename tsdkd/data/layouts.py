@@ -6,11 +6,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from tsdkd.data.completions import clean
-
 logger = logging.getLogger(__name__)
 
 CHATS = ("messages", "conversations", "conversation")
+ASSISTANTS = ("assistant", "model", "gpt", "chatgpt")
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -36,14 +35,17 @@ def turns_of(chat: Any, row: int, column: str) -> list[dict[str, Any]]:
     """
     made = []
     for number, turn in enumerate(chat or []):
-        turn = clean(turn) if isinstance(turn, dict) else {}
+        turn = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
         if {"from", "value"} <= turn.keys():
             role = _ROLES.get(str(turn["from"]).lower())
             if role is None:
                 raise ValueError(
                     f"turn {number} of row {row} in {column!r} is from {turn['from']!r}: known are {', '.join(_ROLES)}."
                 )
-            turn = {"role": role, "content": turn["value"]}
+            rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+            turn = {"role": role, "content": turn["value"], **rest}
+        elif "role" in turn:  # one that no mapping knows stays: the template may
+            turn["role"] = _ROLES.get(str(turn["role"]).lower(), turn["role"])
         if "role" not in turn:
             raise ValueError(
                 f"turn {number} of row {row} in {column!r} has neither role and content nor from and value: {str(turn)[:80]}."
@@ -52,11 +54,22 @@ def turns_of(chat: Any, row: int, column: str) -> list[dict[str, Any]]:
     return made
 
 
-def split_last(chats: Sequence[Any], column: str, reads_completions: bool = True) -> dict[str, list[Any]]:
-    """Chats as prompts, and the assistant's last turn of each, where it ends the chat, as its completion (else None)."""
+def split_last(
+    chats: Sequence[Any], column: str, reads_completions: bool = True, systems: Sequence[Any] | None = None
+) -> dict[str, list[Any]]:
+    """Chats as prompts, and the assistant's last turn of each, where it ends the chat, as its completion (else None).
+
+    Args:
+        chats, column: and the column that they stand in, for messages.
+        reads_completions: whether last turns become completions.
+        systems: what begins each chat that has no system turn of its own.
+    """
     prompts, completions = [], []
     for row, chat in enumerate(chats):
         turns = turns_of(chat, row, column)
+        system = None if systems is None else systems[row]
+        if system and not any(turn["role"] == "system" for turn in turns):
+            turns = [{"role": "system", "content": system}, *turns]
         ends = bool(turns) and turns[-1]["role"] == "assistant"
         prompts.append(turns[:-1] if ends else turns)
         completions.append([turns[-1]] if ends else None)
@@ -71,12 +84,23 @@ def split_last(chats: Sequence[Any], column: str, reads_completions: bool = True
     return {"prompt": prompts, **({"completion": completions} if found and reads_completions else {})}
 
 
-def alpaca(rows: Any) -> dict[str, list[Any]]:
-    """`instruction` (with `input` behind it, where there is one) as prompts, `output` as completions."""
-    inputs = rows["input"] if "input" in rows.column_names else [None] * len(rows)
-    pairs = zip(rows["instruction"], inputs, strict=True)
-    prompts = [f"{instruction}\n\n{more}" if more else instruction for instruction, more in pairs]
-    return {"prompt": prompts, "completion": list(rows["output"])}
+def alpaca(rows: Any, answers: str) -> dict[str, list[Any]]:
+    """`instruction` (with `input` or `context` behind it) as prompts, `answers` as completions; chats where a row has a
+    `system` or a `history` of pairs."""
+    names = rows.column_names
+    column = lambda *known: next((rows[name] for name in known if name in names), [None] * len(rows))  # noqa: E731
+    pairs = zip(rows["instruction"], column("input", "context"), strict=True)
+    texts = ["\n\n".join(part for part in pair if part) for pair in pairs]
+    systems, histories = list(column("system")), list(column("history"))
+    if not any(systems) and not any(histories):
+        return {"prompt": texts, "completion": list(rows[answers])}
+    prompts = []
+    for text, system, history in zip(texts, systems, histories, strict=True):
+        turns = [{"role": "system", "content": system}] if system else []
+        for asked, answered in history or []:
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        prompts.append([*turns, {"role": "user", "content": text}])
+    return {"prompt": prompts, "completion": [[{"role": "assistant", "content": text}] for text in rows[answers]]}
 
 
 def is_chat(value: Any) -> bool:
@@ -95,9 +119,11 @@ def recognised(rows: Any, column: str | None, completion_column: str | None) -> 
     wanted = column or next((name for name in CHATS if name in names), None)
     if wanted is not None and wanted in names and len(rows) and is_chat(rows[0][wanted]):
         apart = completion_column or ("completion" if "completion" in names else None)
-        return split_last(rows[wanted], wanted, reads_completions=apart is None)
-    if column is None and {"instruction", "output"} <= set(names) and completion_column is None:
-        return alpaca(rows)
+        systems = rows["system"] if "system" in names else None
+        return split_last(rows[wanted], wanted, reads_completions=apart is None, systems=systems)
+    answers = next((name for name in ("output", "response") if name in names), None)
+    if column is None and completion_column is None and "instruction" in names and answers:
+        return alpaca(rows, answers)
     return None
 
 

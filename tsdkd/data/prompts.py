@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tsdkd.checks import Problem
-from tsdkd.data.completions import clean, joined_parts
+from tsdkd.data.completions import clean_turn
 from tsdkd.data.files import load_rows
-from tsdkd.data.layouts import CHATS, advice, is_chat, recognised
+from tsdkd.data.layouts import ASSISTANTS, CHATS, advice, is_chat, recognised
 
 _SHOWN = 5
 PIECE = 1000  # rows that are read at a time
@@ -36,7 +36,7 @@ def _rows(indices: Sequence[int]) -> str:
     return f"{'row' if len(indices) == 1 else 'rows'} {shown}{', …' if len(indices) > _SHOWN else ''}"
 
 
-def _kind(prompt: Any) -> str:
+def kind_of(prompt: Any) -> str:
     """`text`, `chat`, `empty` or what else a prompt is."""
     if prompt is None:
         return "None"
@@ -45,12 +45,12 @@ def _kind(prompt: Any) -> str:
     if isinstance(prompt, (list, tuple)):
         if not prompt:
             return "empty"
-        turns = [clean(turn) for turn in prompt]
-        if any(isinstance(turn, dict) and isinstance(joined_parts(turn.get("content")), list) for turn in turns):
+        turns = [clean_turn(turn) if isinstance(turn, dict) else turn for turn in prompt]
+        if any(isinstance(turn, dict) and isinstance(turn.get("content"), (list, tuple)) for turn in turns):
             return "chats with parts (images?), where this trainer takes texts"
         if not all(isinstance(turn, dict) and "role" in turn and {"content", "tool_calls"} & turn.keys() for turn in turns):
             return "a list that is not chat messages"
-        if turns[-1]["role"] == "assistant":
+        if turns[-1]["role"] in ASSISTANTS:
             return ENDS_IN_ANSWER
         return "chat" if any(turn.get("content") for turn in turns) else "empty"
     return type(prompt).__name__
@@ -75,7 +75,7 @@ def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = 
         yield Problem(
             f"{role} has no 'prompt' column; it has: {', '.join(columns) or 'none'}",
             do="let tsdkd.data.prompts.map_prompts(dataset) make it"
-            if {*CHATS, "instruction"} & set(columns)
+            if {*CHATS, "instruction"} & set(columns) and hasattr(dataset, "__len__")
             else f"rename the one that holds the prompts, e.g. dataset.rename_column({(columns or ['instruction'])[0]!r}, "
             "'prompt'), or pass --prompt_column",
         )
@@ -110,13 +110,13 @@ def _kinds(dataset: Any) -> dict[str, list[int]]:
     kinds: dict[str, list[int]] = {}
     first = [row["prompt"] for row in _first_rows(dataset)]
     for row, prompt in enumerate(dataset["prompt"] if hasattr(dataset, "__len__") else first):
-        kinds.setdefault(_kind(prompt), []).append(row)
+        kinds.setdefault(kind_of(prompt), []).append(row)
     return kinds
 
 
 def are_chats(dataset: Any) -> bool:
     """Whether a data set's prompts are chats, by its first row."""
-    return any(_kind(row.get("prompt")) == "chat" for row in _first_rows(dataset))
+    return any(kind_of(row.get("prompt")) == "chat" for row in _first_rows(dataset))
 
 
 def _first_rows(dataset: Any) -> list[dict[str, Any]]:

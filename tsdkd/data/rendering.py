@@ -9,16 +9,35 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tsdkd.data.completions import clean, completion_text, completion_turn, ids_after, joined_parts
+from tsdkd.data.completions import clean, clean_turn, completion_text, completion_turn, has_text, ids_after
 
 # An opening tag of reasoning at the end of a prompt, and what closes it.
 _OPENED = re.compile(r"[<\[]([A-Za-z_]\w*)[>\]]\s*$")
+_REASONING = re.compile(r"think|thought|reason|reflect|scratch", re.IGNORECASE)
+_TURNS = "the turns of"
 _PLAIN = {"role", "content"}
 
 
 def chat_of(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A chat as a template takes it: without keys that hold None, and text given in parts joined."""
-    return [{**turn, "content": joined_parts(turn["content"])} if "content" in turn else turn for turn in clean(list(turns))]
+    return [clean_turn(turn) for turn in turns]
+
+
+def options_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's `chat_template_kwargs`, a mapping or one as JSON.
+
+    Raises:
+        ValueError: neither.
+    """
+    options = row.get("chat_template_kwargs") or {}
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"its chat_template_kwargs are a text that is no JSON ({error})") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"its chat_template_kwargs are {type(options).__name__}, and a template takes a mapping")
+    return clean(options)
 
 
 def tools_of(row: dict[str, Any]) -> list[Any] | None:
@@ -115,7 +134,7 @@ class Rendering:
         how = {"tokenize": True, "return_dict": True, **how}
         groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
         for number, (_, row) in enumerate(chats):
-            own = {"tools": tools_of(row), **clean(row.get("chat_template_kwargs") or {})}
+            own = {"tools": tools_of(row), **options_of(row)}
             groups.setdefault(json.dumps(own, sort_keys=True, default=str), (own, []))[1].append(number)
         made: list[Any] = [None] * len(chats)
         for own, numbers in groups.values():
@@ -130,16 +149,27 @@ class Rendering:
         if isinstance(row["prompt"], str) or self.multimodal is not None:
             return []
         turns = chat_of(row["prompt"])
-        if row.get("completion") is not None and not isinstance(row["completion"], str):
+        if not isinstance(row.get("completion"), str) and has_text(row.get("completion")):
             turns = [*turns, completion_turn(row["completion"])]
         fields = sorted({key for turn in turns for key in turn} - _PLAIN)
         variants = {name: ([{k: v for k, v in turn.items() if k != name} for turn in turns], row) for name in fields}
         if tools_of(row):
             variants["tools"] = (turns, {**row, "tools": None})
-        if not variants:
-            return []
-        whole, *rest = self._chats([(turns, row), *variants.values()], tokenize=False)
-        return [name for name, without in zip(variants, rest, strict=True) if without == whole]
+        found = [name for name, (chat, with_) in variants.items() if self._same(turns, row, chat, with_)]
+        for role in dict.fromkeys(turn["role"] for turn in turns):
+            at = next((i for i, turn in enumerate(turns) if turn["role"] == role and turn.get("content")), None)
+            if at is not None and len(turns) > 1 and self._same(turns, row, turns[:at] + turns[at + 1 :], row):
+                found.append(f"{_TURNS} {role!r}")
+        return found
+
+    def _same(self, turns: list, row: dict[str, Any], others: list, other_row: dict[str, Any]) -> bool:
+        """Whether a chat and another are rendered alike; not where the other is not taken."""
+        (whole,) = self._chats([(turns, row)], tokenize=False)
+        try:
+            (other,) = self._chats([(others, other_row)], tokenize=False)
+        except Exception:  # a template may raise anything for a chat that is cut
+            return False
+        return whole == other
 
     # ------------------------------------------------------------------ given completions
 
@@ -152,7 +182,7 @@ class Rendering:
         rows, ends = [_row(row) for row in rows], list(self.ends())
         prompts = self.prompts(rows)
         if isinstance(rows[0]["prompt"], str):
-            texts = [continued(row["prompt"], completion_text(c)) for row, c in zip(rows, completions, strict=True)]
+            texts = [self._text_behind(row["prompt"], c) for row, c in zip(rows, completions, strict=True)]
             alone = self.processor(text=texts, add_special_tokens=False)["input_ids"]
             joined = [row["prompt"] + text for row, text in zip(rows, texts, strict=True)]
             parts = zip(prompts, self.texts(joined), alone, strict=True)
@@ -167,6 +197,15 @@ class Rendering:
                 bare = self.processor(text=[self._behind(chat, turn, row)], add_special_tokens=False)["input_ids"][0]
             made.append(ids_after(prompt, whole, bare, ends, limit))
         return made
+
+    def _text_behind(self, prompt: str, completion: Any) -> str:
+        """A completion's text behind a text: without the tag of reasoning that the prompt opens."""
+        turn = completion_turn(completion)
+        if turn.get("tool_calls"):
+            raise ValueError("it calls tools, which a chat template renders and a text prompt has none: make its prompt a chat")
+        opened = _OPENED.search(prompt)
+        text = completion_text(completion)
+        return continued(prompt, text) if opened is not None and _REASONING.search(opened.group()) else text
 
     def _behind(self, chat: list, turn: dict[str, Any], row: dict[str, Any]) -> str:
         """What of a turn follows the prompt, where the ids of the whole do not begin with the prompt's: a merge across the

@@ -48,8 +48,14 @@ def accuracy(
     max_new_tokens: int = MAX_NEW_TOKENS,
     as_chat: bool = True,
     rendering: Rendering | None = None,
+    graded: list[tuple[str, bool]] | None = None,
+    pattern: str | None = None,
 ) -> dict[str, float]:
     """Share of problems answered right, with its 95 % Wilson interval; questions are put as chats, or as plain text.
+
+    Args:
+        graded: is given every answer and whether it is right.
+        pattern: of the final answer, as `tsdkd.data.answers.final_answer` takes it.
 
     Returns:
         `accuracy`, `low`, `high` in [0, 1] and `n`, the number of problems.
@@ -57,7 +63,10 @@ def accuracy(
     was_training = model.training
     model.eval()
     texts = answers(model, tokenizer, problems, max_new_tokens=max_new_tokens, as_chat=as_chat, rendering=rendering)
-    right = sum(is_correct(text, problem.answer) for text, problem in zip(texts, problems, strict=True))
+    marks = [is_correct(text, problem.answer, pattern) for text, problem in zip(texts, problems, strict=True)]
+    right = sum(marks)
+    if graded is not None:
+        graded.extend(zip(texts, marks, strict=True))
     model.train(was_training)
     low, high = wilson_interval(right, len(problems))
     return {"accuracy": right / len(problems), "low": low, "high": high, "n": len(problems)}

@@ -18,7 +18,7 @@ import torch
 from tsdkd.evaluation.suite import BY_TASK
 from tsdkd.evaluation.tasks import code_may_be_named, lm_eval_package, load_task
 from tsdkd.rollouts import as_asked
-from tsdkd.teachers.sources import adapter_config, base_of
+from tsdkd.teachers.sources import adapter_config, base_of, refuse_missing_weights
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ def hf_model(model: Any, *, tokenizer: Any = None, dtype: str = "auto", batch_si
         placed = _base_and_adapter(model, "pretrained", "peft", options.get("revision"))
         if "peft" in placed:
             options.pop("revision", None)  # the adapter's, not its base's
+        refuse_missing_weights(placed["pretrained"], options.get("revision"), bool(options.get("trust_remote_code")))
         options.update(placed, dtype=dtype)
         tokenizer = tokenizer or model  # of an adapter, the one beside it
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")

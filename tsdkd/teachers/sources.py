@@ -126,3 +126,36 @@ def unreadable(what: str, name: str, error: BaseException) -> ValueError:
         f"{what} {name!r} cannot be read: there is no such folder here, and of that name on the Hub: "
         f"{str(error).splitlines()[0].rstrip('.')}"
     )
+
+
+def refuse_missing_weights(folder: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Refuse a local checkpoint that lacks the weights of its language-model head, which would be random.
+
+    Nothing is loaded: the names in its safetensors files are compared with those of an empty model.
+
+    Raises:
+        ValueError: naming them.
+    """
+    path = Path(folder).expanduser()
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if not files:
+        return  # of the Hub, or of another format: its loader says what it lacks
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names |= set(opened.keys())
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight or getattr(config.get_text_config(), "tie_word_embeddings", False):
+        return
+    wanted = next((name for name, module in model.named_modules() if module is head), "lm_head")
+    if not any(name.endswith(f"{wanted.split('.')[-1]}.weight") for name in names):
+        raise ValueError(
+            f"the checkpoint {folder} lacks the weights of its language-model head ({wanted}.weight), which would be random: "
+            "pass the checkpoint of a causal language model."
+        )

@@ -182,6 +182,8 @@ class CompletionSupply:
             given = row_by_row(self._given_and_cut, rows, start, f"the completion of row {{}} of {role} cannot be rendered")
             for row, (ids, was_cut) in enumerate(given, start):
                 cut += was_cut
+                if min(ids, default=0) < 0:
+                    raise ValueError(f"the completion of row {row} of {role} holds {min(ids)}, which is no id: leave it out.")
                 if max(ids, default=0) >= host.vocab_size:
                     raise ValueError(
                         f"the completion of row {row} of {role} holds id {max(ids)}, {host.tokenizer.decode([max(ids)])!r}, "

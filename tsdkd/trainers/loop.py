@@ -103,6 +103,7 @@ class Loop:
 
     def rows(self, rows: list[dict[str, Any]]) -> Batch:
         """The rows of a generation batch, or others in their place."""
+        self.prompts.check_rows(rows)
         return self.supply.rows(rows)
 
     def write(self, batch: Batch, prompt_ids: list[list[int]], by_student: Any) -> Written:

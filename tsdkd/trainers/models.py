@@ -37,6 +37,58 @@ def name_of(model: Any) -> str:
     return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
+def check_trainable(student: Any, teacher: Any) -> None:
+    """Refuse a student of which nothing is trained, and one that shares weights with the teacher.
+
+    Raises:
+        ValueError: saying why and what to do.
+    """
+    shared = {id(parameter) for parameter in student.parameters()}
+    if teacher is not None and any(id(parameter) in shared for parameter in teacher.parameters()):
+        raise ValueError(
+            "student and teacher share weights (an adapter and the base object that it sits on?): the teacher is frozen, and "
+            "the student with it. Load the teacher separately."
+        )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        kind = "an adapter that was loaded to be read" if hasattr(student, "peft_config") else "all its parameters are frozen"
+        raise ValueError(
+            f"nothing of the student would be trained: {kind}. Load an adapter with PeftModel.from_pretrained(base, folder, "
+            "is_trainable=True) or by its folder's name, or set requires_grad."
+        )
+
+
+def give_end(processor: Any, model: Any) -> None:
+    """Let a tokenizer without an end have the one that the student's generation_config names.
+
+    Raises:
+        ValueError: it names none either.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer is None or tokenizer.eos_token_id is not None:
+        return
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ends = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
+    if not ends:
+        raise ValueError(
+            "neither the tokenizer nor the student's generation_config names an end token, so that no completion could end: "
+            "set tokenizer.eos_token."
+        )
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+
+
+def check_template(tokenizer: Any, has_chats: bool, name: str) -> None:
+    """Refuse chats without a template.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if has_chats and tokenizer.chat_template is None:
+        raise ValueError(
+            f"the prompts are chats but the tokenizer of {name} has no chat template: set tokenizer.chat_template, use an "
+            "instruct model's tokenizer (processing_class=...), or pass the prompts as text."
+        )
+
+
 def tell_lost_updates(model: Any, learning_rate: float) -> None:
     """Warn where a step of AdamW, about the learning rate, is mostly less than half a unit of the weights' own dtype."""
     low = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) and p.numel()]

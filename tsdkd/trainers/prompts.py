@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from tsdkd.checks import refuse
-from tsdkd.data.prompts import fitting_rows, pieces, prompt_problems
+from tsdkd.data.prompts import fitting_rows, kind_of, pieces, prompt_problems
 from tsdkd.teachers.heads import text_config
 from tsdkd.trainers.host import Host, batch_rows
 
@@ -82,6 +82,7 @@ class Prompts:
     def __init__(self, host: Host, limits: Limits, check_completions: Callable[[Any, str], None]) -> None:
         self.host, self.limits, self.check_completions = host, limits, check_completions
         self.dropped = 0
+        self._seen: dict[frozenset[str], int] = {}
 
     def fit(self, dataset: Any, role: str) -> Any:
         """The rows whose prompts fit; of a stream too, where those that do not are to be dropped.
@@ -129,9 +130,25 @@ class Prompts:
 
     def _fits(self, row: dict[str, Any]) -> bool:
         """Whether a stream's row fits; one that does not is counted."""
+        if kind_of(row.get("prompt")) not in ("text", "chat"):
+            return True  # refused when it arrives
         (ids,) = self.host.tokenize([row])
         self.dropped += len(ids) > self.limits.prompt
         return len(ids) <= self.limits.prompt
+
+    def check_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Refuse rows that arrive and are no prompts, as a data set of them is refused at construction.
+
+        Raises:
+            ValueError: saying what came.
+        """
+        for row in rows:
+            kind = kind_of(row.get("prompt"))
+            if kind not in ("text", "chat", "empty") or (kind == "empty" and not isinstance(row["prompt"], str)):
+                raise ValueError(f"a prompt arrived that is {kind}: {str(row.get('prompt'))[:80]!r}. Filter the stream.")
+            self._check_fields(row, 0, "the rows that arrived", self._seen)
+        if len({isinstance(row["prompt"], str) for row in rows}) > 1:
+            raise ValueError("texts and chats arrived in one batch: make the stream's prompts one type.")
 
     def _check_fields(self, row: dict[str, Any], number: int, role: str, seen: dict[frozenset[str], int]) -> None:
         """Refuse tools, and name fields of turns, of which the chat template renders nothing; asked once a set of fields.
@@ -140,15 +157,28 @@ class Prompts:
             ValueError: naming the row.
         """
         if isinstance(row["prompt"], str):
+            extra = [name for name in ("tools", "chat_template_kwargs") if row.get(name)]
+            if extra:
+                raise ValueError(
+                    f"row {number} of {role} has {' and '.join(extra)}, which a chat template reads, and its prompt is a text: "
+                    "make it a chat, or remove the column."
+                )
             return
         given = row.get("completion")
         turns = [*row["prompt"], *(given if isinstance(given, (list, tuple)) else [])]
         fields = frozenset(key for turn in turns for key, value in turn.items() if value is not None)
+        fields |= {f"role {turn.get('role')}" for turn in turns}
         fields |= {"tools"} if row.get("tools") else frozenset()
-        if fields <= {"role", "content"} or fields in seen:
+        if fields in seen:
             return
         seen[fields] = number
         unused = self.host.rendering.unused(row)
+        lost = [name for name in unused if name.startswith("the turns of") or name == "tool_calls"]
+        if lost:
+            raise ValueError(
+                f"row {number} of {role}: the chat template renders nothing of {', '.join(lost)}. Name them as it does "
+                "(system, user, assistant, tool), or set a template that does (tokenizer.chat_template)."
+            )
         if "tools" in unused:
             raise ValueError(
                 f"row {number} of {role} has tools, and the chat template renders none of them: the student would be trained "

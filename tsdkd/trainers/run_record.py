@@ -56,7 +56,8 @@ def changed(options: Any) -> dict[str, Any]:
 
 def options_of(method: Any) -> dict[str, Any]:
     """All of a method's options, where it is a dataclass."""
-    return {f.name: plain(getattr(method, f.name)) for f in dataclasses.fields(method)} if dataclasses.is_dataclass(method) else {}
+    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    return {field.name: plain(getattr(method, field.name)) for field in fields}
 
 
 def is_of_another_run(folder: Path) -> str | None:

@@ -15,6 +15,7 @@ from tsdkd.trainers.setup_models import (
     options_have_effect,
     outputs_can_be_written,
     placement_is_possible,
+    sampling_is_possible,
     teacher_is_there,
     vllm_works,
 )
@@ -45,6 +46,7 @@ CHECKS: list[Callable[[Setup], Iterator[Problem]]] = [
     recording_goes_alone,
     teacher_is_there,
     options_have_effect,
+    sampling_is_possible,
     outputs_can_be_written,
     vllm_works,
     placement_is_possible,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from tsdkd.checks import Problem, unwritable
 from tsdkd.teachers.sources import adapter_config
@@ -31,6 +33,12 @@ def teacher_is_there(setup: Setup) -> Iterator[Problem]:
         )
 
 
+def _learns_a_prompt(kind: Any) -> bool:
+    """Whether an adapter of this kind puts tokens or states in front, which a model read without its wrapper does not have."""
+    name = str(getattr(kind, "value", kind) or "").upper()
+    return any(part in name for part in ("PROMPT", "PREFIX", "P_TUNING", "CPT"))
+
+
 def _of_model(setup: Setup, role: str, model: Any) -> Iterator[Problem]:
     do = f"pass a causal language model as the {role} (AutoModelForCausalLM)"
     try:
@@ -43,6 +51,12 @@ def _of_model(setup: Setup, role: str, model: Any) -> Iterator[Problem]:
         yield Problem(f"the {role} is a {kind}, which has no config", do=do)
     elif getattr(config, "is_encoder_decoder", False):
         yield Problem(f"the {role} is an encoder-decoder ({kind})", "two halves of it read prompt and completion", do)
+    elif isinstance(model, str) and _learns_a_prompt((adapter_config(model) or {}).get("peft_type")):
+        yield Problem(f"the {role} {model} is a learnt prompt or prefix", "its virtual tokens would not be read", do)
+    elif not isinstance(model, str) and any(
+        _learns_a_prompt(getattr(part, "peft_type", None)) for part in (getattr(model, "peft_config", None) or {}).values()
+    ):
+        yield Problem(f"the {role} has a learnt prompt or prefix ({kind})", "its virtual tokens would not be read", do)
     elif not isinstance(model, str):
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is None:
@@ -138,6 +152,10 @@ _VLLM = (
     "vllm_enable_sleep_mode",
     "vllm_structured_outputs_regex",
     "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_group_port",
     "vllm_tensor_parallel_size",
     "vllm_max_model_length",
 )
@@ -152,7 +170,7 @@ def options_have_effect(setup: Setup) -> Iterator[Problem]:
             yield Problem(f"{name}={value!r} has no effect here", why, "leave it out")
     if not args.use_vllm:
         defaults = {field.name: field.default for field in dataclasses.fields(args)}
-        for name in _VLLM:
+        for name in (name for name in _VLLM if name in defaults):
             if getattr(args, name) != defaults[name]:
                 yield Problem(f"{name}={getattr(args, name)!r} has no effect without vLLM", do="set use_vllm, or leave it out")
     if args.fp16 and not torch.cuda.is_available():
@@ -161,10 +179,50 @@ def options_have_effect(setup: Setup) -> Iterator[Problem]:
     if args.teacher_model_init_kwargs and not named:
         given = "no teacher was given" if setup.teacher is None else "the teacher is loaded already"
         yield Problem(f"teacher_model_init_kwargs were given, and {given}", do="leave them out, or pass the teacher's name")
-    if args.teacher_model_revision is not None and setup.teacher is None:
-        yield Problem("teacher_model_revision was given, and no teacher", do="leave it out, or pass the teacher's name")
+    if args.teacher_model_revision is not None:
+        why = "no teacher was given" if setup.teacher is None else "the teacher is loaded already"
+        if named and Path(setup.teacher).expanduser().is_dir():
+            why = "the teacher is a folder, which has none"
+        if not named or why.endswith("none"):
+            yield Problem(f"teacher_model_revision={args.teacher_model_revision!r} was given, and {why}", do="leave it out")
     if args.any_recording and setup.recording is None:
         yield Problem("any_recording was set, and no recording was given", do="leave it out, or pass recording=FOLDER")
+
+
+# What generation_kwargs may not say, since it is said elsewhere or would change what a completion is.
+_SAID_ELSEWHERE = {
+    "max_new_tokens": "set max_completion_length",
+    "max_tokens": "set max_completion_length",
+    "max_length": "set max_completion_length",
+    "eos_token_id": "set the student's generation_config.eos_token_id, which every path reads",
+    "pad_token_id": "set the tokenizer's pad_token",
+    "num_return_sequences": "a prompt gets one completion a step: repeat the row",
+    "n": "a prompt gets one completion a step: repeat the row",
+    "stop_strings": "name an end token (generation_config.eos_token_id)",
+    "temperature": "set temperature",
+    "top_p": "set top_p",
+    "top_k": "set top_k",
+}
+
+
+def sampling_is_possible(setup: Setup) -> Iterator[Problem]:
+    """Options of generation that there are, and that say what nothing else does."""
+    args = setup.args
+    given = dict(args.generation_kwargs or {})
+    for name in given:
+        if name in _SAID_ELSEWHERE:
+            yield Problem(f"generation_kwargs has {name}", "it would be overruled or misread", _SAID_ELSEWHERE[name])
+    if not args.use_vllm:
+        known = vars(GenerationConfig())
+        for name in given:
+            if name not in known and name not in _SAID_ELSEWHERE:
+                near = difflib.get_close_matches(name, known, n=1)
+                yield Problem(
+                    f"generation_kwargs has {name}, and transformers' GenerationConfig has not",
+                    do=f"leave it out{f', or did you mean {near[0]}?' if near else ''}",
+                )
+        if args.temperature == 0 and setup.recording is None:
+            yield Problem("temperature=0", "transformers samples, which takes one above 0", "pass e.g. 0.01, or use_vllm")
 
 
 def outputs_can_be_written(setup: Setup) -> Iterator[Problem]:

@@ -44,7 +44,7 @@ def _options(role: str, args: TokenDistillConfig) -> dict[str, Any]:
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What of a model's arguments says which checkpoint is read, for its configuration and its tokenizer."""
-    return {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    return {key: kwargs[key] for key in ("revision", "trust_remote_code", "subfolder") if key in kwargs}
 
 
 def _placed(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
@@ -120,6 +120,17 @@ def load_student(name: str, args: TokenDistillConfig, quantization_config: Any =
         return create_model_from_path(base, architecture=found if writes else AutoModelForCausalLM, **kwargs)
 
     return _loaded(name, "student", args, load)
+
+
+def student_of(model: Any, args: TokenDistillConfig, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The student, loaded where it comes by name with its tokenizer into `kwargs`, and the config's `model_init_kwargs`, which
+    are taken out of it for TRL: it would say that they are ignored."""
+    given = args.model_init_kwargs
+    if isinstance(model, str):
+        kwargs["processing_class"] = kwargs.get("processing_class") or processor_of(model, args)
+        model = load_student(model, args, kwargs.pop("quantization_config", None))
+        args.model_init_kwargs = None
+    return model, given
 
 
 def load_teacher(name: str, args: TokenDistillConfig) -> Any:

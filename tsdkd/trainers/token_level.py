@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ from tsdkd.trainers.loop import Loop
 from tsdkd.trainers.models import (
     check_same_tokens,
     check_special_ids,
+    check_template,
     check_terms,
+    check_trainable,
     disable_dropout,
     fingerprint_of,
+    give_end,
     name_of,
     names_of,
     tell_student,
@@ -41,7 +45,7 @@ from tsdkd.trainers.recording import check_recordable, write_recording
 from tsdkd.trainers.run_record import RunRecord
 from tsdkd.trainers.setup import Setup, chosen_method
 from tsdkd.trainers.setup_checks import OF_DATA, problems
-from tsdkd.trainers.sources import load_sharded_teacher, load_student, load_teacher, processor_of, vocabulary_of
+from tsdkd.trainers.sources import load_sharded_teacher, load_teacher, student_of, vocabulary_of
 from tsdkd.trainers.trl_seams import TRLTrainer
 from tsdkd.trainers.tsd_kd_config import TSDKDConfig
 
@@ -93,6 +97,7 @@ class TokenDistillTrainer(TRLTrainer):
             )
         self.method = chosen_method(args, method)
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+        model, teacher_model = (str(m) if isinstance(m, os.PathLike) else m for m in (model, teacher_model))
         recording = Recording.open(args.recording) if args.recording is not None else None
         train_dataset, eval_dataset = as_data_set(train_dataset, "train_dataset"), as_data_set(eval_dataset, "eval_dataset")
         data = train_dataset, eval_dataset, as_data_set(pretraining_dataset, "pretraining_dataset")
@@ -106,26 +111,16 @@ class TokenDistillTrainer(TRLTrainer):
         args.logging_nan_inf_filter = False
         self._name, self._paper = self.method.title or self.method.name, dict(self.method.paper)
         self._tag_names = ["trl", "tsdkd", self.method.name]
-        if isinstance(model, str):
-            kwargs["processing_class"] = kwargs.get("processing_class") or processor_of(model, args)
-            model = load_student(model, args, kwargs.pop("quantization_config", None))
-            given, args.model_init_kwargs = args.model_init_kwargs, None  # TRL would say that they are ignored
-        super().__init__(with_whole_path(model), None, args, train_dataset, eval_dataset, **kwargs)
-        if isinstance(setup.student, str):
-            args.model_init_kwargs = given
+        student, given = student_of(model, args, kwargs)
+        give_end(kwargs.get("processing_class"), student)
+        super().__init__(with_whole_path(student), None, args, train_dataset, eval_dataset, **kwargs)
+        args.model_init_kwargs = given
         restore_buffers(self.model, torch.float32)
         tell_student(self.model, args)
         self.generation = Generation(self)
         self.generation.reload_whole()
-        if args.token_budget is not None:
-            self.add_callback(TokenBudget(self))
         self.has_chats = setup.has_chats
-        if self.has_chats and self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"the prompts are chats but the tokenizer of {name_of(self.model)} has no chat template: set "
-                "tokenizer.chat_template, use an instruct model's tokenizer (processing_class=...), or pass the "
-                "prompts as text."
-            )
+        check_template(self.tokenizer, self.has_chats, name_of(self.model))
         self._place_teacher(setup)
         check_terms(self.method, self.vocab_size, self.accelerator.device)
         check_special_ids(self.tokenizer, self.eos_token_ids, vocabulary_size(self.model), self.vocab_size)
@@ -133,6 +128,7 @@ class TokenDistillTrainer(TRLTrainer):
             if args.disable_dropout:
                 disable_dropout(self.model)
             check_head(self.model, "student", self.vocab_size)
+        check_trainable(self.model, self.teacher_model)
         self.generation.forbid_ids(self.vocab_size, self.unknown_ids)
         limits = Limits.of(args.max_length, args.max_completion_length, self.model, self.teacher_model)
         self.generation.set_max_completion_length(limits.completion)
@@ -141,7 +137,7 @@ class TokenDistillTrainer(TRLTrainer):
         self.loop = Loop(self, setup, self.teacher, self.teacher_model, names_of(setup), limits)
         self._fit_data()
         self.run_record = RunRecord(self)
-        for callback in (self.run_record, watch(self)):
+        for callback in (self.run_record, watch(self), *([TokenBudget(self)] if args.token_budget is not None else [])):
             self.add_callback(callback)
 
     # ------------------------------------------------------------------ at construction
@@ -236,7 +232,8 @@ class TokenDistillTrainer(TRLTrainer):
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None) -> None:
         """The card of the student as it is, in `args.output_dir`, in place of TRL's."""
         if self.is_world_process_zero():
-            text = card_of(self, model_name, dataset_name, [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])])
+            more = [tags] if isinstance(tags, str) else tags or []
+            text = card_of(self, model_name, dataset_name, [*self._tag_names, *more])
             Path(self.args.output_dir, "README.md").write_text(text)
 
     @property

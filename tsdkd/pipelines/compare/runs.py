@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from tsdkd.data.rows import append_rows, mend_rows, read_rows
+from tsdkd.evaluation.tables import mcnemar
 from tsdkd.methods import METHODS
 from tsdkd.pipelines.compare.scoring import Scorer
 from tsdkd.provenance import provenance
 
+# The rows of what is not trained here.
+UNTRAINED = "untrained"
+BASELINES = ("student", "teacher")
 # What a recipe names whose contents a row depends on.
 FILES = (
     "model_name_or_path",
@@ -107,6 +112,8 @@ def compare(
     *,
     writes: bool = True,
     say: Callable[[str], None] = print,
+    with_baselines: bool = False,
+    keep: bool = False,
 ) -> list[dict[str, Any]]:
     """Train and score every run that `out` has no row of.
 
@@ -118,9 +125,11 @@ def compare(
         settings: what all runs share.
         writes: whether this process writes the rows, one of several.
         say: what tells the progress.
+        with_baselines: score the student as it starts and the teacher, too, before the first run.
+        keep: save every run's student, in its folder.
 
     Returns:
-        the rows of these runs, in order.
+        the rows of the baselines and of these runs, in order.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     found = read_rows(out, "remove it, that run is then made again")
@@ -128,31 +137,92 @@ def compare(
     if writes:
         mend_rows(out, found)
     rows = []
+
+    def made(wanted: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+        row = {**wanted, **figures, "provenance": provenance(wanted["seed"])}
+        if writes:
+            append_rows(out, [row])
+        return row
+
+    baselines = [Run(name, UNTRAINED) for name in BASELINES] if with_baselines else []
+    missing = [run for run in baselines if _identity(run.row(settings)) not in done]
+    if missing and runs:
+        for name, figures in _untrained(build(runs[0]), scorer).items():
+            wanted = Run(name, UNTRAINED).row(settings)
+            if _identity(wanted) not in done:
+                done[_identity(wanted)] = made(wanted, figures)
+                say(spoken(name, figures))
+    rows += [done[key] for run in baselines if (key := _identity(run.row(settings))) in done]
+    start = next((row for row in rows if row["label"] == BASELINES[0]), None)
     for number, run in enumerate(runs, 1):
         wanted = run.row(settings)
         row = done.get(_identity(wanted))
         if row is None:
             say(f"run {number} of {len(runs)}: {run.label}, seed {run.seed}")
-            row = {**wanted, **_made(run, build, scorer), "provenance": provenance(run.seed)}
-            if writes:
-                append_rows(out, [row])
+            row = made(wanted, _made(run, build, scorer, wanted, keep))
+            say(spoken(f"{run.label}, seed {run.seed}", row, start))
         rows.append(row)
     return rows
 
 
-def _made(run: Run, build: Callable[[Run], Any], scorer: Scorer) -> dict[str, Any]:
-    """A run's scores and the facts of its training."""
+def spoken(name: str, row: dict[str, Any], start: dict[str, Any] | None = None) -> str:
+    """A row's scores as a line, with their interval, and against the start on the same items."""
+    if "accuracy" not in row:
+        return f"{name}: " + ", ".join(f"{score} {value:.3f}" for score, value in row["scores"].items())
+    text = f"{name}: {row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f}, n = {row['n']})"
+    if start is not None and start.get("right") and row.get("right"):
+        p = mcnemar(row["right"], start["right"])
+        change = row["accuracy"] - start["accuracy"]
+        text += f", {change:+.3f} against the start {'(p < 0.001)' if p < 0.001 else f'(p = {p:.3f})'}"
+    return text
+
+
+def _untrained(trainer: Any, scorer: Scorer) -> dict[str, dict[str, Any]]:
+    """The scores of the student as it starts, and of the teacher where its model is here."""
+    scorer.check(trainer)
+    facts = {"steps": 0, "trained_tokens": 0, "seconds": 0.0}
+    made = {BASELINES[0]: {**scorer.figures(scorer(trainer, BASELINES[0])), **facts}}
+    if trainer.teacher_model is not None and trainer.args.teacher_placement == "local":
+        made[BASELINES[1]] = {**scorer.figures(scorer(trainer, BASELINES[1], trainer.teacher_model)), **facts}
+    _free(trainer)
+    return made
+
+
+def _made(run: Run, build: Callable[[Run], Any], scorer: Scorer, wanted: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """A run's scores and the facts of its training, which goes on from its last checkpoint if it was cut off."""
     began = time.perf_counter()
     trainer = build(run)
-    trainer.train()
+    scorer.check(trainer)
+    goes_on = _begun(Path(trainer.args.output_dir), _identity(wanted), trainer.accelerator.is_main_process)
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=goes_on)
     seconds = round(time.perf_counter() - began, 1)
     facts = {"steps": trainer.state.global_step, "trained_tokens": trainer.trained_tokens, "seconds": seconds}
     scores = scorer(trainer, run.label)
+    if keep:
+        trainer.save_model(str(Path(trainer.args.output_dir) / "student"))
+    _free(trainer)
+    return {**scorer.figures(scores), **facts}
+
+
+def _begun(folder: Path, identity: str, writes: bool) -> bool | None:
+    """Whether this very run left a checkpoint there; what another left is taken away."""
+    mark, checkpoints = folder / "compared.json", sorted(folder.glob("checkpoint-*"))
+    if mark.is_file() and mark.read_text() == identity:
+        return True if checkpoints else None
+    if writes:
+        for checkpoint in checkpoints:
+            shutil.rmtree(checkpoint)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(identity)
+    return None
+
+
+def _free(trainer: Any) -> None:
     if trainer.teacher is not None:
         trainer.teacher.close()  # dropping a sharded one would not free it
     del trainer  # two runs' models need not fit beside each other
     gc.collect()
-    return {**scorer.figures(scores), **facts}
 
 
 def _identity(row: dict[str, Any]) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+from tsdkd.data.answers import LOOKED_FOR, final_answer
 from tsdkd.data.rows import ScoreRow, lines_of
 from tsdkd.demo.problems import Problem, held_out
 
 
 class Scorer(Protocol):
-    """From a trained student to its scores.
+    """From a model to its scores.
 
     Attributes:
         settings: what a row says of the scoring.
@@ -22,8 +25,12 @@ class Scorer(Protocol):
     settings: dict[str, Any]
     contents: list[str]
 
-    def __call__(self, trainer: Any, label: str) -> list[ScoreRow]:
-        """The scores of a trainer's student."""
+    def check(self, trainer: Any) -> None:
+        """Refuse what could not be scored, before it is trained."""
+        ...
+
+    def __call__(self, trainer: Any, label: str, model: Any = None) -> list[ScoreRow]:
+        """The scores of a trainer's student, or of another model of its family."""
         ...
 
     def figures(self, scores: Sequence[ScoreRow]) -> dict[str, Any]:
@@ -56,24 +63,46 @@ def problems_at(path: Path | None) -> list[Problem]:
 
 
 class OnProblems:
-    """The accuracy of greedy completions of problems, with its 95 % Wilson interval."""
+    """The accuracy of greedy completions of problems, with its 95 % Wilson interval.
 
-    def __init__(self, problems: list[Problem]) -> None:
-        self.problems = problems
-        self.settings, self.contents = {"problems": len(problems)}, [repr(problems)]
+    Args:
+        problems: with their answers.
+        pattern: of a final answer; None: GSM8K's or a box.
+        say: what tells of answers that state none.
+    """
 
-    def __call__(self, trainer: Any, label: str) -> list[ScoreRow]:
+    def __init__(self, problems: list[Problem], pattern: str | None = None, say: Callable[[str], None] = print) -> None:
+        self.problems, self.pattern, self.say = problems, pattern, say
+        self.settings: dict[str, Any] = {"problems": len(problems)}
+        if pattern is not None:
+            self.settings["answer_pattern"] = pattern
+        self.contents = [repr(problems)]
+
+    def check(self, trainer: Any) -> None:
+        """Text or chats: problems are put as the prompts were."""
+
+    def __call__(self, trainer: Any, label: str, model: Any = None) -> list[ScoreRow]:
         from tsdkd.demo.scoring import accuracy
 
+        graded: list[tuple[str, bool]] = []
         longest, as_chat = trainer.max_completion_length, trainer.has_chats  # asked as it was trained
-        found = accuracy(trainer.model, trainer.processing_class, self.problems, longest, as_chat, rendering=trainer.rendering)
-        interval = {"low": found["low"], "high": found["high"]}
+        model = trainer.model if model is None else model
+        how = {"rendering": trainer.rendering, "graded": graded, "pattern": self.pattern}
+        found = accuracy(model, trainer.processing_class, self.problems, longest, as_chat, **how)
+        silent = [text for text, _ in graded if final_answer(text, self.pattern) is None]
+        if silent:
+            shown = "; ".join(repr(text[:80]) for text in silent[:3])
+            looked_for = repr(self.pattern) if self.pattern else LOOKED_FOR
+            self.say(f"{label}: {len(silent)} of {len(graded)} answers state no final answer ({looked_for}), e.g. {shown}")
+        interval = {"low": found["low"], "high": found["high"], "ungraded": len(silent)}
+        right = "".join("1" if mark else "0" for _, mark in graded)
         n = int(found["n"])
-        return [ScoreRow(task="problems", metric="accuracy", score=found["accuracy"], n=n, label=label, more=interval)]
+        row = ScoreRow(task="problems", metric="accuracy", score=found["accuracy"], n=n, label=label, more=interval)
+        return [dataclasses.replace(row, items={"right": right})]
 
     def figures(self, scores: Sequence[ScoreRow]) -> dict[str, Any]:
         (row,) = scores
-        return {"accuracy": row.score, **row.more, "n": row.n}
+        return {"accuracy": row.score, **row.more, "n": row.n, "right": (row.items or {}).get("right")}
 
 
 class OnTasks:
@@ -96,12 +125,24 @@ class OnTasks:
         self.settings = {"problems": 0, "eval": [",".join(tasks), chat_template, limit]}
         self.contents = [repr([])]
 
-    def __call__(self, trainer: Any, label: str) -> list[ScoreRow]:
+    def check(self, trainer: Any) -> None:
+        """A chat template where items are put as chats.
+
+        Raises:
+            ValueError: none is there.
+        """
+        if self.how["chat_template"] and trainer.processing_class.chat_template is None:
+            raise ValueError(
+                "--eval_chat_template puts the items as chats, and the student's tokenizer has no chat template: leave it out, "
+                "or set tokenizer.chat_template."
+            )
+
+    def __call__(self, trainer: Any, label: str, model: Any = None) -> list[ScoreRow]:
         from tsdkd.evaluation import harness
 
         rows = []
-        with trainer.student() as student:
-            lm = harness.hf_model(student, tokenizer=trainer.processing_class, batch_size=64)
+        with trainer.student() if model is None else nullcontext(model) as scored:
+            lm = harness.hf_model(scored, tokenizer=trainer.processing_class, batch_size=64)
             for task in self.tasks:
                 (first, *_), _ = harness.score_task(lm, self.manager, task, **self.how)
                 rows.append(ScoreRow(task=task, metric=first.metric, score=first.value, n=first.n, label=label))

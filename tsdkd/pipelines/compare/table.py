@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from tsdkd.data.intervals import wilson_interval
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -27,3 +30,50 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells += [str(len(by_label[label])), f"{mean(label, 'trained_tokens'):,.0f}", f"{mean(label, 'seconds'):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Each method's score with its 95 % interval, a mark a seed; the start and the teacher as lines.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("a picture needs matplotlib: pip install 'tsdkd[report]'.") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scores = [{**row, **(row.get("scores") or {"accuracy": row.get("accuracy")})} for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row.get("scores") or {"accuracy": 0}))
+    trained = [row for row in scores if row["method"] != "untrained"]
+    labels = list(dict.fromkeys(row["label"] for row in trained))
+    figure, axes = plt.subplots(1, len(names), figsize=(2 + 0.9 * len(labels) * len(names), 4), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for place, label in enumerate(labels):
+            own = [row for row in trained if row["label"] == label]
+            for number, row in enumerate(own):
+                low, high = _interval(row, name)
+                at = place + 0.15 * (number - (len(own) - 1) / 2)
+                bars = [[max(0.0, row[name] - low)], [max(0.0, high - row[name])]]
+                axis.errorbar(at, row[name], yerr=bars, fmt="o", color=f"C{place}", capsize=3)
+        for row, style in zip([row for row in scores if row["method"] == "untrained"], ("--", ":"), strict=False):
+            axis.axhline(row[name], linestyle=style, color="0.4")
+            where = {"xycoords": ("axes fraction", "data"), "va": "bottom", "ha": "right"}
+            axis.annotate(row["label"], (1.0, row[name]), color="0.4", **where)
+        axis.set(title=name, ylabel="score (bars: 95 %)")
+        axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def _interval(row: dict[str, Any], name: str) -> tuple[float, float]:
+    """Of a share its Wilson interval."""
+    if "low" in row and name == "accuracy":
+        return row["low"], row["high"]
+    n = row["n"].get(name.split("/")[0]) if isinstance(row["n"], dict) else row["n"]
+    if not n or not 0 <= row[name] <= 1:
+        return row[name], row[name]
+    return wilson_interval(round(row[name] * n), n)
