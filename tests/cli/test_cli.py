@@ -109,15 +109,17 @@ def test_a_comparison_is_made_again_when_its_data_change(tmp_path):
     class Trained:
         teacher, trained_tokens = None, 1
         state = argparse.Namespace(global_step=1)
+        args = argparse.Namespace(output_dir=str(tmp_path / "runs"))
+        accelerator = argparse.Namespace(is_main_process=True, wait_for_everyone=lambda: None)
 
         def __init__(self, run):
             made.append(run)
 
-        def train(self):
-            pass
+        def train(self, resume_from_checkpoint=None):
+            assert resume_from_checkpoint is None
 
     class Fixed(OnProblems):
-        def __call__(self, trainer, label):
+        def __call__(self, trainer, label, model=None):
             return [ScoreRow(task="problems", metric="accuracy", score=0.5, n=1, label=label)]
 
     scorer = Fixed([])
@@ -168,9 +170,11 @@ def test_another_method_and_a_recording_from_the_command_line(tmp_path, capsys, 
     (tmp_path / "q.jsonl").write_text('{"question": "How many?", "answer": 3}\n')
     compared = ["compare", "--config", str(recipe), "--methods", "gkd,seq_kd", "--out", str(out)]
     assert main([*compared, "--problems", str(tmp_path / "q.jsonl"), *short]) == 0
-    assert [json.loads(line)["method"] for line in out.read_text().splitlines()] == ["gkd", "seq_kd"]
+    made = [json.loads(line)["method"] for line in out.read_text().splitlines()]
+    assert made == ["untrained", "gkd", "seq_kd"]
     away.rename(tmp_path / "t")
     capsys.readouterr()
+    mixed = [*compared[:-1], str(tmp_path / "d.jsonl"), "--problems", str(tmp_path / "q.jsonl")]
     for wrong, message in [
         (["train", *given, *data, "--record", folder], "holds a recording already"),
         (["train", *given, "--recording", str(tmp_path)], "holds no finished recording"),
@@ -183,7 +187,7 @@ def test_another_method_and_a_recording_from_the_command_line(tmp_path, capsys, 
         (["train", *given, *data, "--method", "gkd", "--beta", "1.0"], "no method here reads: pass --gkd.beta"),
         (["compare", "--config", str(recipe), "--methods", "gkd", "--seeds", "0"], "--seeds 0: it must be 1 or more"),
         (["compare", "--config", str(recipe), "--methods", "gkd", "--problems", str(tmp_path / "p.jsonl")], "'question' and"),
-        ([*compared[:-1], str(tmp_path / "d.jsonl"), "--methods", "minillm"], "written by student and teacher together"),
+        ([*mixed, "--methods", "minillm"], "written by student and teacher together"),
     ]:
         assert main(wrong) == 2
         assert message in capsys.readouterr().err

@@ -15,7 +15,7 @@ from tiny import QUESTIONS
 from tsdkd.cli.recipes import parsed, read_recipes
 from tsdkd.cli.train import parse
 from tsdkd.data.files import as_data_set, load_rows
-from tsdkd.data.prompts import map_prompts
+from tsdkd.data.prompts import load_prompts, map_prompts
 from tsdkd.methods import SupervisedKD
 
 ROWS = [{"prompt": f"Tom has {n} app\u2028les.", "completion": str(n)} for n in range(4)]
@@ -268,3 +268,69 @@ def test_the_last_checkpoint_is_asked_for_by_flag_as_by_recipe(tmp_path, word, e
     assert parse(["--config", str(file), "--resume_from_checkpoint", word])[1].resume_from_checkpoint == expected
     file.write_text(base + f"resume_from_checkpoint: {word}\n")
     assert parse(["--config", str(file)])[1].resume_from_checkpoint == expected
+
+
+# ---------------------------------------------------------------------- what an outside tester broke
+
+
+def test_a_ragged_table_is_refused_with_its_line(tmp_path):
+    file = tmp_path / "p.csv"
+    file.write_text("prompt,completion\nq1,a1,\nq2,a2,\n")
+    assert load_rows(str(file)).to_list() == [{"prompt": "q1", "completion": "a1"}, {"prompt": "q2", "completion": "a2"}]
+    file.write_text("prompt,completion\nq1,a1\nq1,3, so 3\n")
+    with pytest.raises(ValueError, match=r"p\.csv, line 3 has 3 cells where the header has 2"):
+        load_rows(str(file))
+    table = tmp_path / "p.tsv"
+    table.write_text('prompt\tcompletion\n"Hello\ta\nfoo\t"bar\n')
+    with pytest.raises(ValueError, match=r"p\.tsv, line 3 is no row of a table"):
+        load_rows(str(table))
+
+
+def test_a_folders_split_is_the_asked_one(tmp_path):
+    for name in ("train.jsonl", "validation.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl"):
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).write_text(json.dumps({"prompt": name}) + "\n")
+    assert load_rows(str(tmp_path / "a"))["prompt"] == ["train.jsonl"]
+    assert load_rows(str(tmp_path / "a"), split="train+validation")["prompt"] == ["train.jsonl", "validation.jsonl"]
+    with pytest.raises(ValueError, match=r"holds no file of the split 'test'; it has train.jsonl, validation.jsonl"):
+        load_rows(str(tmp_path / "a"), split="test")
+    parts = {name: Dataset.from_dict({"prompt": [f"{name}{i}" for i in range(3)]}) for name in ("train", "test")}
+    DatasetDict(parts).save_to_disk(tmp_path / "b")
+    assert load_rows(str(tmp_path / "b"), split="train[:1]+test[1:2]")["prompt"] == ["train0", "test1"]
+
+
+def test_columns_that_carry_a_prompt_are_read():
+    system = map_prompts(Dataset.from_list([{"conversations": SHAREGPT[1:], "system": "s"}]))
+    assert [turn["content"] for turn in system[0]["prompt"]] == ["s", "q"]
+    gemma = [{"role": "user", "content": "q"}, {"role": "model", "content": "a"}]
+    assert map_prompts(Dataset.from_list([{"messages": gemma}]))[0]["completion"] == [{"role": "assistant", "content": "a"}]
+    dolly = {"instruction": "Add.", "context": "1 2", "response": "3"}
+    assert map_prompts(Dataset.from_list([dolly])).to_list() == [{"prompt": "Add.\n\n1 2", "completion": "3"}]
+    row = {"instruction": None, "input": "x", "output": "y", "system": "s", "history": [["a", "b"]]}
+    made = map_prompts(Dataset.from_list([row]))[0]
+    assert [turn["content"] for turn in made["prompt"]] == ["s", "a", "b", "x"]
+
+
+def test_what_arrow_cannot_hold_is_kept_or_named(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a", "id": 99999999999999999999999}\n{"prompt": "b", "id": 1}\n')
+    assert load_rows(str(file))["prompt"] == ["a", "b"]
+    file.write_text('{"prompt": "a"}\n{"prompt": "\\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"row 1 of .*p\.jsonl holds half a character in 'prompt'"):
+        load_rows(str(file))
+    contents = ["q", [{"type": "text", "text": "r"}]]
+    mixed = [{"messages": [{"role": "user", "content": content}]} for content in contents]
+    file.write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    assert [row["prompt"][0]["content"] for row in load_prompts(str(file))] == ["q", "r"]
+
+
+def test_a_frame_of_pandas_and_a_torch_stream_with_a_length_are_read():
+    import pandas
+
+    assert as_data_set(pandas.DataFrame({"prompt": ["a", "b"]}), "x")["prompt"] == ["a", "b"]
+
+    class Sized(Stream):
+        def __len__(self):
+            return len(QUESTIONS)
+
+    assert next(iter(as_data_set(Sized(), "x"))) == {"prompt": QUESTIONS[0]}

@@ -141,14 +141,16 @@ def test_example_04_compares_and_goes_on_where_it_was(tmp_path):
     file = tmp_path / "out" / "comparison.jsonl"
     whole = file.read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
-    assert [row["method"] for row in rows] == ["gkd", "minillm", "seq_kd"]
-    assert all(row["n"] == 1 and row["trained_tokens"] > 0 and "commit" in row["provenance"] for row in rows)
-    assert "| gkd |" in first and first.count("run ") == 3
+    assert [row["method"] for row in rows] == ["untrained", "untrained", "gkd", "minillm", "seq_kd"]
+    assert all(row["n"] == 1 and "commit" in row["provenance"] for row in rows)
+    assert all((row["trained_tokens"] > 0) == (row["method"] != "untrained") for row in rows)
+    assert "| gkd |" in first and [f"run {number} of 3" in first for number in (1, 2, 3)] == [True] * 3
     lines = whole.splitlines(keepends=True)
-    file.write_text("".join(lines[:2]) + lines[2][:40])  # interrupted while it wrote
+    file.write_text("".join(lines[:4]) + lines[4][:40])  # interrupted while it wrote
     second = run_example("04_compare_methods.py", tmp_path, *few)
-    assert second.count("run 3 of 3") == 1 and "run 1" not in second
-    assert [json.loads(line)["method"] for line in file.read_text().splitlines()] == ["gkd", "minillm", "seq_kd"]
+    assert second.count("run 3 of 3") == 1 and "run 1 of" not in second
+    made = [json.loads(line)["method"] for line in file.read_text().splitlines()]
+    assert made == ["untrained", "untrained", "gkd", "minillm", "seq_kd"]
 
 
 YOUR_OWN = sorted((ROOT / "examples" / "your_own").glob("*.py"))

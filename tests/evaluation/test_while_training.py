@@ -106,7 +106,8 @@ def test_a_comparison_is_scored_on_tasks(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "| method | local/accuracy | lowest-highest | seeds |" in table
     made = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
-    assert [row["label"] for row in made] == ["gkd", "tsd_kd"] and all(row["n"] == {"local": 4} for row in made)
+    assert [row["label"] for row in made] == ["student", "teacher", "gkd", "tsd_kd"]
+    assert all(row["n"] == {"local": 4} for row in made)
 
 
 def test_a_run_does_not_compete_with_what_another_left_in_its_folder(tmp_path):

@@ -199,3 +199,73 @@ def test_rows_that_come_to_an_evaluation_are_checked_as_those_before(tmp_path):
         trainer.evaluate(Dataset.from_dict({"text": ["a"]}))
     first = trainer.evaluate(answered(4))["eval_loss"]
     assert trainer.evaluate({"a": answered(4)})["eval_a_loss"] == pytest.approx(first)
+
+
+# ---------------------------------------------------------------------- what an outside tester broke
+
+
+def test_a_learnt_prompt_is_refused_since_it_would_not_be_read(tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    teacher = get_peft_model(tiny_model(seed=2, hidden=48), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="the teacher has a learnt prompt or prefix"):
+        make(tmp_path, teacher=teacher)
+
+
+def test_a_student_of_which_nothing_is_trained_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_model(seed=1)
+    with pytest.raises(ValueError, match="student and teacher share weights"):
+        make(tmp_path / "a", student=get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])), teacher=base)
+    with pytest.raises(ValueError, match="nothing of the student would be trained: all its parameters are frozen"):
+        make(tmp_path / "b", student=tiny_model(seed=1).requires_grad_(False))
+
+
+def test_a_tokenizer_without_an_end_takes_the_students(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    assert make(tmp_path / "a", processing_class=tokenizer, rollouts=by_prompt).eos_ids == [1]
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    learner = tiny_model(seed=1)
+    learner.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="neither the tokenizer nor the student's generation_config names an end token"):
+        make(tmp_path / "b", processing_class=tokenizer, student=learner)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"generation_kwargs": {"eos_token_id": [3]}}, "generation_kwargs has eos_token_id: it would be overruled"),
+        ({"generation_kwargs": {"max_new_tokens": 3}}, "Set max_completion_length"),
+        ({"generation_kwargs": {"repitition_penalty": 1.1}}, r"or did you mean repetition_penalty\?"),
+        ({"temperature": 0.0}, "temperature=0: transformers samples"),
+        ({"vllm_server_port": 9}, "vllm_server_port=9 has no effect without vLLM"),
+    ],
+)
+def test_sampling_that_is_not_possible_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+def test_rows_of_a_stream_are_checked_as_they_arrive(tmp_path):
+    user = {"role": "user", "content": "Tom has 12 apples."}
+    answered_chat = [user, {"role": "assistant", "content": "5"}]
+    for bad, message in (
+        (answered_chat, "a prompt arrived that is chats that end in an assistant's turn"),
+        (None, "a prompt arrived that is None"),
+        ("Tom", "texts and chats arrived in one batch"),
+    ):
+        stream = IterableDataset.from_generator(lambda bad=bad: iter([{"prompt": [user]}, {"prompt": bad}] * 8))
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path, data=stream, rollouts=by_prompt, max_steps=1, drop_long_prompts=True).train()
+
+
+def test_a_checkpoint_without_a_head_is_not_scored(tmp_path):
+    from tsdkd.evaluation import harness
+
+    tiny_model("llama").model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks the weights of its language-model head \(lm_head.weight\)"):
+        harness.hf_model(str(tmp_path))

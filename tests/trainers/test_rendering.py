@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tsdkd import TokenDistillConfig, TokenDistillTrainer
+from tsdkd.data.completions import completion_turn
 from tsdkd.data.rendering import Rendering, continued
 from tsdkd.demo.recreate import make_tokenizer
 from tsdkd.methods import SupervisedKD
@@ -200,3 +201,59 @@ def test_a_completion_of_several_turns_is_refused_with_whose_they_are(tmp_path):
     data = Dataset.from_list([{"prompt": [USER], "completion": turns}] * 4)
     with pytest.raises(ValueError, match=r"4 completions without text, the first in row 0"):
         general(tmp_path, SupervisedKD(), data=data)
+
+
+# ---------------------------------------------------------------------- what an outside tester broke
+
+
+def test_a_tool_call_is_trained_as_it_was_given_whatever_other_rows_hold():
+    """Arrow gives every row the keys, the types and the order of all."""
+    from tsdkd.data.files import data_set
+
+    calls = [{"city": "P"}, {"n": 1, "content": "x"}, {"n": 2.5}, {"b": 1, "a": 2}, {"a": None}]
+    rows = [
+        {
+            "prompt": [USER],
+            "completion": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": a}}]}],
+            "tools": [{"name": "f", "minimum": 0, "properties": a}],
+        }
+        for a in calls
+    ]
+    made = make_tokenizer()
+    made.chat_template = "{% for m in messages %}{{ m.tool_calls | tojson }}{% endfor %}{{ tools | tojson }}"
+    rendering = Rendering(made, made)
+    for row, given in zip(data_set(rows, "rows"), rows, strict=True):
+        (text,) = rendering._chats([([completion_turn(row["completion"])], row)], tokenize=False)
+        assert text == json.dumps(given["completion"][0]["tool_calls"]) + json.dumps(given["tools"])
+
+
+@pytest.mark.parametrize("ending", ["#include <vector>", "Dear [name]", "start with <html>"])
+def test_a_bracketed_word_at_a_texts_end_opens_nothing(ending):
+    made = framed(False, False)
+    rendering = Rendering(made, made)
+    tag = ending.split()[-1]
+    ((ids, _),) = rendering.completions([f"a {ending}"], [f" {tag} b"], 9)
+    assert ids == [7, 4, 1]  # the tag's unknown word, b, the end
+
+
+def test_a_turn_that_the_template_does_not_render_is_refused(tmp_path):
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}<|assistant|>"
+    rows = [{"prompt": [USER]}] * 3 + [{"prompt": [{"role": "developer", "content": "Tom"}, USER]}]
+    with pytest.raises(ValueError, match=r"row 3 of train_dataset: .* renders nothing of the turns of 'developer'"):
+        make(tmp_path, data=rows, processing_class=tokenizer(template), student=tiny_model(seed=1, vocab_size=80),
+             teacher=tiny_model(seed=2, vocab_size=80, hidden=48))  # fmt: skip
+
+
+def test_tool_calls_that_nothing_renders_are_refused(tmp_path):
+    call = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "Tom"}}]}]
+    with pytest.raises(ValueError, match="renders nothing of tool_calls"):
+        general(tmp_path / "a", SupervisedKD(), data=[{"prompt": [USER], "completion": call}] * 4)
+    with pytest.raises(ValueError, match=r"row 0 .*it calls tools, which a chat template renders"):
+        general(tmp_path / "b", SupervisedKD(), data=[{"prompt": "Tom has 1.", "completion": call}] * 4)
+    with pytest.raises(ValueError, match="has tools, which a chat template reads, and its prompt is a text"):
+        make(tmp_path / "c", data=[{"prompt": "Tom has 1.", "tools": [{"name": "Tom"}]}] * 4)
+
+
+def test_options_of_a_row_may_be_json():
+    row = {"prompt": [USER], "completion": "3", "chat_template_kwargs": '{"enable_thinking": false}'}
+    assert trained(QWEN, row)[0].endswith("<think></think>")

@@ -37,6 +37,11 @@ def fields_of(cls: Any) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(cls)}
 
 
+def kind_of(field: dataclasses.Field) -> str:
+    """A field's type as text, also where a parser has put the type itself in the place of its name."""
+    return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+
+
 def value_of(method: str, option: str, text: str, flag: str) -> Any:
     """A method's option from its text.
 
@@ -45,7 +50,7 @@ def value_of(method: str, option: str, text: str, flag: str) -> Any:
     """
     from tsdkd.methods import METHODS
 
-    kind = str(fields_of(METHODS[method])[option].type)
+    kind = kind_of(fields_of(METHODS[method])[option])
     try:
         if kind.startswith("bool"):
             return _WORDS[text.lower()]
@@ -133,7 +138,7 @@ def typed(recipe: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], or
     """
     made = {}
     for name, value in recipe.items():
-        kind = str(fields[name].type) if name in fields else ""
+        kind = kind_of(fields[name]) if name in fields else ""
         where = f"{origin.get(name, 'the recipe')}: {name}"
         if value is None and name in fields:
             continue

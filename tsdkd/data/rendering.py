@@ -47,6 +47,7 @@ def tools_of(row: dict[str, Any]) -> list[Any] | None:
         ValueError: neither.
     """
     tools = row.get("tools")
+    as_text = isinstance(tools, str)
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
@@ -56,7 +57,7 @@ def tools_of(row: dict[str, Any]) -> list[Any] | None:
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"its tools are {type(tools).__name__}, and a template takes a list of JSON schemas")
-    return clean(tools)
+    return list(tools) if as_text else clean(tools)
 
 
 class Rendering:

@@ -40,6 +40,7 @@ def hf_model(model: Any, *, tokenizer: Any = None, dtype: str = "auto", batch_si
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     else:
         options.update(pretrained=model)
+        logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of a model in memory each time
     return HFLM(tokenizer=tokenizer, batch_size=batch_size, enable_thinking=False, **options)
 
 

@@ -180,10 +180,9 @@ def options_have_effect(setup: Setup) -> Iterator[Problem]:
         given = "no teacher was given" if setup.teacher is None else "the teacher is loaded already"
         yield Problem(f"teacher_model_init_kwargs were given, and {given}", do="leave them out, or pass the teacher's name")
     if args.teacher_model_revision is not None:
-        why = "no teacher was given" if setup.teacher is None else "the teacher is loaded already"
-        if named and Path(setup.teacher).expanduser().is_dir():
-            why = "the teacher is a folder, which has none"
-        if not named or why.endswith("none"):
+        is_folder = named and Path(setup.teacher).expanduser().is_dir()
+        if setup.teacher is None or is_folder:
+            why = "the teacher is a folder, which has none" if is_folder else "no teacher was given"
             yield Problem(f"teacher_model_revision={args.teacher_model_revision!r} was given, and {why}", do="leave it out")
     if args.any_recording and setup.recording is None:
         yield Problem("any_recording was set, and no recording was given", do="leave it out, or pass recording=FOLDER")
@@ -221,7 +220,7 @@ def sampling_is_possible(setup: Setup) -> Iterator[Problem]:
                     f"generation_kwargs has {name}, and transformers' GenerationConfig has not",
                     do=f"leave it out{f', or did you mean {near[0]}?' if near else ''}",
                 )
-        if args.temperature == 0 and setup.recording is None:
+        if args.temperature == 0 and setup.recording is None and setup.rollouts.writer == "student":
             yield Problem("temperature=0", "transformers samples, which takes one above 0", "pass e.g. 0.01, or use_vllm")
 
 

@@ -167,9 +167,10 @@ def compare(
 
 def spoken(name: str, row: dict[str, Any], start: dict[str, Any] | None = None) -> str:
     """A row's scores as a line, with their interval, and against the start on the same items."""
-    if "accuracy" not in row:
+    if "scores" in row:
         return f"{name}: " + ", ".join(f"{score} {value:.3f}" for score, value in row["scores"].items())
-    text = f"{name}: {row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f}, n = {row['n']})"
+    interval = f"{row['low']:.3f} to {row['high']:.3f}, " if "low" in row else ""
+    text = f"{name}: {row['accuracy']:.3f} ({interval}n = {row['n']})"
     if start is not None and start.get("right") and row.get("right"):
         p = mcnemar(row["right"], start["right"])
         change = row["accuracy"] - start["accuracy"]

@@ -59,9 +59,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 bars = [[max(0.0, row[name] - low)], [max(0.0, high - row[name])]]
                 axis.errorbar(at, row[name], yerr=bars, fmt="o", color=f"C{place}", capsize=3)
         for row, style in zip([row for row in scores if row["method"] == "untrained"], ("--", ":"), strict=False):
-            axis.axhline(row[name], linestyle=style, color="0.4")
-            where = {"xycoords": ("axes fraction", "data"), "va": "bottom", "ha": "right"}
-            axis.annotate(row["label"], (1.0, row[name]), color="0.4", **where)
+            axis.axhline(row[name], linestyle=style, color="0.4", label=row["label"])
+        if any(row["method"] == "untrained" for row in scores):
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, frameon=False)
         axis.set(title=name, ylabel="score (bars: 95 %)")
         axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     figure.tight_layout()
