@@ -168,15 +168,16 @@ def test_another_method_and_a_recording_from_the_command_line(tmp_path, capsys, 
     recipe, out = tmp_path / "c.yaml", tmp_path / "c.jsonl"
     recipe.write_text(f"model_name_or_path: {student}\nrecording: {folder}\noutput_dir: {tmp_path / 'c'}\n")
     (tmp_path / "q.jsonl").write_text('{"question": "How many?", "answer": 3}\n')
-    compared = ["compare", "--config", str(recipe), "--methods", "gkd,seq_kd", "--out", str(out)]
+    compared = ["compare", "--config", str(recipe), "--methods", "gkd,tsd_kd", "--out", str(out)]
     assert main([*compared, "--problems", str(tmp_path / "q.jsonl"), *short]) == 0
     made = [json.loads(line)["method"] for line in out.read_text().splitlines()]
-    assert made == ["untrained", "gkd", "seq_kd"]
+    assert made == ["untrained", "gkd", "tsd_kd"]
     away.rename(tmp_path / "t")
     capsys.readouterr()
     mixed = [*compared[:-1], str(tmp_path / "d.jsonl"), "--problems", str(tmp_path / "q.jsonl")]
     for wrong, message in [
         (["train", *given, *data, "--record", folder], "holds a recording already"),
+        (["train", *given, "--recording", folder, "--method", "seq_kd"], "the student would imitate itself"),
         (["train", *given, "--recording", str(tmp_path)], "holds no finished recording"),
         (["train", *given, *data, "--method", "dpo"], "method 'dpo' is unknown. There are: tsd_kd, gkd"),
         (["train", *given, *data, "--method", "gkd", "--method_options", '{"k": 1}'], "method 'gkd' has no option 'k'"),

@@ -14,7 +14,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from tsdkd import TSDKD, TokenDistillConfig, TokenDistillTrainer
 from tsdkd.demo.recreate import make_tokenizer
-from tsdkd.methods import GKD, METHODS, MiniLLM, SeqKD, SupervisedKD
+from tsdkd.methods import GKD, METHODS, DistiLLM, MiniLLM, SeqKD, SupervisedKD
 from tsdkd.types import ReadPlan
 
 
@@ -103,6 +103,37 @@ def test_the_teacher_writes_once_where_the_data_set_has_no_answers(tmp_path, mon
     again = general(tmp_path / "two", SupervisedKD(), **options)
     monkeypatch.setattr(again.loop.supply.ahead, "by_teacher", lambda ids: pytest.fail("written a second time"))
     again.train()
+
+
+def test_the_teachers_completions_are_rows_that_anything_reads(tmp_path):
+    from tsdkd.data.prompts import load_prompts
+
+    file = tmp_path / "a.jsonl"
+    general(tmp_path / "one", SeqKD(), data=prompts(8, chat=True), teacher_answers=str(file), max_steps=1).train()
+    kept = load_prompts(str(file))
+    assert len(kept) == 8 and kept[0]["prompt"][0]["role"] == "user" and kept[0]["completion"][0]["role"] == "assistant"
+    made = json.loads(file.read_text().splitlines()[0])
+    assert make_tokenizer().decode(made["completion_ids"], skip_special_tokens=True) == made["completion"][0]["content"]
+
+
+@pytest.mark.parametrize("method", [SupervisedKD(), DistiLLM()])
+def test_by_option_the_teacher_writes_what_is_missing(tmp_path, method):
+    whole = answered(8)
+    data = whole.remove_columns("completion").add_column("completion", [*whole["completion"][:5], None, "  ", None])
+    options = {"data": data, "max_steps": 1, "max_completion_length": 20}
+    with pytest.raises(ValueError, match=r"3 completions without text, the first in row 5: .*teacher_writes_missing"):
+        general(tmp_path / "a", method, **options)
+    trainer = general(tmp_path / "b", method, teacher_writes_missing=True, **options)
+    trainer.train()
+    ids = trainer.train_dataset["completion_ids"]
+    assert [row is None for row in ids] == [True] * 5 + [False] * 3
+    by_teacher = trainer.loop.supply.ahead.by_teacher(trainer.tokenize(list(whole["prompt"])[5:]))
+    assert ids[5:] == by_teacher
+    given = trainer.loop.supply._given(list(trainer.train_dataset))
+    assert given[:5] == trainer.loop.supply._given(list(whole.select(range(5)))) and given[5:] == by_teacher
+    with pytest.raises(ValueError, match="no 'completion' column"):
+        general(tmp_path / "c", DistiLLM(), data=prompts(8))
+    general(tmp_path / "d", DistiLLM(), data=prompts(8), teacher_writes_missing=True, max_steps=1).train()
 
 
 def test_seq_kd_on_given_answers_needs_no_teacher(tmp_path):

@@ -50,7 +50,8 @@ def from_recording(tmp_path, folder, method, seed=1, **options):
 
 @pytest.mark.parametrize("method", [TSDKD(), GKD(selection="prefix"), SupervisedKD(), DistiLLM(), SeqKD()])
 def test_any_method_trains_on_a_recording_as_with_the_teacher_itself(tmp_path, method):
-    folder = recorded(tmp_path)
+    given = isinstance(method, (SupervisedKD, SeqKD))  # a student's completions they refuse
+    folder = recorded(tmp_path, GKD(lmbda=0.0), answered(8)) if given else recorded(tmp_path)
     offline = from_recording(tmp_path / "off", folder, method)
     assert offline.teacher_model is None and len(offline.train_dataset) == 8
     offline.train()
@@ -111,3 +112,9 @@ def test_a_recording_of_something_else_or_damaged_is_refused_before_training(tmp
     stranger = from_recording(tmp_path / "stranger", folder, GKD())
     with pytest.raises(ValueError, match="are not in the recording"):
         stranger.teacher.hidden(Rollouts([[5, 6]], [[7]], [[1]]), [1])
+
+
+@pytest.mark.parametrize("method", [SupervisedKD(), SeqKD()])
+def test_a_recording_of_the_students_completions_is_no_teachers(tmp_path, method):
+    with pytest.raises(ValueError, match="the recording's are the student's: the student would imitate itself"):
+        from_recording(tmp_path / "off", recorded(tmp_path), method)

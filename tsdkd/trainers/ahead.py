@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tsdkd.data.prompts import PIECE, columns_of, pieces
+from tsdkd.data.completions import has_text
+from tsdkd.data.prompts import COLUMNS, PIECE, columns_of, pieces
+from tsdkd.data.rows import read_rows, replace_rows
 from tsdkd.rollouts import InterleavedWriter, VLLMWriter, mixed, write_once
+from tsdkd.teachers import Teacher
 from tsdkd.trainers.host import Host, has_completions, teacher_rows
 from tsdkd.types import RolloutSpec
 
@@ -28,6 +32,31 @@ def interleaved(host: Host, teacher: Any, rule: Any) -> InterleavedWriter:
         pad_id=host.tokenizer.pad_token_id,
         autocast=host.accelerator.autocast,
     )
+
+
+def refuse_interleaving(host: Host, teacher_model: Any, teacher: Teacher | None) -> None:
+    """Refuse completions that both models write where they cannot.
+
+    Raises:
+    ValueError: why.
+    """
+    args, why = host.args, None
+    if teacher_model is None:
+        why = "no teacher is in memory"
+    elif args.use_vllm:
+        why = "use_vllm=True gives generation to vLLM, which holds one model: leave use_vllm out"
+    elif host.tools:
+        why = "tools need completions of one model: leave tools out"
+    elif teacher is None or teacher.writes != "interleaved":
+        why = "a teacher under ZeRO-3 cannot write token by token while processes end at different lengths: keep it whole"
+    elif args.temperature <= 0:
+        why = f"temperature={args.temperature} leaves no distribution to draw from: pass one above 0"
+    elif args.top_p != 1.0 or args.top_k or args.min_p:
+        why = "top_p, top_k and min_p would change the distributions that are mixed: leave them at their defaults"
+    elif args.repetition_penalty != 1.0 or args.generation_kwargs:
+        why = "repetition_penalty and generation_kwargs are options of one model's generation: leave them out"
+    if why:
+        raise ValueError(f"the method's completions are written by both models, token by token, but {why}.")
 
 
 class CompletionsAhead:
@@ -49,20 +78,54 @@ class CompletionsAhead:
         Raises:
             ValueError: a stream, or a file that was written with other settings.
         """
-        if not (self.spec.need_dataset and self.spec.teacher_may_write):
-            return dataset
-        if has_completions(columns_of(dataset)):
+        missing, columns = self.host.args.teacher_writes_missing, columns_of(dataset)
+        if not self.spec.need_dataset or not (self.spec.teacher_may_write or missing) or "completion_ids" in columns:
             return dataset
         if not hasattr(dataset, "__len__"):
+            if has_completions(columns):
+                return dataset
             raise ValueError(
                 f"{role} is a stream without a 'completion' column: the teacher can only complete a data set of rows."
             )
-        prompts = [ids for _, rows in pieces(dataset) for ids in self.host.tokenize(rows)]
-        return dataset.add_column("completion_ids", self._written(prompts, role))
+        given = list(dataset["completion"]) if "completion" in columns else [None] * len(dataset)
+        lacking = [number for number, completion in enumerate(given) if completion is None or not has_text(completion)]
+        if has_completions(columns) and not (missing and lacking):
+            return dataset
+        rows = [row for _, part in pieces(dataset.select(lacking)) for row in part]
+        prompts = [ids for start in range(0, len(rows), PIECE) for ids in self.host.tokenize(rows[start : start + PIECE])]
+        written = self._written(prompts, role)
+        self._keep_readable(rows, written)
+        ids: list[list[int] | None] = [None] * len(dataset)
+        for number, completion_ids in zip(lacking, written, strict=True):
+            ids[number] = completion_ids
+        return dataset.add_column("completion_ids", ids)
+
+    @property
+    def path(self) -> Path:
+        """The file of the teacher's completions."""
+        args = self.host.args
+        return Path(args.teacher_answers or Path(args.output_dir) / "teacher_answers.jsonl")
+
+    def _keep_readable(self, rows: list[dict[str, Any]], written: list[list[int]]) -> None:
+        """The completions as rows that anything reads: prompt, completion, ids; those of other data sets stay."""
+        host = self.host
+        if not host.accelerator.is_main_process:
+            return
+        texts = host.tokenizer.batch_decode(written, skip_special_tokens=True)
+        found = {json.dumps(row.get("prompt")): row for row in read_rows(self.path, "remove the line")}
+        for row, ids, text in zip(rows, written, texts, strict=True):
+            completion = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+            made = {
+                **{name: row[name] for name in COLUMNS[:3] if row.get(name)},
+                "completion": completion,
+                "completion_ids": ids,
+            }
+            found[json.dumps(row["prompt"])] = made
+        replace_rows(self.path, found.values())
 
     def _written(self, prompts: list[list[int]], role: str) -> list[list[int]]:
         host, args = self.host, self.host.args
-        path = Path(args.teacher_answers or Path(args.output_dir) / "teacher_answers.jsonl")
+        path = self.path
         settings = {
             "teacher": self.teacher_name,
             "max_completion_length": host.max_completion_length,

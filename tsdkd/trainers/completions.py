@@ -11,7 +11,7 @@ from tsdkd.data.completions import has_text
 from tsdkd.data.prompts import columns_of, pieces
 from tsdkd.rollouts import RolloutSource, mixed, speculative
 from tsdkd.teachers import Teacher
-from tsdkd.trainers.ahead import CompletionsAhead, interleaved
+from tsdkd.trainers.ahead import CompletionsAhead, interleaved, refuse_interleaving
 from tsdkd.trainers.host import Host, batch_rows, has_completions
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.prompts import row_by_row
@@ -133,7 +133,7 @@ class CompletionSupply:
         Raises:
             ValueError: a row of a stream without a completion, or with ids that one model lacks.
         """
-        if "completion_ids" not in rows[0] and not all(has_text(row.get("completion")) for row in rows):
+        if not all(row.get("completion_ids") is not None or has_text(row.get("completion")) for row in rows):
             raise ValueError("a row without a completion arrived, and the method trains on those: filter the stream.")
         given = [ids for ids, _ in self._given_and_cut(rows)]
         beyond = max((max(ids, default=0) for ids in given), default=0)
@@ -146,10 +146,21 @@ class CompletionSupply:
 
     def _given_and_cut(self, rows: list[dict[str, Any]]) -> list[tuple[list[int], bool]]:
         longest = self.host.max_completion_length
-        if "completion_ids" in rows[0]:
-            given = [list(row["completion_ids"]) for row in rows]
-            return [(ids[:longest], len(ids) > longest) for ids in given]
-        return self.host.rendering.completions(rows, [row["completion"] for row in rows], longest)
+        made: list[tuple[list[int], bool]] = [([], False)] * len(rows)
+        texts = []
+        for number, row in enumerate(rows):
+            ids = row.get("completion_ids")
+            if ids is None:
+                texts.append(number)
+            else:
+                made[number] = list(ids)[:longest], len(ids) > longest
+        if texts:
+            given = self.host.rendering.completions(
+                [rows[number] for number in texts], [rows[number]["completion"] for number in texts], longest
+            )
+            for number, completion in zip(texts, given, strict=True):
+                made[number] = completion
+        return made
 
     def state_dict(self) -> dict[str, Any] | None:
         """φ, the buffer and the last evaluation's loss, where there is a replay; else nothing."""
@@ -172,10 +183,16 @@ class CompletionSupply:
             return
         if "completion_ids" not in columns:
             empty = [row for row, completion in enumerate(dataset["completion"]) if not has_text(completion)]
+            if self.host.args.teacher_writes_missing:
+                if len(empty) == len(dataset):
+                    return
+                dataset = dataset.select([row for row in range(len(dataset)) if row not in set(empty)])
+                empty = []
             if empty:
                 raise ValueError(
                     f"{role} has {len(empty)} completions without text, the first in row {empty[0]}: a completion is a "
-                    "text or a list of one assistant message with a text. Remove or mend those rows."
+                    "text or a list of one assistant message with a text. Remove or mend those rows, or let the teacher write "
+                    "them (teacher_writes_missing)."
                 )
         host, cut = self.host, 0
         for start, rows in pieces(dataset):
@@ -203,7 +220,7 @@ class CompletionSupply:
         spec, args = self.spec, self.host.args
         if hasattr(spec.writer, "write"):
             return spec.writer
-        self._refuse_interleaving(teacher)
+        refuse_interleaving(self.host, self.teacher_model, teacher)
         if spec.writer == "mixed":
             rule = mixed(spec.options["alpha"], args.temperature, spec.options["temperature"])
         elif spec.writer == "speculative":
@@ -216,22 +233,3 @@ class CompletionSupply:
                 "with write(student, prompt_ids)."
             )
         return interleaved(self.host, self.teacher_model, rule)
-
-    def _refuse_interleaving(self, teacher: Teacher | None) -> None:
-        args, why = self.host.args, None
-        if self.teacher_model is None:
-            why = "no teacher is in memory"
-        elif args.use_vllm:
-            why = "use_vllm=True gives generation to vLLM, which holds one model: leave use_vllm out"
-        elif self.host.tools:
-            why = "tools need completions of one model: leave tools out"
-        elif teacher is None or teacher.writes != "interleaved":
-            why = "a teacher under ZeRO-3 cannot write token by token while processes end at different lengths: keep it whole"
-        elif args.temperature <= 0:
-            why = f"temperature={args.temperature} leaves no distribution to draw from: pass one above 0"
-        elif args.top_p != 1.0 or args.top_k or args.min_p:
-            why = "top_p, top_k and min_p would change the distributions that are mixed: leave them at their defaults"
-        elif args.repetition_penalty != 1.0 or args.generation_kwargs:
-            why = "repetition_penalty and generation_kwargs are options of one model's generation: leave them out"
-        if why:
-            raise ValueError(f"the method's completions are written by both models, token by token, but {why}.")

@@ -39,7 +39,10 @@ class TokenDistillConfig(DistillationConfig):
         fused_impl: the loss engine, see `tsdkd.fused`.
         gradient_filter: see `tsdkd.fused.evaluate`; 0 is exact.
         teacher_answers: the JSONL file of the completions that the teacher writes, once, for a method that trains on given ones
-            and a data set without; None: `teacher_answers.jsonl` in `output_dir`. Each process adds its number to the name.
+            and a data set without; None: `teacher_answers.jsonl` in `output_dir`. It holds rows of prompt, completion and ids;
+            beside it each process keeps a file with its number, which an interrupted writing goes on with.
+        teacher_writes_missing: let the teacher write the completions of rows that have none, for any method that trains on
+            given ones.
         teacher_answers_temperature: the temperature of that writing; 0 is greedy.
         teacher_answers_engine: `transformers`, or `vllm`: an engine of its own on the first process, with
             `vllm_gpu_memory_utilization` of the memory, as long as the writing lasts.
@@ -106,6 +109,9 @@ class TokenDistillConfig(DistillationConfig):
     )
     teacher_answers: str | None = field(
         default=None, metadata={"help": "JSONL file of the completions that the teacher writes."}
+    )
+    teacher_writes_missing: bool = field(
+        default=False, metadata={"help": "The teacher writes the completions of rows without one, for any method."}
     )
     teacher_answers_temperature: float = field(
         default=0.0, metadata={"help": "Temperature of the completions that the teacher writes; 0 is greedy."}

@@ -31,6 +31,14 @@ def recording_goes_alone(setup: Setup) -> Iterator[Problem]:
             "completions that stand",
             do="train it with the teacher itself (leave recording out)",
         )
+    spec = setup.method.rollouts
+    of_student = setup.recording.about.get("completions", "student") == "student"
+    if of_student and spec.need_dataset and spec.teacher_may_write and not spec.share:
+        yield Problem(
+            f"{setup.method.name} trains on completions of the teacher or of a data set, and the recording's are the student's",
+            "the student would imitate itself",
+            "train it with the teacher itself (leave recording out), or another method on the recording",
+        )
     if setup.eval_dataset is not None:
         yield Problem(
             "a recorded teacher knows its own rows alone and cannot read an eval_dataset", do="leave eval_dataset out"

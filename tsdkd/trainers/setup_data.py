@@ -64,9 +64,10 @@ def completions_are_there(setup: Setup) -> Iterator[Problem]:
         sets.update(eval_sets(setup.eval_dataset))
     for role, rows in sets.items():
         columns = columns_of(rows)
-        if not columns or has_completions(columns) or (spec.teacher_may_write and setup.teacher_can_write):
+        may_write = spec.teacher_may_write or setup.args.teacher_writes_missing
+        if not columns or has_completions(columns) or (may_write and setup.teacher_can_write):
             continue
-        if spec.teacher_may_write:
+        if may_write:
             yield Problem(
                 f"{role} has no 'completion' column and there is no teacher in this process to write one; it has: "
                 f"{', '.join(columns)}",
@@ -77,5 +78,6 @@ def completions_are_there(setup: Setup) -> Iterator[Problem]:
             yield Problem(
                 f"{role} has no 'completion' column; it has: {', '.join(columns)}",
                 "the method trains on the data set's completions",
-                "rename the one that holds them to 'completion', or use a method that trains on the student's own",
+                "rename the one that holds them to 'completion', let the teacher write them (teacher_writes_missing), or use "
+                "a method that trains on the student's own",
             )

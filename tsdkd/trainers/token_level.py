@@ -227,6 +227,7 @@ class TokenDistillTrainer(TRLTrainer):
         self.loop.scorer.whole = True  # for methods that read more than this one
         about = {"method": self.method.name, "models": self.loop.names, **provenance(self.args.seed)}
         about["student_fingerprint"] = fingerprint_of(self.model)
+        about["completions"] = "student" if self.setup.rollouts.share else "given"
         write_recording(self, Path(folder), about)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None) -> None:
