@@ -22,6 +22,8 @@ from tsdkd.demo.scoring import MAX_NEW_TOKENS, accuracy
 from tsdkd.methods import TSDKD
 from tsdkd.provenance import provenance
 from tsdkd.trainers import TSDKDConfig, TSDKDTrainer
+from tsdkd.trainers.health import Health
+from tsdkd.trainers.run_record import RunRecord
 
 LEVELS = (2, 3)
 HELD_OUT_SEED = 990_000  # far from any --seed, and the same for all, so that runs answer the same problems
@@ -209,12 +211,16 @@ def run(output_dir: Path, seed: int = 0, weights: str = "demo", steps: int = 200
             processing_class=tokenizer,
             callbacks=[follow],
         )
-        trainer.remove_callback(transformers.PrinterCallback)
+        for other in (transformers.PrinterCallback, RunRecord, Health):  # the demo has a bar and files of its own
+            trainer.remove_callback(other)
         trainer.train()
         scoring = progress.add_task("scoring the new student", total=1)
         after = accuracy(trainer.model, tokenizer, test)
         progress.advance(scoring)
     trainer.save_model(str(output_dir / "student"))
+    left = output_dir / "checkpoints"
+    if left.is_dir() and not any(left.iterdir()):
+        left.rmdir()
     options = {option.name: getattr(settings, option.name) for option in fields(TSDKD)}
     summary = {
         "teacher": before["teacher"],
