@@ -94,7 +94,7 @@ def test_vllm_and_transformers_score_alike_and_where_they_part_is_a_tie(tmp_path
 
 def test_the_rollout_engine_scores_the_student_of_each_step(tmp_path):
     result = run("scored", tmp_path)
-    assert [row["step"] for row in result["rows"]] == [1, 2] and result["engine"] == "vllm" and len(result["losses"]) == 2
+    assert [row["step"] for row in result["rows"]] == [0, 1, 2] and result["engine"] == "vllm" and len(result["losses"]) == 2
     last = result["rows"][-1]["right"]
     assert len(last) == 60
     equal = sum(a == b for a, b in zip(last, result["transformers"], strict=True))

@@ -118,3 +118,49 @@ def test_a_recording_of_something_else_or_damaged_is_refused_before_training(tmp
 def test_a_recording_of_the_students_completions_is_no_teachers(tmp_path, method):
     with pytest.raises(ValueError, match="the recording's are the student's: the student would imitate itself"):
         from_recording(tmp_path / "off", recorded(tmp_path), method)
+
+
+@pytest.mark.parametrize("options,steps", [({"max_steps": 5}, 5), ({"max_steps": -1, "num_train_epochs": 3}, 6)])
+def test_a_recording_holds_the_steps_of_the_run(tmp_path, options, steps):
+    trainer = general(tmp_path / "r", TSDKD(), student=student(), data=prompts(8), **options)
+    told = trainer.record(tmp_path / "recording")
+    kept = Recording.open(tmp_path / "recording").rows
+    assert told["steps"] == steps and told["rollouts"] == len(kept) == 4 * steps
+    assert told["tokens"] == sum(len(row["completion_ids"]) for row in kept) and told["bytes"] > 10_000
+    assert not list((tmp_path / "recording").glob("state-*")) and trainer.state.global_step == 0
+
+
+def test_an_interrupted_recording_goes_on_as_if_it_had_not_been(tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+
+    def made():
+        return general(tmp_path / "r", TSDKD(), student=student(), data=prompts(8), max_steps=5)
+
+    made().record(whole)
+    trainer = made()
+    prepare = trainer.loop.prepare
+    seen = []
+
+    def cut_off(rollouts):
+        seen.append(rollouts)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return prepare(rollouts)
+
+    trainer.loop.prepare = cut_off
+    with pytest.raises(KeyboardInterrupt):
+        trainer.record(part)
+    assert len(list(part.glob("step-*.jsonl"))) == 3
+    again = made()
+    again.loop.prepare = lambda rollouts, kept=again.loop.prepare: seen.append(rollouts) or kept(rollouts)
+    again.record(part)
+    assert len(seen) == 4 + 2
+    assert Recording.open(part).rows == Recording.open(whole).rows
+
+
+def test_what_another_recording_left_is_taken_away(tmp_path):
+    (tmp_path / "recording").mkdir()
+    for number in range(9):
+        (tmp_path / "recording" / f"step-{number:05d}-0.jsonl").write_text("{}\n")
+    folder = recorded(tmp_path)
+    assert len(list(folder.glob("step-*.jsonl"))) == 2

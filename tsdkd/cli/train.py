@@ -108,8 +108,9 @@ def _run(data: DataArguments, config: Any, model: Any) -> int:
         config.save_strategy = "no"
     trainer = build(data, config, model)
     if data.record is not None:
-        trainer.record(data.record)
-        trainer.accelerator.print(f"The recording is in {data.record}; train on it with --recording {data.record}")
+        made = trainer.record(data.record)
+        told = f"{made['steps']} steps, {made['rollouts']:,} rollouts, {made['tokens']:,} tokens, {made['bytes'] / 1e6:,.1f} MB"
+        trainer.accelerator.print(f"The recording is in {data.record}: {told}; train on it with --recording {data.record}")
         return 0
     if data.dry_run is not None:
         return _dry_run(trainer, data.dry_run)

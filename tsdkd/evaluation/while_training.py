@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class EvaluateWhileTraining(TrainerCallback):
-    """Scores the student every `every` steps and at the end, by the rollout engine that is in memory, or by transformers.
+    """Scores the student before the first step, every `every` steps and at the end, by the rollout engine that is in memory, or
+    by transformers.
 
     Rows go to `benchmarks.jsonl` in the run's folder, with their step; scores to the log as `eval_TASK/METRIC`. The main
     process scores while the others wait (up to `ddp_timeout`); the training's random state stays as it was.
@@ -73,18 +74,24 @@ class EvaluateWhileTraining(TrainerCallback):
         return Path(self.trainer.args.output_dir)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """What stands of steps that this run has yet to make is another run's: set aside, not competed with."""
-        if not self.trainer.accelerator.is_main_process:
-            return
+        """What stands of steps that this run has yet to make is another run's: set aside, not competed with. A run that starts
+        is scored before its first step, and its start may be the best."""
+        if self.trainer.accelerator.is_main_process:
+            self._set_aside(state.global_step)
+        self.trainer.accelerator.wait_for_everyone()
+        if state.global_step == 0:
+            self.run(0)
+
+    def _set_aside(self, step: int) -> None:
         rows = self.folder / "benchmarks.jsonl"
         if rows.is_file():
             found = read_rows(rows, "remove it, or the file")
-            ours = [row for row in found if row["step"] <= state.global_step]
+            ours = [row for row in found if row["step"] <= step and step]
             if len(ours) < len(found):
                 rows.replace(rows.with_name("benchmarks.before.jsonl"))
             replace_rows(rows, ours)
         record = self.folder / "best" / "best.json"
-        if record.is_file() and json.loads(record.read_text())["step"] > state.global_step:
+        if record.is_file() and (json.loads(record.read_text())["step"] > step or not step):
             record.replace(record.with_name("best.before.json"))
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -45,7 +45,14 @@ def write_shard(
     ]
     rows.write_text("\n".join(lines) + "\n")
     save_file({str(row): states_of_row.contiguous().cpu() for row, states_of_row in enumerate(hidden)}, states)
-    return {"name": name, "rows": len(lines), "sha256": {path.name: _digest(path) for path in (rows, states)}}
+    return shard_entry(folder, name)
+
+
+def shard_entry(folder: Path, name: str) -> dict[str, Any]:
+    """A written shard's entry in the manifest."""
+    rows, states = folder / f"{name}.jsonl", folder / f"{name}.safetensors"
+    count = len(rows.read_text().splitlines())
+    return {"name": name, "rows": count, "sha256": {path.name: _digest(path) for path in (rows, states)}}
 
 
 def write_manifest(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ from trl.import_utils import is_vllm_available
 from trl.models import unwrap_model_for_generation
 
 from tsdkd.rollouts.by_vllm import forbidden
+from tsdkd.trainers.step import Step
 from tsdkd.types import Rollouts
 
 
@@ -121,6 +123,24 @@ class Generation:
             if generation.enable_sleep_mode:
                 generation.llm.sleep(level=2)
                 generation._llm_weights_sleeping = True
+
+
+def generation_batches(trainer: Any, first: int, begin: Callable[[], None]) -> Iterator[tuple[list[dict[str, Any]], Step]]:
+    """The rows and the step of each of a run's generation batches, epoch after epoch, without training on them; from the step
+    `first` on, before which `begin` is called."""
+    loader, accumulated, number = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps, 0
+    for epoch in itertools.count():
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        for rows in loader:
+            step, number = number // accumulated, number + 1
+            if (number - 1) % accumulated or step < first:
+                continue
+            if step == first:
+                begin()
+            trainer.state.global_step = step  # draws depend on it
+            made = Step.of(trainer._generate_and_score_completions(rows))
+            yield trainer._in_hand.batch.rows, made
 
 
 def without_repeats(rollouts: Rollouts, accelerator: Any) -> Rollouts:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 from tsdkd.data.prompts import COLUMNS
-from tsdkd.teachers.recorded import MANIFEST, write_manifest, write_shard
+from tsdkd.data.rows import lines_of
+from tsdkd.teachers.recorded import MANIFEST, shard_entry, write_manifest, write_shard
+from tsdkd.trainers.engines import generation_batches
+from tsdkd.trainers.run_record import plain, planned_steps
 
 
 def check_recordable(trainer: Any, folder: Path) -> None:
@@ -29,20 +37,43 @@ def check_recordable(trainer: Any, folder: Path) -> None:
         raise ValueError("completions that call tools cannot be recorded: leave tools out.")
 
 
-def write_recording(trainer: Any, folder: Path, about: dict[str, Any]) -> None:
-    """A shard a step and process, then head and manifest by the first process."""
+def write_recording(trainer: Any, folder: Path, about: dict[str, Any]) -> dict[str, int]:
+    """A shard a step and process, then head and manifest by the first process. What an interruption left of this very recording
+    is gone on with, what it left of another is taken away.
+
+    Returns:
+        `steps`, `rollouts`, `tokens` and `bytes` of the whole.
+    """
     trainer.model.train()
-    trainer.state.max_steps = max(1, trainer.args.max_steps)
-    process, shards = trainer.accelerator.process_index, []
+    steps = trainer.state.max_steps = planned_steps(trainer)
+    process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    identity = json.dumps([about, plain(trainer.args.to_dict()), steps, processes], sort_keys=True, default=str)
+    first = _begun(folder, identity, process, processes) if processes == 1 or _shared(folder, identity) else 0
+    trainer.accelerator.wait_for_everyone()
+    if process == 0 and not first:
+        _clear(folder, identity)
+    trainer.accelerator.wait_for_everyone()
+    state = folder / f"state-{process}.pt"
+
+    def begin() -> None:
+        if first:
+            _set_random_state(torch.load(state, weights_only=False)["random"])
+
+    shards = [shard_entry(folder, f"step-{number:05d}-{process}") for number in range(first)]
+    bar = tqdm(total=steps, initial=first, desc="recording", disable=trainer.args.disable_tqdm or process != 0)
     try:
-        for number, (rows, step) in enumerate(trainer.generation_batches()):
-            if number == trainer.args.max_steps:
-                break
-            assert step.teacher_hidden is not None
-            prompts = [{key: row[key] for key in COLUMNS[:3] if row.get(key)} for row in rows]
-            name = f"step-{number:05d}-{process}"
-            shards.append(write_shard(folder, name, prompts, step.rollouts, list(step.teacher_hidden)))
+        if first < steps:
+            for number, (rows, step) in enumerate(generation_batches(trainer, first, begin), first):
+                assert step.teacher_hidden is not None
+                prompts = [{key: row[key] for key in COLUMNS[:3] if row.get(key)} for row in rows]
+                name = f"step-{number:05d}-{process}"
+                shards.append(write_shard(folder, name, prompts, step.rollouts, list(step.teacher_hidden)))
+                torch.save({"steps": number + 1, "random": _random_state()}, state)
+                bar.update()
+                if number + 1 == steps:
+                    break
     finally:
+        bar.close()
         trainer.state.global_step = 0  # the draws went by it
     every = gather_object(shards)
     models = () if trainer.teacher_model is None else (trainer.teacher_model,)
@@ -51,4 +82,50 @@ def write_recording(trainer: Any, folder: Path, about: dict[str, Any]) -> None:
             assert trainer.teacher is not None
             head = trainer.teacher.head.cut(trainer.vocab_size)
             write_manifest(folder, every, head, trainer.tokenizer.get_vocab(), about)
+    state.unlink(missing_ok=True)
+    if process == 0:
+        (folder / _BEGUN).unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()
+    whole = [line for file in folder.glob("step-*.jsonl") for _, line in lines_of(file)]
+    tokens = sum(len(json.loads(line)["completion_ids"]) for line in whole)
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    return {"steps": steps, "rollouts": len(whole), "tokens": tokens, "bytes": size}
+
+
+_BEGUN = "begun.json"
+
+
+def _shared(folder: Path, identity: str) -> bool:
+    return (folder / _BEGUN).is_file() and (folder / _BEGUN).read_text() == identity
+
+
+def _begun(folder: Path, identity: str, process: int, processes: int) -> int:
+    """The steps of this very recording that every process has written."""
+    if not _shared(folder, identity):
+        return 0
+    states = [folder / f"state-{number}.pt" for number in range(processes)]
+    if not all(state.is_file() for state in states):
+        return 0
+    steps = {torch.load(state, weights_only=False)["steps"] for state in states}
+    return steps.pop() if len(steps) == 1 else 0  # cut off between two processes' shards: from the start
+
+
+def _clear(folder: Path, identity: str) -> None:
+    """An empty recording that is this one's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (*folder.glob("step-*"), *folder.glob("state-*.pt")):
+        file.unlink()
+    (folder / _BEGUN).write_text(identity)
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": np.random.get_state()}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])

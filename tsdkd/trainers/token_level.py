@@ -215,9 +215,9 @@ class TokenDistillTrainer(TRLTrainer):
             eval_dataset = self.loop.fitted(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def record(self, folder: str | Path) -> None:
-        """Write prompts, rollouts and the teacher's hidden states of a run's steps, without training: `max_steps` of them, or
-        those of an epoch. Any method trains on it later with `recording=folder`.
+    def record(self, folder: str | Path) -> dict[str, int]:
+        """Write prompts, rollouts and the teacher's hidden states of a run's steps without training, for any method to train on
+        with `recording=folder`; interrupted, it goes on. Returns its `steps`, `rollouts`, `tokens` and `bytes`.
 
         Raises:
             ValueError: a folder that holds a recording, no data set or teacher, or completions that cannot be recorded.
@@ -228,7 +228,7 @@ class TokenDistillTrainer(TRLTrainer):
         about = {"method": self.method.name, "models": self.loop.names, **provenance(self.args.seed)}
         about["student_fingerprint"] = fingerprint_of(self.model)
         about["completions"] = "student" if self.setup.rollouts.share else "given"
-        write_recording(self, Path(folder), about)
+        return write_recording(self, Path(folder), about)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None) -> None:
         """The card of the student as it is, in `args.output_dir`, in place of TRL's."""

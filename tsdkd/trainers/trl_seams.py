@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,14 +169,6 @@ class TRLTrainer(DistillationTrainer):
             return inputs
         self._buffered_inputs = Step.by_length(self._buffered_inputs)
         return self._buffered_inputs[self.micro_step]
-
-    def generation_batches(self) -> Iterator[tuple[list[dict[str, Any]], Step]]:
-        """The rows and the step of each of a run's generation batches, of one epoch, without training on them."""
-        for number, rows in enumerate(self.get_train_dataloader()):
-            if number % self.args.gradient_accumulation_steps == 0:
-                self.state.global_step = number // self.args.gradient_accumulation_steps  # draws depend on it
-                made = Step.of(self._generate_and_score_completions(rows))
-                yield self._in_hand.batch.rows, made
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
