@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+from tsdkd.checks import unwritable
 
 
 def main(arguments: list[str]) -> int:
@@ -18,9 +21,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--table", help="numbers of the paper's tables, comma-separated, or all (default: 1,2)")
     parser.add_argument("--teacher", metavar="LABEL", help="the label of the teacher's rows (default: teacher)")
     parser.add_argument("--student", metavar="LABEL", help="the label of the untrained student's rows (default: student)")
-    parser.add_argument("--format", choices=["markdown", "csv"], default="markdown", help="default: %(default)s")
+    parser.add_argument("--format", choices=["markdown", "csv", "latex"], default="markdown", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write there in place of the terminal")
-    parser.add_argument("--png", type=Path, help="draw the scores into this file, too")
+    parser.add_argument("--png", type=Path, help="draw the scores into this file, too (.png or .pdf)")
     parser.add_argument(
         "--item",
         nargs=2,
@@ -31,6 +34,11 @@ def main(arguments: list[str]) -> int:
     for path in own.results:
         if not path.is_file():
             raise ValueError(f"there is no file {path}: pass what tsdkd evaluate --out wrote.")
+
+    for name, path in (("out", own.out), ("png", own.png)):
+        why = None if path is None else unwritable(path)
+        if why is not None:
+            raise ValueError(f"--{name} {path} cannot be written: {why}. Name another file.")
 
     from tsdkd.data.rows import lines_of, read_scores
     from tsdkd.evaluation import layout, tables
@@ -50,12 +58,17 @@ def main(arguments: list[str]) -> int:
         made = tables.tables_of(rows, numbers, teacher=own.teacher, student=own.student)
         if own.format == "csv":
             text = layout.as_csv(made)
+        elif own.format == "latex":
+            text = "\n".join(f"% Scored {name}\n" + "\n".join(map(layout.latex, several)) for name, several in made.items())
         else:
             parts = [f"## Scored {name}\n\n" + "\n".join(map(layout.markdown, several)) for name, several in made.items()]
             text = "\n".join(parts)
         if own.png:
             layout.draw(made, own.png)
+    if own.png and not own.item:
+        print(f"The picture is in {own.png}", file=sys.stderr)
     if own.out:
+        own.out.parent.mkdir(parents=True, exist_ok=True)
         own.out.write_text(text)
         print(f"Written to {own.out}")
     else:

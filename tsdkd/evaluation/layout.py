@@ -13,20 +13,27 @@ from tsdkd.evaluation.tables import LEVEL, TEACHER, Cell, Table
 
 _COLUMNS = (
     "table chat_template label benchmark score stderr n partial best above_teacher runner_up p_against_student paired paper "
-    "difference p_against_paper"
+    "difference p_against_paper low high"
 ).split()
 
 
 def markdown(table: Table) -> str:
     """A table as Markdown: our scores, then the paper's with the differences, then the notes."""
     name = f"Table {table.number}: {table.title}" if table.number else table.title
-    lines = [f"### {name}", "", _line(["", *table.columns]), _line(["---"] * (len(table.columns) + 1))]
+    averages = {label: table.average(label) for label in table.labels}
+    more = ["average"] if any(value is not None for value in averages.values()) else []
+    lines = [f"### {name}", "", _line(["", *table.columns, *more]), _line(["---"] * (len(table.columns) + 1 + len(more)))]
     ranks = {column: table.ranked(column) for column in table.columns}
     for label in table.labels:
         texts = []
         for column in table.columns:
             texts.append(_our_text(table, label, column, *ranks[column]))
+        average = averages[label]
+        texts += ["" if average is None else f"{100 * average:.1f}"] if more else []
         lines.append(_line([label, *texts]))
+    lines += ["", "95 % intervals (of shares Wilson's) and items:", ""]
+    lines += [_line(["", *table.columns]), _line(["---"] * (len(table.columns) + 1))]
+    lines += [_line([label, *(_interval_text(table, label, column) for column in table.columns)]) for label in table.labels]
     legend = "**best**, <u>runner-up</u> (the teacher left out), \\* above the teacher, † differs from the untrained student"
     lines += [
         "",
@@ -48,6 +55,47 @@ def markdown(table: Table) -> str:
 
 def _line(texts: list[str]) -> str:
     return "| " + " | ".join(texts) + " |"
+
+
+def _interval_text(table: Table, label: str, column: str) -> str:
+    cell = table.cells.get((label, column))
+    if cell is None:
+        return ""
+    low, high = cell.interval
+    shown = f"{100 * low:.1f}-{100 * high:.1f}" if cell.is_share else f"{low:.4g}-{high:.4g}"
+    return f"{shown}, n = {cell.n}"
+
+
+def latex(table: Table) -> str:
+    """A table as LaTeX for `booktabs`: the best bold, runners-up underlined, items and average beside them."""
+    averages = {label: table.average(label) for label in table.labels}
+    more = ["Average"] if any(value is not None for value in averages.values()) else []
+    heads = " & ".join(["", *map(_escaped, table.columns), *more])
+    ranks = {column: table.ranked(column) for column in table.columns}
+    name = f"Table {table.number}: {table.title}" if table.number else table.title
+    lines = [f"% {name}", f"\\begin{{tabular}}{{l{'r' * (len(table.columns) + len(more))}}}", "\\toprule", f"{heads} \\\\"]
+    counts = []
+    for column in table.columns:
+        found = sorted({cell.n for (_, benchmark), cell in table.cells.items() if benchmark == column})
+        counts.append("-".join(dict.fromkeys(str(n) for n in (found[0], found[-1]))))
+    lines += [" & ".join(["items", *counts, *([""] if more else [])]) + " \\\\", "\\midrule"]
+    for label in table.labels:
+        cells = [_escaped(label)]
+        for column in table.columns:
+            cell = table.cells.get((label, column))
+            best, second = ranks[column]
+            text = "" if cell is None else str(cell)
+            if text and (label in best or label in second):
+                text = f"\\textbf{{{text}}}" if label in best else f"\\underline{{{text}}}"
+            cells.append(text)
+        average = averages[label]
+        cells += ["" if average is None else f"{100 * average:.1f}"] if more else []
+        lines.append(" & ".join(cells) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"\\{character}" if character in "&%$#_{}" else character for character in text)
 
 
 def _our_text(table: Table, label: str, column: str, best: set[str], second: set[str]) -> str:
@@ -106,6 +154,7 @@ def _values(table: Table, label: str, column: str, cell: Cell) -> list[Any]:
         *(("", "") if student is None else (f"{student[0]:.3g}", student[1])),
         table.published.get((label, column), ""),
         *(("", "") if printed is None else (f"{printed[0]:.4f}", f"{printed[1]:.3g}")),
+        *(f"{100 * end if cell.is_share else end:.4f}" for end in cell.interval),
     ]
 
 
@@ -146,14 +195,15 @@ def draw(tables: dict[str, list[Table]], path: Path) -> None:
         for place, label in enumerate(labels):
             cell, printed = table.cells.get((label, column)), table.published.get((label, column))
             if cell is not None:
-                below, above = (min(1.96 * cell.stderr, room) for room in (cell.score, 1 - cell.score))
-                bars = [[100 * below], [100 * above]]
-                axis.errorbar(100 * cell.score, place, xerr=bars, fmt="o", color="C0", capsize=3, markersize=5)
+                low, high = cell.interval
+                bars = [[100 * max(0.0, cell.score - low)], [100 * max(0.0, high - cell.score)]]
+                mark = "os^Dv"[place // 10 % 5]
+                axis.errorbar(100 * cell.score, place, xerr=bars, fmt=mark, color=f"C{place % 10}", capsize=3, markersize=5)
             if printed is not None:
-                axis.plot(printed, place, marker="o", fillstyle="none", color="C1", linestyle="none", markersize=8)
+                axis.plot(printed, place, marker="o", fillstyle="none", color="0.4", linestyle="none", markersize=8)
         teacher = table.cells.get((TEACHER, column))
         if teacher is not None:
-            axis.axvline(100 * teacher.score, color="C0", linestyle="--", linewidth=0.8)
+            axis.axvline(100 * teacher.score, color="0.4", linestyle="--", linewidth=0.8)
         axis.set_title(f"{column}\n{setting}", fontsize=9)
         axis.set_yticks(range(len(labels)), labels)
         axis.tick_params(labelsize=8)
@@ -161,8 +211,9 @@ def draw(tables: dict[str, list[Table]], path: Path) -> None:
     axes.flat[0].set_ylim(len(labels) - 0.5, -0.5)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.supxlabel("score, % (bars: 95 %; dashed: the teacher; hollow: the paper's)", fontsize=9)
-    figure.savefig(path, dpi=120)
+    figure.supxlabel("score, % (bars: 95 %, Wilson; dashed: the teacher; hollow: the paper's)", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200)
     plt.close(figure)
 
 

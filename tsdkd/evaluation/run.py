@@ -86,7 +86,11 @@ class Model:
                 f"--model {name} holds no tokenizer (tokenizer.json): save the one it was trained with beside it, "
                 "AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained(FOLDER)."
             )
-        return cls(name, _digest(folder), label or folder.resolve().name)
+        whole = folder.resolve()  # of several runs each has a "best" and a "checkpoint-100"
+        own = (
+            f"{whole.parent.name}/{whole.name}" if whole.name == "best" or whole.name.startswith("checkpoint-") else whole.name
+        )
+        return cls(name, _digest(folder), label or own)
 
 
 def _digest(folder: Path) -> str:

@@ -10,6 +10,7 @@ from importlib.resources import files
 from statistics import NormalDist
 from typing import Any
 
+from tsdkd.data.intervals import wilson_interval
 from tsdkd.data.rows import ScoreRow
 
 TEACHER, STUDENT = "Teacher", "Student"
@@ -95,6 +96,13 @@ class Cell:
         return 0 <= self.score <= 1 and self.higher_is_better
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """Of 95 %: Wilson's of a share of items, else by the standard error."""
+        if self.is_share and self.n and 0 <= self.score <= 1:
+            return wilson_interval(round(self.score * self.n), self.n)
+        return self.score - 1.96 * self.stderr, self.score + 1.96 * self.stderr
+
+    @property
     def merit(self) -> float:
         """The score, or less than nothing where less is better."""
         return self.score if self.higher_is_better else -self.score
@@ -151,6 +159,12 @@ class Table:
         if cell is None or cell.partial or cell.settings != max(whole, key=whole.count):
             return None
         return cell
+
+    def average(self, label: str) -> float | None:
+        """The mean of a label's shares over all columns; None where one is missing or is no share."""
+        cells = [self.cells.get((label, column)) for column in self.columns]
+        whole = [cell.score for cell in cells if cell is not None and cell.is_share and not cell.partial]
+        return sum(whole) / len(whole) if len(whole) == len(self.columns) > 1 else None
 
     def above_teacher(self, label: str, column: str) -> bool:
         """Whether a label's score is better than the teacher's."""

@@ -54,9 +54,12 @@ class Generation:
         if self.vllm is not None:
             kwargs = dict(self.vllm.generation_kwargs or {})
             kwargs.setdefault("stop_token_ids", trainer.eos_ids)
-            if beyond:
-                kwargs["allowed_token_ids"] = [i for i in kwargs.get("allowed_token_ids", range(vocab_size)) if i < vocab_size]
-            if unknown:
+            served = self.vllm.mode == "server"  # its requests are JSON, which has no numbers as keys
+            if beyond or (unknown and served):
+                lost = set(unknown) if served else set()
+                allowed = kwargs.get("allowed_token_ids", range(vocab_size))
+                kwargs["allowed_token_ids"] = [i for i in allowed if i < vocab_size and i not in lost]
+            if unknown and not served:
                 kwargs["logit_bias"] = {**forbidden(unknown), **(kwargs.get("logit_bias") or {})}
             self.vllm.generation_kwargs = kwargs
             return
