@@ -78,6 +78,7 @@ def test_a_recipe_takes_short_names_and_method_options(tmp_path):
         (["--max_steps", "many"], "", r"argument --max_steps/--max-steps: invalid int value: 'many'"),
         (["--dry_run=perhaps"], "", r"--dry_run perhaps: pass nothing behind it, or step"),
         ([], "seed: 1.5\n", r"seed is 1.5: it takes a whole number"),
+        ([], "max_steps: [3]\n", r"max_steps is \[3\]: it takes a number"),
         ([], "dataset_name: [a, b]\n", r"dataset_name is a list: it takes one text"),
     ],
 )

@@ -149,6 +149,8 @@ def typed(recipe: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], or
             value = ",".join(map(str, value))
         elif is_text and not isinstance(value, (str, bool, dict)):
             value = str(value)
+        elif kind.startswith(("int", "float")) and isinstance(value, (list, tuple, dict, bool)):
+            raise ValueError(f"{where} is {value!r}: it takes a number.")
         elif kind.startswith("int") and isinstance(value, float):
             if not value.is_integer():
                 raise ValueError(f"{where} is {value}: it takes a whole number.")

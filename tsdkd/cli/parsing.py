@@ -80,7 +80,7 @@ def _method_of(flags: list[str], recipe: dict) -> str:
     words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--method=") else [word])]
     named = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--method"), None)
     method = named or recipe.get("method", "tsd_kd")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method {method!r} is unknown.{closest(str(method), METHODS)} There are: {', '.join(METHODS)}.")
     written_for = recipe.get("method", "tsd_kd")
     if named is not None and named != written_for and recipe.get("method_options"):

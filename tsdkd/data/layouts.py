@@ -89,14 +89,20 @@ def alpaca(rows: Any, answers: str) -> dict[str, list[Any]]:
     `system` or a `history` of pairs."""
     names = rows.column_names
     column = lambda *known: next((rows[name] for name in known if name in names), [None] * len(rows))  # noqa: E731
-    pairs = zip(rows["instruction"], column("input", "context"), strict=True)
-    texts = ["\n\n".join(part for part in pair if part) for pair in pairs]
+    texts = []
+    for row, pair in enumerate(zip(rows["instruction"], column("input", "context"), strict=True)):
+        wrong = next((part for part in pair if part is not None and not isinstance(part, str)), None)
+        if wrong is not None:
+            raise ValueError(f"the instruction or input of row {row} is {type(wrong).__name__}, not a text: {str(wrong)[:60]}.")
+        texts.append("\n\n".join(part for part in pair if part))
     systems, histories = list(column("system")), list(column("history"))
     if not any(systems) and not any(histories):
         return {"prompt": texts, "completion": list(rows[answers])}
     prompts = []
     for text, system, history in zip(texts, systems, histories, strict=True):
         turns = [{"role": "system", "content": system}] if system else []
+        if history is not None and not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
+            raise ValueError(f"a history is a list of pairs, what was asked and answered; got {str(history)[:60]}.")
         for asked, answered in history or []:
             turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         prompts.append([*turns, {"role": "user", "content": text}])

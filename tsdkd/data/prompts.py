@@ -71,7 +71,7 @@ def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = 
         yield Problem(f"{role} holds the splits {', '.join(dataset)}", do=f"pass one of them, e.g. dataset[{first!r}]")
         return
     columns = columns_of(dataset)
-    if columns and "prompt" not in columns:
+    if "prompt" not in columns and (columns or hasattr(dataset, "__len__")):
         yield Problem(
             f"{role} has no 'prompt' column; it has: {', '.join(columns) or 'none'}",
             do="let tsdkd.data.prompts.map_prompts(dataset) make it"
