@@ -67,3 +67,25 @@ def test_the_command_writes_into_folders_that_it_makes_and_refuses_what_cannot_b
     capsys.readouterr()
     assert main(["table", str(file), "--out", str(tmp_path)]) == 2
     assert "cannot be written: there is a folder of that name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_items_are_put_as_the_model_is_talked_to_and_that_is_said(tmp_path, capsys, template):
+    from tiny import tiny_model
+
+    from tsdkd.data.rows import read_scores
+    from tsdkd.demo.recreate import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    if not template:
+        tokenizer.chat_template = None
+    run = tmp_path / "run" / "checkpoint-3"
+    tiny_model("llama").save_pretrained(run)
+    tokenizer.save_pretrained(run)
+    command = ["evaluate", "--model", str(run), "--tasks", "tsdkd_word_problems", "--limit", "1", "--max_gen_toks", "4"]
+    assert main([*command, "--out", str(tmp_path / "r.jsonl"), "--batch_size", "1"]) == 0
+    out = capsys.readouterr().out
+    assert ("as chats: the model has a chat template" in out) == template and "--chat_template says otherwise" in out
+    rows = read_scores(tmp_path / "r.jsonl")
+    assert {each.chat_template for each in rows} == {template}
+    assert {each.label for each in rows} == {"run/checkpoint-3"}  # every run has one of that name

@@ -58,8 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--chat_template",
         choices=["off", "on", "both"],
-        default="off",
-        help="put items as they are, as chats, or score both (default: %(default)s)",
+        help="put items as they are, as chats, or score both; default: as chats where the model has a chat template",
     )
     parser.add_argument("--shots", type=_shots, help="worked examples before each item; default: the suite's or the task's own")
     parser.add_argument("--limit", type=_count, help="the first items only; the rows are marked as partial")
@@ -118,8 +117,13 @@ def main(arguments: list[str]) -> int:
 
     from tsdkd.evaluation import harness
     from tsdkd.evaluation.run import Model, Settings, evaluate
+    from tsdkd.teachers.sources import has_chat_template
 
     model = Model.at(own.model, own.label, own.revision)
+    if own.chat_template is None:
+        own.chat_template = "on" if has_chat_template(model.name, own.revision, own.trust_remote_code) else "off"
+        chosen = {"on": "as chats: the model has a chat template", "off": "as they are: the model has no chat template"}
+        print(f"Items are put {chosen[own.chat_template]} (--chat_template says otherwise).")
     chats = {"off": [False], "on": [True], "both": [False, True]}[own.chat_template]
     settings = [Settings(chat, own.limit, own.max_gen_toks, own.shots, own.seed, own.engine, own.dtype) for chat in chats]
 

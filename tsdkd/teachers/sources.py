@@ -74,6 +74,22 @@ def lacks_tokenizer(name: str) -> bool:
     return folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZERS)
 
 
+def has_chat_template(name: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+    """Whether a model's tokenizer comes with a chat template."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        file = folder / "tokenizer_config.json"
+        stated = json.loads(file.read_text()).get("chat_template") if file.is_file() else None
+        return bool(stated) or any(folder.glob("chat_template*"))
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return False  # whoever loads the model says what is wrong with the name
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
 def adapter_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
     """The configuration of an adapter, of a folder or on the Hub; None of anything else."""
     folder = Path(name).expanduser()
