@@ -202,6 +202,11 @@ def test_lists_torch_data_sets_subsets_and_streams_train(tmp_path):
     assert {"eval_a_loss", "eval_b_loss"} <= evaluated.keys()
 
 
+def test_a_streams_columns_are_its_owners():
+    with pytest.raises(ValueError, match="a stream's columns are mapped by its owner"):
+        map_prompts(IterableDataset.from_generator(lambda: iter([{"messages": CHAT}])))
+
+
 def stream(rows):
     return IterableDataset.from_generator(lambda: iter(rows))
 

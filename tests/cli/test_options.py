@@ -95,6 +95,13 @@ def test_a_split_of_a_file_is_refused_and_a_slice_is_not(tmp_path):
     method_of(tmp_path, *name, "train[:1]")
 
 
+def test_a_runs_folder_is_named_after_student_and_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, name in ((["--student", "org/small"], "small-tsd_kd"), (["--student=./s", "--method", "gkd"], "s-gkd")):
+        assert parse(["--use_cpu", *words])[1].output_dir == name
+    assert parse(["--use_cpu", "--student", "s", "--output_dir", "o"])[1].output_dir == "o"
+
+
 def test_help_begins_with_what_people_need_and_lists_the_methods_options(tmp_path, capsys):
     for words, wanted in ((["--help"], "--opener_entropy_share"), (["--help", "--method", "gkd"], "--gkd.beta")):
         with pytest.raises(SystemExit) as ended:

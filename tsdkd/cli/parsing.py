@@ -129,6 +129,9 @@ def parse(arguments: list[str], config_class: type | None = None):
         flags, recipe = ["--help"], {}
     recipe = typed(recipe, {name: f for cls in classes for name, f in fields_of(cls).items()}, origin)
     check_names([word for word in flags if word != "--help"], recipe, origin, dict.fromkeys(known))
+    given = {**recipe, **_named(flags)}
+    if "output_dir" not in given and given.get("model_name_or_path"):
+        recipe["output_dir"] = f"{Path(str(given['model_name_or_path'])).name}-{method}"
     parser = TrlParser(classes, prog="tsdkd train")
     parser.error = _refuse
     with one_file(recipe) as file:
@@ -136,8 +139,7 @@ def parse(arguments: list[str], config_class: type | None = None):
     word = str(config.resume_from_checkpoint).lower()
     if word in _RESUME:
         config.resume_from_checkpoint = _RESUME[word]
-    given_names = {*recipe, *(name for name, _ in map(split, flags) if name)}
-    check_values(data, config, model, given_names)
+    check_values(data, config, model, set(given))
     return data, config, model
 
 
@@ -150,6 +152,16 @@ def _with_signs(flags: list[str]) -> list[str]:
         else:
             made.append(word)
     return made
+
+
+def _named(flags: list[str]) -> dict[str, str]:
+    """Flags by name, with what stands behind them."""
+    found = {}
+    for number, word in enumerate(flags):
+        name, value = split(word)
+        if name is not None:
+            found[name] = value if value is not None else (flags[number + 1] if number + 1 < len(flags) else "")
+    return found
 
 
 def _spelled(word: str) -> str:

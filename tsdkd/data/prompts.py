@@ -199,6 +199,10 @@ def map_prompts(
     Raises:
         ValueError: a named column is not there, or `as_chat` for prompts that are chats already.
     """
+    if not hasattr(rows, "__len__"):
+        raise ValueError(
+            "a stream's columns are mapped by its owner: rows.map(lambda row: {'prompt': …, 'completion': …}), or load it."
+        )
     if completion_column not in (None, *rows.column_names):
         raise ValueError(
             f"no column {completion_column!r} in the data set; it has: {', '.join(rows.column_names)}. Pass "
