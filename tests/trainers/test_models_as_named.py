@@ -155,6 +155,15 @@ def test_a_name_that_nothing_has_is_told_with_its_role(tmp_path, role):
         make(tmp_path, **{role: "my-modl"})
 
 
+def test_a_misspelt_folder_is_told_the_one_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "my-student")
+    with pytest.raises(
+        ValueError, match=r"the student 'my-studnt' cannot be read: there is no such folder here \(but my-student\)"
+    ):
+        make(tmp_path / "o", student="my-studnt")
+
+
 def test_a_student_folder_without_a_tokenizer_is_refused(tmp_path):
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "s")
     with pytest.raises(ValueError, match=r"the student's folder .*s holds no tokenizer"):

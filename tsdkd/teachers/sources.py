@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,12 @@ def base_of(adapter: str, config: dict[str, Any]) -> str:
 
 
 def unreadable(what: str, name: str, error: BaseException) -> ValueError:
-    """What a model's name that cannot be read is told as."""
+    """What a model's name that cannot be read is told as, with the folder here that it may have meant."""
+    here = [path.name for path in Path.cwd().iterdir() if (path / "config.json").is_file()]
+    near = difflib.get_close_matches(name, here, n=1)
+    meant = f" (but {near[0]})" if near else ""
     return ValueError(
-        f"{what} {name!r} cannot be read: there is no such folder here, and of that name on the Hub: "
+        f"{what} {name!r} cannot be read: there is no such folder here{meant}, and of that name on the Hub: "
         f"{str(error).splitlines()[0].rstrip('.')}"
     )
 
