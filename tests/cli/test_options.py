@@ -218,3 +218,37 @@ def test_an_answer_is_found_by_a_pattern_of_ones_own():
     assert final_answer("The answer is 12. The answer is 17.", r"answer is (\d+)") == "17"
     assert final_answer("17!", r"\d+") == "17" and final_answer("none", r"\d+") is None
     assert is_correct("so: 17", "#### 17", r": (.*)") and not is_correct("#### 17", "17", r"is (\d+)")
+
+
+def test_a_comparison_goes_on_inside_a_run_that_was_cut_off(models, tmp_path, capsys, monkeypatch):
+    """The run is killed after its second of three steps; what it had learnt is not learnt again."""
+    from transformers import TrainerCallback
+
+    from tsdkd.trainers import TokenDistillTrainer
+
+    folder, run = models
+    (tmp_path / "c.yaml").write_text(f"output_dir: {tmp_path / 'c'}\nsave_steps: 1\n")
+    more = ["--max_steps", "3", "--save_strategy", "steps", "--problems", str(folder / "q.jsonl")]
+    command = ["compare", "--config", str(tmp_path / "c.yaml"), "--methods", "gkd", *run, *more]
+    assert main([*command, "--out", str(tmp_path / "whole.jsonl"), "--output_dir", str(tmp_path / "whole")]) == 0
+
+    class Killed(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    made, train = [], TokenDistillTrainer.train
+
+    def watched(self, *args, **kwargs):
+        made.append(kwargs.get("resume_from_checkpoint"))
+        if len(made) == 1:
+            self.add_callback(Killed())
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(TokenDistillTrainer, "train", watched)
+    with pytest.raises(KeyboardInterrupt):
+        main([*command, "--out", str(tmp_path / "c.jsonl")])
+    assert main([*command, "--out", str(tmp_path / "c.jsonl")]) == 0
+    assert made == [None, True]
+    rows = [json.loads((tmp_path / name).read_text().splitlines()[-1]) for name in ("whole.jsonl", "c.jsonl")]
+    assert [row["steps"] for row in rows] == [3, 3] and rows[0]["accuracy"] == rows[1]["accuracy"]
