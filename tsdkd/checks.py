@@ -131,6 +131,13 @@ def unwritable(path: Path, is_folder: bool = False) -> str | None:
     return None if os.access(there, os.W_OK) else f"{there} is not writable"
 
 
+def check_writable(flag: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written; None is none."""
+    why = None if path is None else unwritable(path)
+    if why is not None:
+        raise ValueError(f"--{flag} {path} cannot be written: {why}. Name another file.")
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something that cannot be run, before anything is loaded.

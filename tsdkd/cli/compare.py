@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tsdkd.checks import unwritable
+from tsdkd.checks import check_writable
 from tsdkd.cli.console import ConsoleLog
-from tsdkd.cli.options import ALIASES, fields_of, methods_with, split, value_of
+from tsdkd.cli.options import ALIASES, fields_of, methods_with, named_flags, option_from, split
 from tsdkd.cli.parsing import as_mapping
 from tsdkd.cli.recipes import one_file, read_recipes
 
@@ -57,10 +57,8 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"--{name}: a comparison {instead}.")
     if own.seeds < 1:
         raise ValueError(f"--seeds {own.seeds}: it must be 1 or more.")
-    for name, path in (("out", own.out), ("png", own.png)):
-        why = None if path is None else unwritable(path)
-        if why is not None:
-            raise ValueError(f"--{name} {path} cannot be written: {why}. Name another file.")
+    check_writable("out", own.out)
+    check_writable("png", own.png)
     if own.answer_pattern is not None:
         try:
             re.compile(own.answer_pattern)
@@ -142,10 +140,9 @@ def _options_by_method(recipe: dict[str, Any], rest: list[str]) -> dict[str, dic
         names = [name for name in recipe if name in fields_of(METHODS["tsd_kd"]) and (name not in known or name == "beta")]
         stated = {**{name: recipe.pop(name) for name in names}, **stated}
     made = {method: stated} if stated else {}
-    words = list(rest)
+    words = iter(list(rest))
     rest.clear()
-    while words:
-        word = words.pop(0)
+    for word in words:
         name, value = split(word)
         owner, dot, option = (name or "").partition(".")
         if name is not None and not dot and name not in known and methods_with(name):
@@ -153,10 +150,7 @@ def _options_by_method(recipe: dict[str, Any], rest: list[str]) -> dict[str, dic
         if not dot or owner not in METHODS:
             rest.append(word)
             continue
-        if option not in fields_of(METHODS[owner]):
-            raise ValueError(f"--{name}: {owner} has no such option; it has: {', '.join(fields_of(METHODS[owner]))}.")
-        value = value if value is not None else words.pop(0) if words else ""
-        made.setdefault(owner, {})[option] = value_of(owner, option, value, str(name))
+        made.setdefault(owner, {})[option] = option_from(owner, option, str(name), value, words)
     return made
 
 
@@ -168,17 +162,9 @@ def _refuse_strangers_without_problems(own: argparse.Namespace, recipe: dict[str
     """
     from tsdkd.demo.run import shipped
 
-    named = [words for flag in ("--student", "--model_name_or_path") for words in [_value(rest, flag)] if words]
-    student = str((named or [recipe.get("model_name_or_path") or ""])[-1])
+    student = str(named_flags(rest).get("model_name_or_path") or recipe.get("model_name_or_path") or "")
     if own.problems is None and student and Path(student).resolve() != Path(shipped("student")).resolve():
         raise ValueError(
             f"nothing to score {student} on was named: pass --problems FILE (JSONL of 'question' and 'answer') or "
             "--eval_tasks. The demo's problems are for the demo's models."
         )
-
-
-def _value(words: list[str], flag: str) -> str | None:
-    for number, word in enumerate(words):
-        if word.partition("=")[0] == flag:
-            return word.partition("=")[2] or (words[number + 1] if number + 1 < len(words) else None)
-    return None

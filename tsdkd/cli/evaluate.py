@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tsdkd.checks import unwritable
+from tsdkd.checks import check_writable
 
 
 def bundled_tasks() -> str:
@@ -138,10 +138,8 @@ def main(arguments: list[str]) -> int:
         options["seed"] = own.seed
         return harness.vllm_model(model.name, gpu_memory_utilization=own.gpu_memory_utilization, **options)
 
-    for path in (own.out, *([own.out.with_suffix(".samples.jsonl")] if own.log_samples else [])):
-        why = unwritable(path)
-        if why is not None:
-            raise ValueError(f"--out {own.out} cannot be written: {why} ({path.name}). Name another file.")
+    check_writable("out", own.out)
+    check_writable("out", own.out.with_suffix(".samples.jsonl") if own.log_samples else None)
     first = os.environ.get("RANK", "0") == "0"
     samples = own.out.with_suffix(".samples.jsonl") if own.log_samples else None
     evaluate(

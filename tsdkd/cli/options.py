@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 ALIASES = {"student": "model_name_or_path", "teacher": "teacher_model_name_or_path"}
@@ -59,6 +59,34 @@ def value_of(method: str, option: str, text: str, flag: str) -> Any:
         raise ValueError(f"--{flag} {text}: {option} of {method} is {'yes or no' if kind[:4] == 'bool' else kind}.") from None
 
 
+def option_from(method: str, option: str, flag: str, value: str | None, words: Iterator[str]) -> Any:
+    """A method's option from its flag: the value behind its =, or the next of `words`.
+
+    Raises:
+        ValueError: an option that there is not, or no value.
+    """
+    from tsdkd.methods import METHODS
+
+    own = fields_of(METHODS[method])
+    if option not in own:
+        raise ValueError(f"--{flag}: {method} has no option {option!r}; it has: {', '.join(own)}.{closest(option, own)}")
+    value = next(words, None) if value is None else value
+    if value is None or (value.startswith("--") and len(value) > 2):
+        raise ValueError(f"--{flag} was given without a value: --{flag} {own[option].default}.")
+    return value_of(method, option, value, flag)
+
+
+def named_flags(flags: Iterable[str]) -> dict[str, str]:
+    """Flags by their names, aliases spelled out, with what stands behind them."""
+    words, found = list(flags), {}
+    for number, word in enumerate(words):
+        name, value = split(word)
+        if name is not None:
+            behind = words[number + 1] if number + 1 < len(words) else ""
+            found[ALIASES.get(name, name)] = behind if value is None else value
+    return found
+
+
 def method_flags(flags: Sequence[str], method: str, base: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The chosen method's options among the flags, `--NAME` or `--METHOD.NAME`, and the flags without them.
 
@@ -92,17 +120,10 @@ def method_flags(flags: Sequence[str], method: str, base: Mapping[str, Any]) -> 
             raise ValueError(
                 f"--{name} is an option of {prefix}, and the method is {method}: leave it out, or --method {prefix}."
             )
-        if option not in own:
-            if dot:
-                raise ValueError(
-                    f"--{name}: {method} has no option {option!r}; it has: {', '.join(own)}.{closest(option, own)}"
-                )
+        if option not in own and not dot:
             others = ", ".join(methods_with(name))
             raise ValueError(f"--{name} is an option of {others}, and the method is {method}, which has: {', '.join(own)}.")
-        value = next(words, None) if value is None else value
-        if value is None or (value.startswith("--") and len(value) > 2):
-            raise ValueError(f"--{name} was given without a value: --{name} {own[option].default}.")
-        options[option] = value_of(method, option, value, name)
+        options[option] = option_from(method, option, name, value, words)
     return options, rest
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tsdkd.cli.help import short_help
-from tsdkd.cli.options import ALIASES, check_names, closest, fields_of, method_flags, split, typed
+from tsdkd.cli.options import ALIASES, check_names, closest, fields_of, method_flags, named_flags, split, typed
 from tsdkd.cli.recipes import named_recipes, one_file, with_origins
 
 # Words for the last checkpoint, and for none; anything else is a folder.
@@ -77,8 +77,7 @@ def _method_of(flags: list[str], recipe: dict) -> str:
     """
     from tsdkd.methods import METHODS
 
-    words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--method=") else [word])]
-    named = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--method"), None)
+    named = named_flags(flags).get("method")
     method = named or recipe.get("method", "tsd_kd")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method {method!r} is unknown.{closest(str(method), METHODS)} There are: {', '.join(METHODS)}.")
@@ -129,7 +128,7 @@ def parse(arguments: list[str], config_class: type | None = None):
         flags, recipe = ["--help"], {}
     recipe = typed(recipe, {name: f for cls in classes for name, f in fields_of(cls).items()}, origin)
     check_names([word for word in flags if word != "--help"], recipe, origin, dict.fromkeys(known))
-    given = {**recipe, **_named(flags)}
+    given = {**recipe, **named_flags(flags)}
     if "output_dir" not in given and given.get("model_name_or_path"):
         recipe["output_dir"] = f"{Path(str(given['model_name_or_path'])).name}-{method}"
     parser = TrlParser(classes, prog="tsdkd train")
@@ -152,16 +151,6 @@ def _with_signs(flags: list[str]) -> list[str]:
         else:
             made.append(word)
     return made
-
-
-def _named(flags: list[str]) -> dict[str, str]:
-    """Flags by name, with what stands behind them."""
-    found = {}
-    for number, word in enumerate(flags):
-        name, value = split(word)
-        if name is not None:
-            found[name] = value if value is not None else (flags[number + 1] if number + 1 < len(flags) else "")
-    return found
 
 
 def _spelled(word: str) -> str:

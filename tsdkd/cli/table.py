@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from tsdkd.checks import unwritable
+from tsdkd.checks import check_writable
 
 
 def main(arguments: list[str]) -> int:
@@ -35,10 +35,8 @@ def main(arguments: list[str]) -> int:
         if not path.is_file():
             raise ValueError(f"there is no file {path}: pass what tsdkd evaluate --out wrote.")
 
-    for name, path in (("out", own.out), ("png", own.png)):
-        why = None if path is None else unwritable(path)
-        if why is not None:
-            raise ValueError(f"--{name} {path} cannot be written: {why}. Name another file.")
+    check_writable("out", own.out)
+    check_writable("png", own.png)
 
     from tsdkd.data.rows import lines_of, read_scores
     from tsdkd.evaluation import layout, tables

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tsdkd.data.completions import joined_parts, kept
-from tsdkd.data.rows import lines_of, text_of
+from tsdkd.data.rows import parsed_lines, text_of
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _TABLES = {".csv": ",", ".tsv": "\t"}
@@ -121,7 +121,8 @@ def _of_table(path: Path, separator: str) -> Any:
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file, or of one that holds a list of rows, or a mapping with one."""
-    text = text_of(path).lstrip()
+    whole_text = text_of(path)
+    text = whole_text.lstrip()
     if text[:1] == "[" or (_ending(path) == ".json" and text):
         try:
             whole = json.loads(text)
@@ -135,13 +136,10 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
             if not isinstance(whole, dict) or lists:
                 raise ValueError(f"{path} holds no list of rows, {{'prompt': …}} each: write a row a line (JSONL).")
     rows = []
-    for number, line in lines_of(path):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is no JSON ({error}): mend or remove it.") from error
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"{path}, line {number} is {type(rows[-1]).__name__}: a row is an object, {{'prompt': …}}.")
+    for number, row in parsed_lines(path, whole_text):
+        rows.append(row)
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is {type(row).__name__}: a row is an object, {{'prompt': …}}.")
     return rows
 
 
@@ -156,11 +154,11 @@ def data_set(rows: Sequence[dict[str, Any]], source: str) -> Any:
 
     if not rows:
         raise ValueError(f"{source} holds no rows.")
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, pyarrow.Array] = {}
     for name in dict.fromkeys(key for row in rows for key in row):
         values = [_kept_as_given(name, row.get(name)) for row in rows]
         try:
-            pyarrow.array(values)
+            columns[name] = pyarrow.array(values)
         except UnicodeEncodeError as error:
             row = next(number for number, value in enumerate(values) if not _is_utf8(value))
             raise ValueError(
@@ -174,9 +172,9 @@ def data_set(rows: Sequence[dict[str, Any]], source: str) -> Any:
                     f"the column {name!r} of {source} does not fit together ({str(error).splitlines()[0]}); it holds {shown}: "
                     "make its rows alike."
                 ) from error
-            values = [None if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
-        columns[name] = values
-    return Dataset.from_dict(columns)
+            as_json = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+            columns[name] = pyarrow.array(as_json)
+    return Dataset(pyarrow.table(columns))
 
 
 def _sliced(rows: Any, split: str) -> Any:

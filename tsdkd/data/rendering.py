@@ -23,18 +23,24 @@ def chat_of(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [clean_turn(turn) for turn in turns]
 
 
+def _unpacked(row: dict[str, Any], name: str) -> Any:
+    """A row's value, or the one that its text is the JSON of."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its {name} are a text that is no JSON ({error})") from error
+
+
 def options_of(row: dict[str, Any]) -> dict[str, Any]:
     """A row's `chat_template_kwargs`, a mapping or one as JSON.
 
     Raises:
         ValueError: neither.
     """
-    options = row.get("chat_template_kwargs") or {}
-    if isinstance(options, str):
-        try:
-            options = json.loads(options)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"its chat_template_kwargs are a text that is no JSON ({error})") from error
+    options = _unpacked(row, "chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise ValueError(f"its chat_template_kwargs are {type(options).__name__}, and a template takes a mapping")
     return clean(options)
@@ -46,18 +52,12 @@ def tools_of(row: dict[str, Any]) -> list[Any] | None:
     Raises:
         ValueError: neither.
     """
-    tools = row.get("tools")
-    as_text = isinstance(tools, str)
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"its tools are a text that is no JSON ({error})") from error
+    tools = _unpacked(row, "tools")
     if not tools:
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"its tools are {type(tools).__name__}, and a template takes a list of JSON schemas")
-    return list(tools) if as_text else clean(tools)
+    return list(tools) if isinstance(row["tools"], str) else clean(tools)
 
 
 class Rendering:

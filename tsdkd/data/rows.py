@@ -7,7 +7,7 @@ import codecs
 import dataclasses
 import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,24 @@ def _numbered_rows(path: Path, advice: str) -> list[tuple[int, dict[str, Any]]]:
 def lines_of(path: Path) -> list[tuple[int, str]]:
     """The lines of a JSONL file with their numbers, from 1: without a byte-order mark and blank lines, ended by line feeds (or
     carriage returns before them) alone, since a text may hold other separators."""
-    return [(number, line.removesuffix("\r")) for number, line in enumerate(text_of(path).split("\n"), 1) if line.strip()]
+    return _lines_in(text_of(path))
+
+
+def _lines_in(text: str) -> list[tuple[int, str]]:
+    return [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def parsed_lines(path: Path, text: str | None = None) -> Iterator[tuple[int, Any]]:
+    """The values of a JSONL file with the numbers of their lines; its text, where it has been read already.
+
+    Raises:
+        ValueError: a line that is no JSON.
+    """
+    for number, line in lines_of(path) if text is None else _lines_in(text):
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON ({error}): mend or remove it.") from error
 
 
 def text_of(path: Path) -> str:

@@ -41,32 +41,32 @@ def answers(
     return texts
 
 
-def accuracy(
+def graded(
     model,
     tokenizer,
     problems: Sequence[Problem],
     max_new_tokens: int = MAX_NEW_TOKENS,
     as_chat: bool = True,
     rendering: Rendering | None = None,
-    graded: list[tuple[str, bool]] | None = None,
     pattern: str | None = None,
-) -> dict[str, float]:
-    """Share of problems answered right, with its 95 % Wilson interval; questions are put as chats, or as plain text.
-
-    Args:
-        graded: is given every answer and whether it is right.
-        pattern: of the final answer, as `tsdkd.data.answers.final_answer` takes it.
-
-    Returns:
-        `accuracy`, `low`, `high` in [0, 1] and `n`, the number of problems.
-    """
+) -> list[tuple[str, bool]]:
+    """Every problem's answer and whether it is right; `pattern` finds it, as `tsdkd.data.answers.final_answer` takes it."""
     was_training = model.training
     model.eval()
     texts = answers(model, tokenizer, problems, max_new_tokens=max_new_tokens, as_chat=as_chat, rendering=rendering)
-    marks = [is_correct(text, problem.answer, pattern) for text, problem in zip(texts, problems, strict=True)]
-    right = sum(marks)
-    if graded is not None:
-        graded.extend(zip(texts, marks, strict=True))
     model.train(was_training)
-    low, high = wilson_interval(right, len(problems))
-    return {"accuracy": right / len(problems), "low": low, "high": high, "n": len(problems)}
+    return [(text, is_correct(text, problem.answer, pattern)) for text, problem in zip(texts, problems, strict=True)]
+
+
+def share(marks: Sequence[bool]) -> dict[str, float]:
+    """The share of right answers as `accuracy`, its 95 % Wilson interval as `low` and `high`, in [0, 1], and `n`."""
+    right = sum(marks)
+    low, high = wilson_interval(right, len(marks))
+    return {"accuracy": right / len(marks), "low": low, "high": high, "n": len(marks)}
+
+
+def accuracy(
+    model, tokenizer, problems: Sequence[Problem], max_new_tokens: int = MAX_NEW_TOKENS, as_chat: bool = True
+) -> dict[str, float]:
+    """The `share` of problems answered right; questions are put as chats, or as plain text."""
+    return share([mark for _, mark in graded(model, tokenizer, problems, max_new_tokens, as_chat)])

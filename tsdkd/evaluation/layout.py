@@ -20,16 +20,15 @@ _COLUMNS = (
 def markdown(table: Table) -> str:
     """A table as Markdown: our scores, then the paper's with the differences, then the notes."""
     name = f"Table {table.number}: {table.title}" if table.number else table.title
-    averages = {label: table.average(label) for label in table.labels}
-    more = ["average"] if any(value is not None for value in averages.values()) else []
+    averages = table.averages
+    more = ["average"] if averages else []
     lines = [f"### {name}", "", _line(["", *table.columns, *more]), _line(["---"] * (len(table.columns) + 1 + len(more)))]
     ranks = {column: table.ranked(column) for column in table.columns}
     for label in table.labels:
         texts = []
         for column in table.columns:
             texts.append(_our_text(table, label, column, *ranks[column]))
-        average = averages[label]
-        texts += ["" if average is None else f"{100 * average:.1f}"] if more else []
+        texts += [averages[label]] if averages else []
         lines.append(_line([label, *texts]))
     lines += ["", "95 % intervals (of shares Wilson's) and items:", ""]
     lines += [_line(["", *table.columns]), _line(["---"] * (len(table.columns) + 1))]
@@ -68,8 +67,8 @@ def _interval_text(table: Table, label: str, column: str) -> str:
 
 def latex(table: Table) -> str:
     """A table as LaTeX for `booktabs`: the best bold, runners-up underlined, items and average beside them."""
-    averages = {label: table.average(label) for label in table.labels}
-    more = ["Average"] if any(value is not None for value in averages.values()) else []
+    averages = table.averages
+    more = ["Average"] if averages else []
     heads = " & ".join(["", *map(_escaped, table.columns), *more])
     ranks = {column: table.ranked(column) for column in table.columns}
     name = f"Table {table.number}: {table.title}" if table.number else table.title
@@ -88,8 +87,7 @@ def latex(table: Table) -> str:
             if text and (label in best or label in second):
                 text = f"\\textbf{{{text}}}" if label in best else f"\\underline{{{text}}}"
             cells.append(text)
-        average = averages[label]
-        cells += ["" if average is None else f"{100 * average:.1f}"] if more else []
+        cells += [averages[label]] if averages else []
         lines.append(" & ".join(cells) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 

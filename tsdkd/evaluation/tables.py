@@ -166,6 +166,13 @@ class Table:
         whole = [cell.score for cell in cells if cell is not None and cell.is_share and not cell.partial]
         return sum(whole) / len(whole) if len(whole) == len(self.columns) > 1 else None
 
+    @property
+    def averages(self) -> dict[str, str]:
+        """Each label's average in percent as text, empty without one; nothing where no label has one."""
+        found = {label: self.average(label) for label in self.labels}
+        texts = {label: "" if value is None else f"{100 * value:.1f}" for label, value in found.items()}
+        return texts if any(texts.values()) else {}
+
     def above_teacher(self, label: str, column: str) -> bool:
         """Whether a label's score is better than the teacher's."""
         cell, teacher = self.comparable(label, column), self.comparable(TEACHER, column)

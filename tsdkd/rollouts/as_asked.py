@@ -9,23 +9,21 @@ from typing import Any
 
 # What says which ids begin, end and pad a text; kept.
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-# Asked for in every call, or of no weight beside sampling's own options.
-_ASKED = (*_IDS, "do_sample", "max_length", "max_new_tokens", "use_cache", "cache_implementation", "transformers_version")
-_ONE = re.compile("penalty$|^num_")  # where 1 is nothing
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+# Asked for in every call, or of no weight beside what is.
+_ASKED = (
+    *(*_IDS, *_SAMPLING),
+    *("do_sample", "max_length", "max_new_tokens", "use_cache", "cache_implementation", "transformers_version"),
+)
+_ONE = re.compile("penalty$|^num_")  # where 1 is nothing
 
 
-def leftovers(model: Any, sampling: bool = False) -> dict[str, Any]:
-    """What a model's generation_config would add to a generation that does not name it.
-
-    Args:
-        sampling: with temperature, top-p, top-k and min-p.
-    """
+def leftovers(model: Any) -> dict[str, Any]:
+    """What a model's generation_config would add to a generation that does not name it, beside sampling's own options."""
     config = getattr(model, "generation_config", None)
     if config is None or not hasattr(config, "to_diff_dict"):
         return {}
-    left_out = _ASKED if sampling else (*_ASKED, *_SAMPLING)
-    found = {name: value for name, value in config.to_diff_dict().items() if name not in left_out and name[:1] != "_"}
+    found = {name: value for name, value in config.to_diff_dict().items() if name not in _ASKED and name[:1] != "_"}
     return {name: value for name, value in found.items() if value and not (value == 1 and _ONE.search(name))}
 
 

@@ -105,14 +105,14 @@ class InterleavedWriter:
 
     def _write(self, models: list[Any], prompt_ids: list[list[int]]) -> tuple[list[list[int]], dict[str, list[list[float]]]]:
         readers = [_Reader(model, prompt_ids, self.pad_id, self.autocast) for model in models]
-        ends = torch.tensor(self.ends, device=readers[0].device)
+        ends, without = (torch.tensor(ids, dtype=torch.long, device=readers[0].device) for ids in (self.ends, self.without))
         done = torch.zeros(len(prompt_ids), dtype=torch.bool, device=readers[0].device)
         ids: list[torch.Tensor] = []
         records: dict[str, list[torch.Tensor]] = {}
         lengths = torch.zeros(len(prompt_ids), dtype=torch.long, device=done.device)
         while True:
             logits = [reader.logits[:, : self.vocab_size].float().to(done.device) for reader in readers]
-            chosen, recorded = self._next(logits[0], logits[-1])
+            chosen, recorded = self._next(logits[0], logits[-1], without)
             ids.append(chosen)
             for name, values in recorded.items():
                 records.setdefault(name, []).append(values)
@@ -129,18 +129,19 @@ class InterleavedWriter:
 
         return by_row(ids), {name: by_row(columns) for name, columns in records.items()}
 
-    def _next(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _next(
+        self, student: torch.Tensor, teacher: torch.Tensor, without: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What the rule takes, drawn again where that is not to be written; a rule that insists is shown the others alone."""
         chosen, recorded = self.rule(student, teacher)
         if not self.without:
             return chosen, recorded
-        ids = torch.tensor(self.without, device=student.device)
         for tries in range(_TRIES + 1):
-            wrong = torch.isin(chosen, ids)
+            wrong = torch.isin(chosen, without)
             if not bool(wrong.any()):
                 break
             if tries == _TRIES:
-                student, teacher = (logits.index_fill(-1, ids, float("-inf")) for logits in (student, teacher))
+                student, teacher = (logits.index_fill(-1, without, float("-inf")) for logits in (student, teacher))
             again, others = self.rule(student, teacher)
             chosen = torch.where(wrong, again, chosen)
             recorded = {name: torch.where(wrong, others[name], values) for name, values in recorded.items()}

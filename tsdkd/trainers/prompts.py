@@ -82,7 +82,7 @@ class Prompts:
     def __init__(self, host: Host, limits: Limits, check_completions: Callable[[Any, str], None]) -> None:
         self.host, self.limits, self.check_completions = host, limits, check_completions
         self.dropped = 0
-        self._seen: dict[frozenset[str], int] = {}
+        self._seen: set[frozenset[str]] = set()
 
     def fit(self, dataset: Any, role: str) -> Any:
         """The rows whose prompts fit; of a stream too, where those that do not are to be dropped.
@@ -93,7 +93,7 @@ class Prompts:
         if not hasattr(dataset, "__len__"):
             return dataset.filter(self._fits) if self.host.args.drop_long_prompts else dataset
         host, lengths = self.host, []
-        seen: dict[frozenset[str], int] = {}
+        seen: set[frozenset[str]] = set()
         for start, rows in pieces(dataset):
             what = f"the prompt of row {{}} of {role} cannot be rendered by the tokenizer's chat template"
             for row, ids in enumerate(row_by_row(host.tokenize, rows, start, what), start):
@@ -150,7 +150,7 @@ class Prompts:
         if len({isinstance(row["prompt"], str) for row in rows}) > 1:
             raise ValueError("texts and chats arrived in one batch: make the stream's prompts one type.")
 
-    def _check_fields(self, row: dict[str, Any], number: int, role: str, seen: dict[frozenset[str], int]) -> None:
+    def _check_fields(self, row: dict[str, Any], number: int, role: str, seen: set[frozenset[str]]) -> None:
         """Refuse tools, and name fields of turns, of which the chat template renders nothing; asked once a set of fields.
 
         Raises:
@@ -171,7 +171,7 @@ class Prompts:
         fields |= {"tools"} if row.get("tools") else frozenset()
         if fields in seen:
             return
-        seen[fields] = number
+        seen.add(fields)
         unused = self.host.rendering.unused(row)
         lost = [name for name in unused if name.startswith("the turns of") or name == "tool_calls"]
         if lost:

@@ -134,16 +134,11 @@ def placement_is_possible(setup: Setup) -> Iterator[Problem]:
         )
 
 
-def _sampling_strategy(args: Any) -> Any:
-    strategy = getattr(args, "train_sampling_strategy", None)
-    return None if strategy == "random" else strategy
-
-
 # Options that transformers or TRL take and that nothing here reads: their name, what they hold when they are left alone, why.
 _UNREAD = {
     "label_smoothing_factor": (0.0, "a distillation loss has no labels to smooth"),
     "data_seed": (None, "the order of the prompts follows seed"),
-    "train_sampling_strategy": (None, "TRL draws generation batches, and a step's rows are sorted by length already"),
+    "train_sampling_strategy": ("random", "TRL draws generation batches, and a step's rows are sorted by length already"),
 }
 # Options that are read with vLLM only.
 _VLLM = (
@@ -165,7 +160,7 @@ def options_have_effect(setup: Setup) -> Iterator[Problem]:
     """Nothing that was asked for is left out without a word."""
     args = setup.args
     for name, (unset, why) in _UNREAD.items():
-        value = _sampling_strategy(args) if name == "train_sampling_strategy" else getattr(args, name, unset)
+        value = getattr(args, name, unset)
         if value != unset:
             yield Problem(f"{name}={value!r} has no effect here", why, "leave it out")
     if not args.use_vllm:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 from tsdkd.data.answers import LOOKED_FOR, final_answer
-from tsdkd.data.rows import ScoreRow, lines_of
+from tsdkd.data.rows import ScoreRow, parsed_lines
 from tsdkd.demo.problems import Problem, held_out
 
 
@@ -49,11 +48,7 @@ def problems_at(path: Path | None) -> list[Problem]:
 
         return held_out(1000, HELD_OUT_SEED, set(), LEVELS)
     problems = []
-    for number, line in lines_of(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is no JSON ({error}).") from error
+    for number, row in parsed_lines(path):
         if "question" not in row or "answer" not in row:
             raise ValueError(f"{path}, line {number} has the keys {', '.join(row)}: a problem has 'question' and 'answer'.")
         problems.append(Problem(row["question"], "", str(row["answer"]), 0))
@@ -82,20 +77,20 @@ class OnProblems:
         """Text or chats: problems are put as the prompts were."""
 
     def __call__(self, trainer: Any, label: str, model: Any = None) -> list[ScoreRow]:
-        from tsdkd.demo.scoring import accuracy
+        from tsdkd.demo.scoring import graded, share
 
-        graded: list[tuple[str, bool]] = []
         longest, as_chat = trainer.max_completion_length, trainer.has_chats  # asked as it was trained
         model = trainer.model if model is None else model
-        how = {"rendering": trainer.rendering, "graded": graded, "pattern": self.pattern}
-        found = accuracy(model, trainer.processing_class, self.problems, longest, as_chat, **how)
-        silent = [text for text, _ in graded if final_answer(text, self.pattern) is None]
+        how = {"rendering": trainer.rendering, "pattern": self.pattern}
+        answered = graded(model, trainer.processing_class, self.problems, longest, as_chat, **how)
+        found = share([mark for _, mark in answered])
+        silent = [text for text, _ in answered if final_answer(text, self.pattern) is None]
         if silent:
             shown = "; ".join(repr(text[:80]) for text in silent[:3])
             looked_for = repr(self.pattern) if self.pattern else LOOKED_FOR
-            self.say(f"{label}: {len(silent)} of {len(graded)} answers state no final answer ({looked_for}), e.g. {shown}")
+            self.say(f"{label}: {len(silent)} of {len(answered)} answers state no final answer ({looked_for}), e.g. {shown}")
         interval = {"low": found["low"], "high": found["high"], "ungraded": len(silent)}
-        right = "".join("1" if mark else "0" for _, mark in graded)
+        right = "".join("1" if mark else "0" for _, mark in answered)
         n = int(found["n"])
         row = ScoreRow(task="problems", metric="accuracy", score=found["accuracy"], n=n, label=label, more=interval)
         return [dataclasses.replace(row, items={"right": right})]

@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from tsdkd.data.intervals import wilson_interval
+from tsdkd.pipelines.compare.runs import UNTRAINED
+
+
+def _flat(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows with each score by its name, and the names."""
+    scores = [row.get("scores") or {"accuracy": row["accuracy"]} for row in rows]
+    names = list(dict.fromkeys(name for own in scores for name in own))
+    return [{**row, **own} for row, own in zip(rows, scores, strict=True)], names
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: each method's mean scores over its seeds, with the lowest and highest, tokens and seconds; best first."""
+    scores, names = _flat(rows)
     by_label: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_label.setdefault(row["label"], []).append({**row, **(row.get("scores") or {"accuracy": row["accuracy"]})})
-    names = list(dict.fromkeys(name for row in rows for name in row.get("scores") or {"accuracy": 0}))
+    for row in scores:
+        by_label.setdefault(row["label"], []).append(row)
 
     def mean(label: str, what: str) -> float:
         return statistics.fmean(row[what] for row in by_label[label])
@@ -45,9 +53,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    scores = [{**row, **(row.get("scores") or {"accuracy": row.get("accuracy")})} for row in rows]
-    names = list(dict.fromkeys(name for row in rows for name in row.get("scores") or {"accuracy": 0}))
-    trained = [row for row in scores if row["method"] != "untrained"]
+    scores, names = _flat(rows)
+    trained = [row for row in scores if row["method"] != UNTRAINED]
     labels = list(dict.fromkeys(row["label"] for row in trained))
     figure, axes = plt.subplots(1, len(names), figsize=(2 + 0.9 * len(labels) * len(names), 4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
@@ -58,9 +65,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 at = place + 0.15 * (number - (len(own) - 1) / 2)
                 bars = [[max(0.0, row[name] - low)], [max(0.0, high - row[name])]]
                 axis.errorbar(at, row[name], yerr=bars, fmt="o", color=f"C{place}", capsize=3)
-        for row, style in zip([row for row in scores if row["method"] == "untrained"], ("--", ":"), strict=False):
+        for row, style in zip([row for row in scores if row["method"] == UNTRAINED], ("--", ":"), strict=False):
             axis.axhline(row[name], linestyle=style, color="0.4", label=row["label"])
-        if any(row["method"] == "untrained" for row in scores):
+        if any(row["method"] == UNTRAINED for row in scores):
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, frameon=False)
         axis.set(title=name, ylabel="score (bars: 95 %)")
         axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
