@@ -6,6 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+# Links within the repository lead nowhere from a package's page: their text stays.
+readme = re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]*\)", r"\1", (here / "README.md").read_text())
 version = re.search(r'^__version__ = "(.+)"$', (here / "tsdkd/__init__.py").read_text(), re.MULTILINE).group(1)
 
 extras = {
@@ -39,7 +41,7 @@ setup(
     name="tsdkd",
     version=version,
     description="On-policy, token-level distillation of language models: TSD-KD as losses and as TRL trainers",
-    long_description=(here / "README.md").read_text(),
+    long_description=readme,
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -252,3 +252,44 @@ def test_a_comparison_goes_on_inside_a_run_that_was_cut_off(models, tmp_path, ca
     assert made == [None, True]
     rows = [json.loads((tmp_path / name).read_text().splitlines()[-1]) for name in ("whole.jsonl", "c.jsonl")]
     assert [row["steps"] for row in rows] == [3, 3] and rows[0]["accuracy"] == rows[1]["accuracy"]
+
+
+def test_what_is_missing_or_damaged_is_named_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    import importlib.util
+
+    from tsdkd.trainers import setup_checks, sources
+
+    student, data = save_tiny(tmp_path / "student"), tmp_path / "p.jsonl"
+    data.write_text("".join(json.dumps({"prompt": q}) + "\n" for q in QUESTIONS))
+    command = ["train", "--student", student, "--teacher", student, "--dataset_name", str(data), "--use_cpu"]
+    command += ["--output_dir", str(tmp_path / "out")]
+    found = importlib.util.find_spec
+    absent = lambda name, *more: None if name in ("bitsandbytes", "peft") else found(name, *more)  # noqa: E731
+    monkeypatch.setattr(setup_checks, "find_spec", absent)
+    monkeypatch.setattr("tsdkd.cli.train.find_spec", absent)
+    loaded = []
+    monkeypatch.setattr(sources, "create_model_from_path", lambda *args, **kwargs: loaded.append(args))
+    for words, message in (
+        (["--report_to", "comet_ml"], "report_to=comet_ml was asked for, and its package is not installed"),
+        (["--report_to", "wanbd"], "report_to=wanbd is unknown (did you mean wandb?)"),
+        (["--load_in_4bit"], "bitsandbytes is not installed"),
+        (["--use_peft"], "--use_peft needs peft, which is not installed: pip install 'tsdkd[peft]'"),
+    ):
+        assert main([*command, *words]) == 2
+        said = capsys.readouterr().err
+        assert message in said, said
+    assert not loaded and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    whole = (tmp_path / "student" / "model.safetensors").read_bytes()
+    (tmp_path / "student" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "the student's file" in said and "model.safetensors is damaged" in said and "copy or save it again" in said
+
+
+def test_the_package_runs_as_a_module():
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "tsdkd", "--version"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("tsdkd ")

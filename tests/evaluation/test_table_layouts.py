@@ -89,3 +89,27 @@ def test_items_are_put_as_the_model_is_talked_to_and_that_is_said(tmp_path, caps
     rows = read_scores(tmp_path / "r.jsonl")
     assert {each.chat_template for each in rows} == {template}
     assert {each.label for each in rows} == {"run/checkpoint-3"}  # every run has one of that name
+
+
+def test_both_chat_settings_stand_in_one_panel(tmp_path, monkeypatch):
+    """With a template filled, without it white, each once a benchmark."""
+    import matplotlib.axes
+    import matplotlib.colors
+
+    from tsdkd.evaluation.layout import draw
+
+    faces: dict[str, list] = {}
+    titles = matplotlib.axes.Axes.set_title
+
+    def titled(axis, text, **more):
+        marks = [line for line in axis.lines if line.get_marker() == "o"]
+        faces.setdefault(text, []).append([matplotlib.colors.to_hex(line.get_markerfacecolor()) for line in marks])
+        return titles(axis, text, **more)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_title", titled)
+    both = [row(label, name, 0.4, chat=chat) for label in ("gkd", "teacher") for name in ("x", "y") for chat in (True, False)]
+    draw(tables_of(both), tmp_path / "both.png")
+    assert sorted(faces) == ["x", "y"] and [len(found) for found in faces.values()] == [1, 1]
+    assert all(found[0].count("#ffffff") == 2 and len(found[0]) == 4 for found in faces.values())
+    draw(tables_of([one for one in both if one.chat_template]), tmp_path / "one.png")
+    assert "#ffffff" not in faces["x"][-1][0]

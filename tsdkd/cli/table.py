@@ -18,7 +18,10 @@ def main(arguments: list[str]) -> int:
         "own numbers as a second block. A row belongs to a method by its label (--label tsd_kd, gkd, …, teacher, student).",
     )
     parser.add_argument("results", nargs="+", type=Path, help="JSONL files of tsdkd evaluate")
-    parser.add_argument("--table", help="numbers of the paper's tables, comma-separated, or all (default: 1,2)")
+    parser.add_argument(
+        "--table",
+        help="numbers of the paper's tables, comma-separated, or all (default: by the models that the rows name)",
+    )
     parser.add_argument("--teacher", metavar="LABEL", help="the label of the teacher's rows (default: teacher)")
     parser.add_argument("--student", metavar="LABEL", help="the label of the untrained student's rows (default: student)")
     parser.add_argument("--format", choices=["markdown", "csv", "latex"], default="markdown", help="default: %(default)s")

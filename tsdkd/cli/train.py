@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def build(data: DataArguments, config, model):
         raise ValueError("no teacher was given: pass --teacher NAME_OR_PATH (teacher_model_name_or_path in YAML).")
     if data.dataset_name is None and not recorded:
         raise ValueError("no prompts were given: pass --dataset_name NAME_OR_FILE (a data set or a JSONL file).")
+
+    if model.use_peft and find_spec("peft") is None:
+        raise ValueError("--use_peft needs peft, which is not installed: pip install 'tsdkd[peft]'.")
 
     from trl import get_peft_config, get_quantization_config
 

@@ -157,7 +157,8 @@ def _values(table: Table, label: str, column: str, cell: Cell) -> list[Any]:
 
 
 def draw(tables: dict[str, list[Table]], path: Path) -> None:
-    """The scores with their 95 % intervals, a panel a benchmark, the paper's numbers as hollow marks.
+    """The scores with their 95 % intervals, a panel a benchmark: with a chat template filled, without one white where both
+    are there, the paper's numbers as grey strokes.
 
     Raises:
         ValueError: matplotlib is missing, or nothing is there to draw.
@@ -169,50 +170,65 @@ def draw(tables: dict[str, list[Table]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [
-        (setting, table, column)
-        for setting, several in tables.items()
-        for table in several
-        for column in table.columns
-        if all(cell.is_share for (_, name), cell in table.cells.items() if name == column)
-    ]
+    panels: dict[str, list[tuple[str, Table]]] = {}
+    for setting, several in tables.items():
+        for table in several:
+            for column in table.columns:
+                if all(cell.is_share for (_, name), cell in table.cells.items() if name == column):
+                    panels.setdefault(column, []).append((setting, table))
     if not panels:
         raise ValueError("there is nothing to draw: no row belongs to a table that was asked for.")
-    labels = list(dict.fromkeys(label for _, table, _ in panels for label in table.labels))
+    settings = list(dict.fromkeys(setting for shown in panels.values() for setting, _ in shown))
+    labels = list(dict.fromkeys(label for shown in panels.values() for _, table in shown for label in table.labels))
     across = min(4, len(panels))
     down = math.ceil(len(panels) / across)
     figure, axes = plt.subplots(
         down,
         across,
-        figsize=(1.6 + 2.7 * across, 1.0 + down * (0.7 + 0.28 * len(labels))),
+        figsize=(1.6 + 2.7 * across, 1.0 + down * (0.7 + 0.28 * len(labels) * (1 + 0.4 * (len(settings) - 1)))),
         squeeze=False,
         sharey=True,
         constrained_layout=True,
     )
-    for axis, (setting, table, column) in zip(axes.flat, panels, strict=False):
-        for place, label in enumerate(labels):
-            cell, printed = table.cells.get((label, column)), table.published.get((label, column))
-            if cell is not None:
-                low, high = cell.interval
-                bars = [[100 * max(0.0, cell.score - low)], [100 * max(0.0, high - cell.score)]]
-                mark = "os^Dv"[place // 10 % 5]
-                axis.errorbar(100 * cell.score, place, xerr=bars, fmt=mark, color=f"C{place % 10}", capsize=3, markersize=5)
-            if printed is not None:
-                axis.plot(printed, place, marker="o", fillstyle="none", color="0.4", linestyle="none", markersize=8)
-        teacher = table.cells.get((TEACHER, column))
-        if teacher is not None:
-            axis.axvline(100 * teacher.score, color="0.4", linestyle="--", linewidth=0.8)
-        axis.set_title(f"{column}\n{setting}", fontsize=9)
+    for axis, (column, shown) in zip(axes.flat, panels.items(), strict=False):
+        for setting, table in shown:
+            _marks(axis, table, column, labels, settings.index(setting), len(settings))
+        axis.set_title(column, fontsize=9)
         axis.set_yticks(range(len(labels)), labels)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", linewidth=0.3)
     axes.flat[0].set_ylim(len(labels) - 0.5, -0.5)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.supxlabel("score, % (bars: 95 %, Wilson; dashed: the teacher; hollow: the paper's)", fontsize=9)
+    said = ["bars: 95 %, Wilson", *(["dashed: the teacher"] if TEACHER in labels else [])]
+    said += [f"white: {settings[0]}, filled: {settings[1]}"] if len(settings) > 1 else [f"scored {settings[0]}"]
+    if any(column in (name for _, name in table.published) for column, shown in panels.items() for _, table in shown):
+        said.append("grey stroke: the paper's")
+    figure.supxlabel(f"score, % ({'; '.join(said)})", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)
     plt.close(figure)
+
+
+def _marks(axis: Any, table: Table, column: str, labels: list[str], number: int, of: int) -> None:
+    """A table's scores of one column, a line a label; of several settings each a little below the one before."""
+    white = of > 1 and number == 0
+    shift = 0.0 if of == 1 else 0.32 * (number - (of - 1) / 2)
+    for place, label in enumerate(labels):
+        cell, printed = table.cells.get((label, column)), table.published.get((label, column))
+        if cell is not None:
+            low, high = cell.interval
+            bars = [[100 * max(0.0, cell.score - low)], [100 * max(0.0, high - cell.score)]]
+            color, mark = f"C{place % 10}", "os^Dv"[place // 10 % 5]
+            face = "white" if white else color
+            axis.errorbar(
+                100 * cell.score, place + shift, xerr=bars, fmt=mark, color=color, mfc=face, capsize=3, markersize=5, zorder=3
+            )
+        if printed is not None and number == 0:
+            axis.plot(printed, place, marker="|", color="0.4", linestyle="none", markersize=14, markeredgewidth=2)
+    teacher = table.cells.get((TEACHER, column))
+    if teacher is not None:
+        axis.axvline(100 * teacher.score, color="0.4", linestyle=":" if white else "--", linewidth=0.8)
 
 
 def side_by_side(samples: Iterable[dict[str, Any]], task: str, item: int) -> str:

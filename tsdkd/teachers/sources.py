@@ -148,6 +148,19 @@ def unreadable(what: str, name: str, error: BaseException) -> ValueError:
     )
 
 
+def damaged_file(folder: str) -> str:
+    """Which safetensors file of a folder cannot be read and why, for a message; empty where each can."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(folder).expanduser().glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{file} is damaged ({error}; {file.stat().st_size:,} bytes)"
+    return ""
+
+
 def refuse_missing_weights(folder: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
     """Refuse a local checkpoint that lacks the weights of its language-model head, which would be random.
 

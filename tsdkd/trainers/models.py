@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 
 from tsdkd.fused import check_divergence_once
 from tsdkd.methods import Method
@@ -18,7 +18,7 @@ from tsdkd.teachers import gathered, vocabulary_size
 from tsdkd.teachers.heads import last_hidden_state, text_config
 from tsdkd.types import DivergenceTerm, RankingTerm
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # once a run, not once a process
 
 
 def fingerprint_of(model: Any) -> str:

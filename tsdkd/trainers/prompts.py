@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.logging import get_logger
 from jinja2 import TemplateError
 
 from tsdkd.checks import refuse
@@ -14,7 +14,7 @@ from tsdkd.data.prompts import fitting_rows, kind_of, pieces, prompt_problems
 from tsdkd.teachers.heads import text_config
 from tsdkd.trainers.host import Host, batch_rows
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # once a run, not once a process
 _UNRENDERED = (TemplateError, ValueError, TypeError, KeyError)  # of a chat that a template does not take
 
 

@@ -27,6 +27,7 @@ class Setup:
         recording: an opened recording, in place of a teacher and of prompts.
         train_dataset, eval_dataset, pretraining_dataset: rows.
         has_tools: whether tools were given.
+        quantization: how the student is quantized as it is loaded.
     """
 
     args: TokenDistillConfig
@@ -38,6 +39,7 @@ class Setup:
     eval_dataset: Any = None
     pretraining_dataset: Any = None
     has_tools: bool = False
+    quantization: Any = None
 
     @property
     def rollouts(self) -> RolloutSpec:

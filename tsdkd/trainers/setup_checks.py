@@ -5,7 +5,11 @@ The trainer raises the first; whoever wants all iterates over `problems(setup)`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from tsdkd.checks import Problem
 from tsdkd.trainers.setup import Setup
@@ -50,7 +54,30 @@ def recording_goes_alone(setup: Setup) -> Iterator[Problem]:
         )
 
 
+def packages_are_there(setup: Setup) -> Iterator[Problem]:
+    """What the logs go to, and what the student is quantized with."""
+    installed = {*get_available_reporting_integrations(), "flyte"}  # flyte is there where it runs
+    for name in setup.args.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            yield Problem(f"report_to={name} is unknown{meant}", do=f"pass one of: none, {known}")
+        elif name not in installed:
+            yield Problem(
+                f"report_to={name} was asked for, and its package is not installed", do=f"pip install {name}, or leave it out"
+            )
+    options = setup.args.model_init_kwargs or {}
+    quantized = setup.quantization or options.get("quantization_config")
+    if quantized is not None and "BitsAndBytes" in type(quantized).__name__ and find_spec("bitsandbytes") is None:
+        yield Problem(
+            "a student of 4-bit or 8-bit weights was asked for, and bitsandbytes is not installed",
+            do="pip install 'tsdkd[qlora]', or leave it out",
+        )
+
+
 CHECKS: list[Callable[[Setup], Iterator[Problem]]] = [
+    packages_are_there,
     recording_goes_alone,
     teacher_is_there,
     options_have_effect,

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, GenerationMixin
 from trl.trainer.utils import create_model_from_path
 
 from tsdkd.teachers.sources import (
     adapter_config,
     base_of,
+    damaged_file,
     dtype_of,
     expanded,
     lacks_tokenizer,
@@ -82,7 +84,13 @@ def _loaded(name: str, role: str, args: TokenDistillConfig, load: Callable[[str,
     kwargs = _options(role, args)
     base, where, adapter = _placed(name, kwargs)
     kwargs = {**kwargs, **where} if adapter is None else {**{k: v for k, v in kwargs.items() if k != "revision"}, **where}
-    model, told = load(base, {**kwargs, "output_loading_info": True})
+    try:
+        model, told = load(base, {**kwargs, "output_loading_info": True})
+    except (SafetensorError, OSError) as error:
+        found = damaged_file(base)
+        if not found:
+            raise
+        raise ValueError(f"the {role}'s file {found}: copy or save it again.") from error
     missing = sorted(told.get("missing_keys") or ())
     if missing:
         raise ValueError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 
 from tsdkd.checks import refuse
@@ -49,7 +49,7 @@ from tsdkd.trainers.sources import load_sharded_teacher, load_teacher, student_o
 from tsdkd.trainers.trl_seams import TRLTrainer
 from tsdkd.trainers.tsd_kd_config import TSDKDConfig
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # once a run, not once a process
 
 
 class TokenDistillTrainer(TRLTrainer):
@@ -101,7 +101,8 @@ class TokenDistillTrainer(TRLTrainer):
         recording = Recording.open(args.recording) if args.recording is not None else None
         train_dataset, eval_dataset = as_data_set(train_dataset, "train_dataset"), as_data_set(eval_dataset, "eval_dataset")
         data = train_dataset, eval_dataset, as_data_set(pretraining_dataset, "pretraining_dataset")
-        setup = Setup(args, self.method, model, teacher_model, recording, *data, has_tools=bool(kwargs.get("tools")))
+        more: dict[str, Any] = {"has_tools": bool(kwargs.get("tools")), "quantization": kwargs.get("quantization_config")}
+        setup = Setup(args, self.method, model, teacher_model, recording, *data, **more)
         refuse(problems(setup))
         self.setup = setup
         if recording is not None:
