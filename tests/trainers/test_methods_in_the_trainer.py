@@ -129,8 +129,8 @@ def test_by_option_the_teacher_writes_what_is_missing(tmp_path, method):
     assert [row is None for row in ids] == [True] * 5 + [False] * 3
     by_teacher = trainer.loop.supply.ahead.by_teacher(trainer.tokenize(list(whole["prompt"])[5:]))
     assert ids[5:] == by_teacher
-    given = trainer.loop.supply._given(list(trainer.train_dataset))
-    assert given[:5] == trainer.loop.supply._given(list(whole.select(range(5)))) and given[5:] == by_teacher
+    given = trainer.loop.supply.given(list(trainer.train_dataset))
+    assert given[:5] == trainer.loop.supply.given(list(whole.select(range(5)))) and given[5:] == by_teacher
     with pytest.raises(ValueError, match="no 'completion' column"):
         general(tmp_path / "c", DistiLLM(), data=prompts(8))
     general(tmp_path / "d", DistiLLM(), data=prompts(8), teacher_writes_missing=True, max_steps=1).train()

@@ -13,7 +13,7 @@ from tsdkd.cli.console import ConsoleLog
 from tsdkd.cli.parsing import DataArguments, parse
 
 
-def build(data: DataArguments, config, model):
+def build(data: DataArguments, config, model, needs_prompts: bool = True):
     """The trainer that the options describe.
 
     Raises:
@@ -27,7 +27,7 @@ def build(data: DataArguments, config, model):
     recorded = config.recording is not None
     if config.teacher_model_name_or_path is None and not recorded and config.build_method().reads_teacher:
         raise ValueError("no teacher was given: pass --teacher NAME_OR_PATH (teacher_model_name_or_path in YAML).")
-    if data.dataset_name is None and not recorded:
+    if needs_prompts and data.dataset_name is None and not recorded:
         raise ValueError("no prompts were given: pass --dataset_name NAME_OR_FILE (a data set or a JSONL file).")
 
     if model.use_peft and find_spec("peft") is None:

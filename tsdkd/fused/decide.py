@@ -158,13 +158,24 @@ def assemble(
         per_token, found = values[term.name], taken[term.name]
         if isinstance(term, EntropyTerm):
             per_token = entropy_penalty(per_token, statistics.teacher_entropy, term.target)
-        total = weighted_sum(per_token, found.coefficients(term))
-        value = divide(total, divisors.of(term))
+        coefficients, divisor = found.coefficients(term), divisors.of(term)
+        total = weighted_sum(per_token, coefficients)
+        value = divide(total, divisor)
         loss = loss + term.weight * value
         totals[term.name] = total.detach()
         shown = torch.where(found.tokens, per_token.detach(), 0.0)  # engines compute some on more tokens
         tau = torch.where(found.tokens, taus[term.name], 0.0) if isinstance(term, RankingTerm) else None
-        results[term.name] = TermResult(value, term.weight, found.tokens, found.weights, shown, tau, type(term))
+        results[term.name] = TermResult(
+            value,
+            term.weight,
+            found.tokens,
+            found.weights,
+            shown,
+            tau,
+            type(term),
+            coefficients=coefficients.detach(),
+            divisor=divisor,
+        )
     return LossTerms(loss, statistics, results, _metric_sums(objective, totals, results, statistics, own))
 
 

@@ -67,13 +67,13 @@ class CompletionSupply:
         host = self.host
         if host.mode == "eval":
             reads_given = has_completions(rows[0]) and self.spec.evaluate_on == "dataset"
-            return Batch(rows, self._given(rows) if reads_given else None)
+            return Batch(rows, self.given(rows) if reads_given else None)
         drawn = self.source.draw(host.step, host.max_steps)
         self._log(drawn)
         if drawn == "fresh":
             return Batch(rows, is_fresh=True)
         if drawn == "dataset":
-            return Batch(rows, self._given(rows))
+            return Batch(rows, self.given(rows))
         rows = self.source.replayed(host.step, len(rows), host.accelerator.process_index)
         return Batch(rows, [row["completion_ids"] for row in rows])
 
@@ -127,7 +127,7 @@ class CompletionSupply:
         if self.spec.replay is not None:
             self.metrics.add_host("train", "answers/share", self.source.share)
 
-    def _given(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+    def given(self, rows: list[dict[str, Any]]) -> list[list[int]]:
         """The ids of the data set's completions, cut to `max_completion_length`; a stream's are looked at here.
 
         Raises:

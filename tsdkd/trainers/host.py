@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -107,3 +109,10 @@ def eval_sets(eval_dataset: Any) -> dict[str, Any]:
 def has_completions(columns: Collection[str]) -> bool:
     """Whether given completions stand in one of these columns, as text or as ids."""
     return "completion" in columns or "completion_ids" in columns
+
+
+def once_a_run(name: str) -> logging.Logger:
+    """A logger that speaks on the first process alone, for what every process would say."""
+    logger = logging.getLogger(name)
+    logger.addFilter(lambda record: int(os.environ.get("RANK", "0")) == 0)
+    return logger

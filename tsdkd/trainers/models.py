@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 
 from tsdkd.fused import check_divergence_once
 from tsdkd.methods import Method
 from tsdkd.rollouts import leftovers
 from tsdkd.teachers import gathered, vocabulary_size
 from tsdkd.teachers.heads import last_hidden_state, text_config
+from tsdkd.trainers.host import once_a_run
 from tsdkd.types import DivergenceTerm, RankingTerm
 
-logger = get_logger(__name__)  # once a run, not once a process
+logger = once_a_run(__name__)
 
 
 def fingerprint_of(model: Any) -> str:

@@ -6,15 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.logging import get_logger
 from jinja2 import TemplateError
 
 from tsdkd.checks import refuse
 from tsdkd.data.prompts import fitting_rows, kind_of, pieces, prompt_problems
 from tsdkd.teachers.heads import text_config
-from tsdkd.trainers.host import Host, batch_rows
+from tsdkd.trainers.host import Host, batch_rows, once_a_run
 
-logger = get_logger(__name__)  # once a run, not once a process
+logger = once_a_run(__name__)
 _UNRENDERED = (TemplateError, ValueError, TypeError, KeyError)  # of a chat that a template does not take
 
 

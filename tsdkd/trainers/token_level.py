@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset
 
 from tsdkd.checks import refuse
@@ -23,7 +22,7 @@ from tsdkd.trainers.card import card_of
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.engines import Generation
 from tsdkd.trainers.health import watch
-from tsdkd.trainers.host import teacher_rows
+from tsdkd.trainers.host import once_a_run, teacher_rows
 from tsdkd.trainers.loading import restore_buffers
 from tsdkd.trainers.loop import Loop
 from tsdkd.trainers.models import (
@@ -49,7 +48,7 @@ from tsdkd.trainers.sources import load_sharded_teacher, load_teacher, student_o
 from tsdkd.trainers.trl_seams import TRLTrainer
 from tsdkd.trainers.tsd_kd_config import TSDKDConfig
 
-logger = get_logger(__name__)  # once a run, not once a process
+logger = once_a_run(__name__)
 
 
 class TokenDistillTrainer(TRLTrainer):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tsdkd.types.terms import DivergenceTerm, EntropyTerm, RankingTerm, SampledTerm, Term
+from tsdkd.types.terms import DivergenceTerm, EntropyTerm, Number, RankingTerm, SampledTerm, Term
 from tsdkd.types.tokens import TokenStatistics
 
 
@@ -40,6 +40,9 @@ class TermResult:
         per_token: `[completions, longest]`, its value at each of its tokens, before the gate, without gradient; 0 elsewhere.
         tau: of a ranking, Kendall's tau of the student's against the teacher's order, in [-1, 1]; 0 off its tokens.
         kind: the term's class.
+        coefficients: `[completions, longest]`, what `per_token` is multiplied by in the term's sum: the gate's weight, of a
+            term that takes each completion's mean divided by the number of its tokens.
+        divisor: what that sum is divided by.
     """
 
     value: torch.Tensor
@@ -49,6 +52,14 @@ class TermResult:
     per_token: torch.Tensor
     tau: torch.Tensor | None
     kind: type[Term]
+    coefficients: torch.Tensor | None = None
+    divisor: Number = 1.0
+
+    @property
+    def contribution(self) -> torch.Tensor:
+        """`[completions, longest]`, each token's part of the loss; their sum is `weight · value`, without gradient."""
+        coefficients = self.weights if self.coefficients is None else self.coefficients
+        return self.weight * coefficients * self.per_token / max(float(self.divisor), 1.0)
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""From result files and tables of numbers to plots and pages; no torch."""

@@ -1,0 +1,64 @@
+"""The token page: what a method decides of every token of some completions, in one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tsdkd.reporting.pages import in_script, page
+
+# What the page can work out from the rest.
+_LEFT_OUT = ("method", "student", "teacher", "temperature", "meanings")
+
+
+def token_page(completions: Sequence[Sequence[Mapping[str, Any]]], title: str = "", origin: str = "") -> str:
+    """The page of some completions.
+
+    Args:
+        completions: for each one or more tables of the same tokens (`TokenTable.to_json()`), which stand side by side.
+        title, origin: what it shows and where it comes from.
+
+    Raises:
+        ValueError: no completion, or tables of different tokens side by side.
+    """
+    if not completions or not all(completions):
+        raise ValueError("there is no completion to show: pass a list of tables for each.")
+    for number, views in enumerate(completions):
+        if any(view["token_ids"] != views[0]["token_ids"] for view in views):
+            raise ValueError(f"completion {number} has tables of different tokens side by side: read the same text by both.")
+    first = completions[0][0]
+    against = f" against {first['teacher']}" if first["teacher"] else ""
+    meanings = {name: told for views in completions for view in views for name, told in view["meanings"].items()}
+    data = {"completions": [[_slim(view) for view in views] for views in completions], "meanings": meanings}
+    return page(
+        "token_page.html",
+        ["page.css", "token_page.css"],
+        "token_page.js",
+        title=title or f"{first['method']}: {first['student']}{against}",
+        origin=origin,
+        temperature=first["temperature"],
+        completions=completions,
+        data=in_script(data),
+    )
+
+
+def _slim(view: Mapping[str, Any]) -> dict[str, Any]:
+    """A table as the page needs it: numbers to 1e-7, probabilities of candidates to four digits."""
+    made = {key: value for key, value in view.items() if key not in _LEFT_OUT}
+    made["columns"] = {
+        name: [value if value is None or isinstance(value, int) else _short(round(value, 7)) for value in values]
+        for name, values in view["columns"].items()
+    }
+    candidates = dict(view["candidates"])
+    for name in ("student", "teacher"):
+        if candidates[name] is not None:
+            candidates[name] = [[None if p is None else _short(float(f"{p:.4g}")) for p in row] for row in candidates[name]]
+    if candidates["teacher_best_prob"] is not None:
+        candidates["teacher_best_prob"] = [_short(float(f"{p:.4g}")) for p in candidates["teacher_best_prob"]]
+    made["candidates"] = candidates
+    return made
+
+
+def _short(value: float) -> float | int:
+    """A whole number without its point."""
+    return int(value) if value == int(value) else value
