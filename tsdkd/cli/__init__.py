@@ -11,6 +11,7 @@ COMMANDS = {
     "compare": "train several methods from the same start and score each",
     "evaluate": "score a model on the paper's benchmarks or your own tasks",
     "inspect": "a page that shows what a method decides of every token",
+    "report": "a page of what a run or several did",
     "methods": "list the methods, their options and papers",
     "table": "lay scores out as the paper's tables, beside its own numbers",
     "demo": "distil two shipped tiny models on this machine and show what changed",

@@ -14,6 +14,7 @@ from tsdkd.cli.console import ConsoleLog
 from tsdkd.cli.options import ALIASES, fields_of, methods_with, named_flags, option_from, split
 from tsdkd.cli.parsing import as_mapping
 from tsdkd.cli.recipes import one_file, read_recipes
+from tsdkd.data.runs import REPORT, runs_in
 
 
 def main(arguments: list[str]) -> int:
@@ -77,7 +78,8 @@ def main(arguments: list[str]) -> int:
     from tsdkd.pipelines.compare import OnProblems, OnTasks, Run, Scorer, compare, labelled, runs_of, table
     from tsdkd.pipelines.compare.runs import settings_of
     from tsdkd.pipelines.compare.scoring import problems_at
-    from tsdkd.pipelines.compare.table import draw
+    from tsdkd.pipelines.compare.table import draw, final_scores
+    from tsdkd.reporting.run_page import run_page
     from tsdkd.trainers import TokenDistillConfig
 
     named = recipe.pop("methods", {}) or ([recipe["method"]] if "method" in recipe and not own.methods else {})
@@ -119,8 +121,12 @@ def main(arguments: list[str]) -> int:
     if first:
         print(table(rows))
         if own.png is not None:
-            own.png.parent.mkdir(parents=True, exist_ok=True)
             draw(rows, own.png)
+        found = [run for run in runs_in([folder]) if run.record] if folder.is_dir() else []
+        if found:
+            page = run_page(found, f"Comparison {own.out.stem}", final_scores(rows))
+            (folder / REPORT).write_text(page, encoding="utf-8")
+            print(f"What the runs did is shown by {folder / REPORT}")
         print(f"The rows are in {own.out}" + (f", the picture in {own.png}" if own.png else ""))
     return 0
 

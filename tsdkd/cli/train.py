@@ -11,6 +11,7 @@ from typing import Any
 
 from tsdkd.cli.console import ConsoleLog
 from tsdkd.cli.parsing import DataArguments, parse
+from tsdkd.data.runs import BENCHMARKS, CURVE, METRICS, REPORT, RUN, SAMPLES
 
 
 def build(data: DataArguments, config, model, needs_prompts: bool = True):
@@ -121,7 +122,8 @@ def _run(data: DataArguments, config: Any, model: Any) -> int:
     ConsoleLog.of(trainer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(config.output_dir)
-    trainer.accelerator.print(f"The student is in {config.output_dir}, with run.json, config.yaml, metrics.jsonl")
+    report = Path(config.output_dir) / REPORT
+    trainer.accelerator.print(f"The student is in {config.output_dir}; what the run did is shown by {report}")
     return 0
 
 
@@ -131,7 +133,7 @@ def prepare_folder(config: Any, overwrite: bool, dry: bool = False) -> None:
     Raises:
         ValueError: what lies there, and what to do.
     """
-    from tsdkd.trainers.run_record import CURVE, METRICS, RUN, is_of_another_run
+    from tsdkd.trainers.run_record import is_of_another_run
 
     folder = Path(config.output_dir)
     found = is_of_another_run(folder)
@@ -145,7 +147,7 @@ def prepare_folder(config: Any, overwrite: bool, dry: bool = False) -> None:
     if config.process_index == 0:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        of_run = (RUN, METRICS, CURVE, "benchmarks.jsonl", "config.json", "adapter_config.json")
+        of_run = (RUN, METRICS, SAMPLES, CURVE, REPORT, BENCHMARKS, "config.json", "adapter_config.json")
         for path in (*(folder / name for name in of_run), *folder.glob("*.safetensors*"), *folder.glob("*.bin")):
             path.unlink(missing_ok=True)
 

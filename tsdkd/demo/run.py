@@ -17,13 +17,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from tsdkd.data.rows import append_rows, read_rows
+from tsdkd.data.runs import CURVE, METRICS, REPORT
 from tsdkd.demo.problems import Problem, held_out, make_problems
 from tsdkd.demo.scoring import MAX_NEW_TOKENS, accuracy
 from tsdkd.methods import TSDKD
 from tsdkd.provenance import provenance
+from tsdkd.reporting.figures import DPI, PALETTE, pyplot
+from tsdkd.reporting.run_page import write_report
 from tsdkd.trainers import TSDKDConfig, TSDKDTrainer
 from tsdkd.trainers.health import Health
-from tsdkd.trainers.run_record import RunRecord
 
 LEVELS = (2, 3)
 HELD_OUT_SEED = 990_000  # far from any --seed, and the same for all, so that runs answer the same problems
@@ -66,65 +69,53 @@ def shipped(name: str) -> str:
 
 
 class _Follow(TrainerCallback):
-    """Progress bar with the time left, metrics as JSONL, and the accuracy curve."""
+    """Progress bar with the time left, and the accuracy curve, as rows beside the logs."""
 
-    def __init__(self, path: Path, progress: Progress, curve: list[Problem], tokenizer: Any, every: int) -> None:
-        self.path, self.progress, self.curve, self.tokenizer, self.every = path, progress, curve, tokenizer, every
-        self.rows: list[dict[str, Any]] = []
-        path.write_text("")
+    def __init__(
+        self, path: Path, progress: Progress, start: dict[str, Any], curve: list[Problem], tokenizer: Any, every: int
+    ) -> None:
+        self.path, self.progress, self.start = path, progress, start
+        self.curve, self.tokenizer, self.every = curve, tokenizer, every
 
-    def write(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def scored(self, step: int, found: dict[str, Any]) -> None:
+        """A score of the student after so many steps."""
+        append_rows(self.path, [{"step": step, **{name: found[name] for name in ("accuracy", "low", "high", "n")}}])
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.task = self.progress.add_task("distilling", total=state.max_steps)
+        self.scored(0, self.start)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.progress.update(self.task, completed=state.global_step)
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self.write({"step": state.global_step, "accuracy": accuracy(model, self.tokenizer, self.curve)["accuracy"]})
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.write({"step": state.global_step, **(logs or {})})
+            self.scored(state.global_step, accuracy(model, self.tokenizer, self.curve))
 
 
 def _plot(rows: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> str | None:
     """Draw loss and accuracy; what to do where matplotlib is missing."""
     try:
-        import matplotlib
-    except ImportError:
-        return "No plot: matplotlib is not installed. Get it with: pip install 'tsdkd[report]'"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+        plt = pyplot()
+    except ValueError as error:
+        return f"No plot: {error}"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     losses = [row for row in rows if "loss/direct" in row]
     weights = {term: summary["settings"][f"{term}_weight"] for term in ("direct", "indirect", "entropy")}
-    for term, weight in weights.items():
+    for color, (term, weight) in zip(PALETTE, weights.items(), strict=False):
         if weight:
-            left.plot([r["step"] for r in losses], [weight * r[f"loss/{term}"] for r in losses], label=f"{weight:g} × {term}")
+            values = [weight * r[f"loss/{term}"] for r in losses]
+            left.plot([r["step"] for r in losses], values, label=f"{weight:g} × {term}", color=color)
     left.set(xlabel="optimizer step", ylabel="term of the loss", title="Loss, by term", yscale="log")
     left.legend()
-    curve = [(row["step"], row["accuracy"]) for row in rows if "accuracy" in row]
-    start, end = summary["student_before"], summary["student_after"]
-    steps = [0, *(step for step, _ in curve), summary["settings"]["steps"]]
-    right.plot(steps, [start["accuracy"], *(a for _, a in curve), end["accuracy"]], marker="o", color="C0", label="student")
-    for step, point in ((0, start), (steps[-1], end)):
-        right.errorbar(
-            step,
-            point["accuracy"],
-            yerr=[[point["accuracy"] - point["low"]], [point["high"] - point["accuracy"]]],
-            color="C0",
-            capsize=4,
-        )
-    right.axhline(summary["teacher"]["accuracy"], color="C1", linestyle="--", label="teacher")
-    right.set(
-        xlabel="optimizer step", ylabel="accuracy, held-out problems", title="Greedy accuracy (bars: 95 %)", ylim=(0, 1.04)
-    )
+    scored = sorted((row for row in rows if "accuracy" in row), key=lambda row: row["step"])
+    bars = [[max(0.0, r["accuracy"] - r["low"]) for r in scored], [max(0.0, r["high"] - r["accuracy"]) for r in scored]]
+    steps, values = [row["step"] for row in scored], [row["accuracy"] for row in scored]
+    right.errorbar(steps, values, yerr=bars, marker="o", color=PALETTE[0], capsize=3, label="student")
+    right.axhline(summary["teacher"]["accuracy"], color=PALETTE[1], linestyle="--", label="teacher")
+    ends, between = f"{summary['student_after']['n']} problems at the ends", f"{CURVE_PROBLEMS} between"
+    right.set(xlabel=f"optimizer step ({ends}, {between})", ylabel="accuracy, held-out problems")
+    right.set(title="Greedy accuracy (bars: 95 %)", ylim=(0, 1.04))
     right.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return None
 
@@ -185,7 +176,7 @@ def run(output_dir: Path, seed: int = 0, weights: str = "demo", steps: int = 200
             before[name] = accuracy(model, tokenizer, test)
             progress.advance(scoring)
         settings = TSDKDConfig(
-            output_dir=str(output_dir / "checkpoints"),
+            output_dir=str(output_dir),
             per_device_train_batch_size=BATCH,
             max_steps=steps,
             learning_rate=choice.learning_rate,
@@ -202,25 +193,25 @@ def run(output_dir: Path, seed: int = 0, weights: str = "demo", steps: int = 200
             seed=seed,
             **choice.options,
         )
-        follow = _Follow(output_dir / "metrics.jsonl", progress, test[:CURVE_PROBLEMS], tokenizer, max(1, steps // 8))
+        curve, every = test[:CURVE_PROBLEMS], max(1, steps // 8)
+        follow = _Follow(output_dir / METRICS, progress, before["student"], curve, tokenizer, every)
         trainer = TSDKDTrainer(
             model=student,
             teacher_model=teacher,
             args=settings,
             train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": p.question}] for p in train]}),
             processing_class=tokenizer,
-            callbacks=[follow],
         )
-        for other in (transformers.PrinterCallback, RunRecord, Health):  # the demo has a bar and files of its own
+        trainer.add_callback(follow)  # after the run's record, which begins the file of metrics
+        trainer.run_record.say = lambda text: None  # the demo says itself what it is
+        for other in (transformers.PrinterCallback, Health):
             trainer.remove_callback(other)
         trainer.train()
         scoring = progress.add_task("scoring the new student", total=1)
         after = accuracy(trainer.model, tokenizer, test)
         progress.advance(scoring)
+    follow.scored(steps, after)
     trainer.save_model(str(output_dir / "student"))
-    left = output_dir / "checkpoints"
-    if left.is_dir() and not any(left.iterdir()):
-        left.rmdir()
     options = {option.name: getattr(settings, option.name) for option in fields(TSDKD)}
     summary = {
         "teacher": before["teacher"],
@@ -231,11 +222,12 @@ def run(output_dir: Path, seed: int = 0, weights: str = "demo", steps: int = 200
         "provenance": provenance(seed),
     }
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    missing = _plot(follow.rows, summary, output_dir / "curve.png")
+    write_report(output_dir)
+    missing = _plot(read_rows(output_dir / METRICS, "remove it"), summary, output_dir / CURVE)
     chosen = {"learning_rate": choice.learning_rate, "max_steps": steps, "per_device_train_batch_size": BATCH, **choice.options}
     flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
     command = f"tsdkd train --student YOUR/STUDENT --teacher YOUR/TEACHER --dataset_name prompts.jsonl --output_dir out {flags}"
-    written = ["the student", "metrics.jsonl", "summary.json", *([] if missing else ["curve.png"])]
+    written = ["the student", METRICS, "summary.json", *([] if missing else [CURVE]), REPORT]
     for text in (
         f"\n{_table(summary)}\n",
         f"{summary['seconds']:.0f} s; in {output_dir}/: {', '.join(written)}.",

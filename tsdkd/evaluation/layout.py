@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tsdkd.evaluation.tables import LEVEL, TEACHER, Cell, Table
+from tsdkd.reporting.figures import MARKS, PALETTE, pyplot, save
 
 _COLUMNS = (
     "table chat_template label benchmark score stderr n partial best above_teacher runner_up p_against_student paired paper "
@@ -163,13 +164,7 @@ def draw(tables: dict[str, list[Table]], path: Path) -> None:
     Raises:
         ValueError: matplotlib is missing, or nothing is there to draw.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("a PNG needs matplotlib: pip install 'tsdkd[report]'.") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     panels: dict[str, list[tuple[str, Table]]] = {}
     for setting, several in tables.items():
         for table in several:
@@ -205,9 +200,7 @@ def draw(tables: dict[str, list[Table]], path: Path) -> None:
     if any(column in (name for _, name in table.published) for column, shown in panels.items() for _, table in shown):
         said.append("grey stroke: the paper's")
     figure.supxlabel(f"score, % ({'; '.join(said)})", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _marks(axis: Any, table: Table, column: str, labels: list[str], number: int, of: int) -> None:
@@ -219,7 +212,7 @@ def _marks(axis: Any, table: Table, column: str, labels: list[str], number: int,
         if cell is not None:
             low, high = cell.interval
             bars = [[100 * max(0.0, cell.score - low)], [100 * max(0.0, high - cell.score)]]
-            color, mark = f"C{place % 10}", "os^Dv"[place // 10 % 5]
+            color, mark = PALETTE[place % len(PALETTE)], MARKS[place // len(PALETTE) % len(MARKS)]
             face = "white" if white else color
             axis.errorbar(
                 100 * cell.score, place + shift, xerr=bars, fmt=mark, color=color, mfc=face, capsize=3, markersize=5, zorder=3

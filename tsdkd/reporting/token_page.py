@@ -9,6 +9,7 @@ from tsdkd.reporting.pages import in_script, page
 
 # What the page can work out from the rest.
 _LEFT_OUT = ("method", "student", "teacher", "temperature", "meanings")
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def token_page(completions: Sequence[Sequence[Mapping[str, Any]]], title: str = "", origin: str = "") -> str:
@@ -29,7 +30,11 @@ def token_page(completions: Sequence[Sequence[Mapping[str, Any]]], title: str = 
     first = completions[0][0]
     against = f" against {first['teacher']}" if first["teacher"] else ""
     meanings = {name: told for views in completions for view in views for name, told in view["meanings"].items()}
-    data = {"completions": [[_slim(view) for view in views] for views in completions], "meanings": meanings}
+    texts = {int(id): text for views in completions for view in views for id, text in view["candidates"]["texts"].items()}
+    places = {id: place for place, id in enumerate(sorted(texts))}
+    steps = [id - before for before, id in zip([0, *places], places, strict=False)]
+    slim = [[_slim(view, places) for view in views] for views in completions]
+    data = {"completions": slim, "meanings": meanings, "ids": steps, "texts": [texts[id] for id in places]}
     return page(
         "token_page.html",
         ["page.css", "token_page.css"],
@@ -42,19 +47,26 @@ def token_page(completions: Sequence[Sequence[Mapping[str, Any]]], title: str = 
     )
 
 
-def _slim(view: Mapping[str, Any]) -> dict[str, Any]:
-    """A table as the page needs it: numbers to 1e-7, probabilities of candidates to four digits."""
+def _slim(view: Mapping[str, Any], places: Mapping[int, int]) -> dict[str, Any]:
+    """A table as the page needs it: numbers to 1e-7, probabilities of candidates to three digits, ids as their places."""
     made = {key: value for key, value in view.items() if key not in _LEFT_OUT}
     made["columns"] = {
         name: [value if value is None or isinstance(value, int) else _short(round(value, 7)) for value in values]
         for name, values in view["columns"].items()
+        if name != "log_ratio"
     }
-    candidates = dict(view["candidates"])
+    candidates = {name: value for name, value in view["candidates"].items() if name != "texts"}
+    candidates["ids"] = [[places[id] for id in row] for row in candidates["ids"]]
     for name in ("student", "teacher"):
         if candidates[name] is not None:
-            candidates[name] = [[None if p is None else _short(float(f"{p:.4g}")) for p in row] for row in candidates[name]]
+            candidates[name] = [[None if p is None else _short(float(f"{p:.3g}")) for p in row] for row in candidates[name]]
+    ranks = candidates["teacher_ranks"]
+    if ranks is not None and all(len(row) <= len(_DIGITS) for row in ranks):
+        candidates["teacher_ranks"] = ["".join(_DIGITS[rank] for rank in row) for row in ranks]
     if candidates["teacher_best_prob"] is not None:
-        candidates["teacher_best_prob"] = [_short(float(f"{p:.4g}")) for p in candidates["teacher_best_prob"]]
+        candidates["teacher_best_prob"] = [
+            None if p is None else _short(float(f"{p:.3g}")) for p in candidates["teacher_best_prob"]
+        ]
     made["candidates"] = candidates
     return made
 

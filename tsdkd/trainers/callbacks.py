@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from tsdkd.trainers.samples import Trace, trace_steps
 
 
 class TokenBudget(TrainerCallback):
@@ -16,3 +19,13 @@ class TokenBudget(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.trained_tokens >= args.token_budget:
             control.should_training_stop = True
+
+
+def callbacks_of(trainer: Any) -> list[TrainerCallback]:
+    """Those that a trainer's options ask for."""
+    args, made = trainer.args, []
+    if args.token_budget is not None:
+        made.append(TokenBudget(trainer))
+    if args.trace_steps:
+        made.append(Trace(trace_steps(args.trace_steps), lambda: Path(args.output_dir)))
+    return made

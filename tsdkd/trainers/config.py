@@ -14,6 +14,7 @@ from tsdkd.methods import Method, resolve_method
 from tsdkd.teachers.placing import PLACEMENTS
 from tsdkd.teachers.sources import loading_options
 from tsdkd.teachers.zero3 import zero3_config
+from tsdkd.trainers.samples import trace_steps
 
 
 def bf16_works_here() -> bool:
@@ -62,6 +63,9 @@ class TokenDistillConfig(DistillationConfig):
             the mean over a step's micro-batches, not exactly the step's own, and not in `eval_loss`.
         term_grad_norm_steps: every that many steps, log the norm of each term's gradient with respect to the student's
             last hidden states, on one micro-batch; 0 is never.
+        sample_completions: completions that are kept with their tokens' numbers, of steps 1, 2, 4, 8, … and the last, in
+            `samples.jsonl`, which the run's page shows; 0 keeps none.
+        trace_steps: steps, comma-separated, of which a Chrome trace is written (`trace-STEP.json`, which Perfetto reads).
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -143,6 +147,12 @@ class TokenDistillConfig(DistillationConfig):
     term_grad_norm_steps: int = field(
         default=0, metadata={"help": "Log each term's gradient norm every that many steps; 0 is never."}
     )
+    sample_completions: int = field(
+        default=2, metadata={"help": "Completions that are kept, early and late, for the run's page; 0 keeps none."}
+    )
+    trace_steps: str | None = field(
+        default=None, metadata={"help": "Steps, comma-separated, of which a Chrome trace is written, e.g. 10,20."}
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16 and not self.use_cpu:
@@ -179,6 +189,8 @@ class TokenDistillConfig(DistillationConfig):
         if self.token_budget is not None:
             check_count("token_budget", self.token_budget)
         check_count("term_grad_norm_steps", self.term_grad_norm_steps, smallest=0)
+        check_count("sample_completions", self.sample_completions, smallest=0)
+        trace_steps(self.trace_steps)  # refuses what are no steps
         self.build_method()  # refuses unknown options before any model is loaded
 
     def build_method(self) -> Method:

@@ -63,6 +63,7 @@ class StepLoss:
         self.engine = dict(engine or {})
         self.metrics, self.guard = metrics, guard
         self.autocast, self.gathered, self.scale, self.router = autocast, gathered, scale, router
+        self.seen: Callable[[Step, LossTerms], None] | None = None  # is told of each micro-batch that is trained on
         self.norms: dict[str, torch.Tensor] = {}  # each term's gradient, of when it was computed last
         self._observed: list[tuple[list[int], torch.Tensor]] = []
         self._sums: dict[str, torch.Tensor] = {}
@@ -94,6 +95,8 @@ class StepLoss:
         if mode == "eval":
             return terms.loss
         self._refuse_lost_terms(terms)
+        if self.seen is not None:
+            self.seen(step, terms)
         loss = terms.loss
         if self.router is not None:
             balance = self.router.take()

@@ -1,8 +1,4 @@
-"""What a run says before its first step, and the record of itself that it leaves in its folder.
-
-`run.json` (resolved options, command, versions, commit, hardware, models), `config.yaml` (the options that differ from their
-defaults: `tsdkd train --config config.yaml` makes the run again), `metrics.jsonl` (a row a log) and `curve.png`.
-"""
+"""What a run says before its first step, and the record of itself that it leaves in its folder (`tsdkd.data.runs`)."""
 
 from __future__ import annotations
 
@@ -11,20 +7,23 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from tsdkd.data.rows import append_rows, read_rows, replace_rows
+from tsdkd.data.runs import CONFIG, METRICS, RUN, SAMPLES, SCHEMA
 from tsdkd.provenance import provenance
+from tsdkd.reporting.run_page import write_report
 from tsdkd.teachers import vocabulary_size
 from tsdkd.trainers.host import batch_rows
+from tsdkd.trainers.samples import Samples
 
 logger = logging.getLogger(__name__)
 
-RUN, CONFIG, METRICS, CURVE = "run.json", "config.yaml", "metrics.jsonl", "curve.png"
 _WORKED_OUT = ("logging_nan_inf_filter", "disable_tqdm", "dataloader_pin_memory")
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -161,6 +160,7 @@ class RunRecord(TrainerCallback):
 
     def __init__(self, trainer: Any, options: Mapping[str, Any] | None = None, say: Any = print) -> None:
         self.trainer, self.options, self.say = trainer, dict(options or {}), say
+        self.samples: Samples | None = None
 
     @property
     def folder(self) -> Path:
@@ -176,8 +176,13 @@ class RunRecord(TrainerCallback):
         if before and not state.global_step:
             logger.warning("%s holds an earlier run (%s), which this one writes over.", self.folder, before)
         self._write(table)
-        rows = read_rows(self.folder / METRICS, "remove the line") if state.global_step else []
-        replace_rows(self.folder / METRICS, [row for row in rows if row["step"] <= state.global_step])
+        for name in (METRICS, SAMPLES):
+            rows = read_rows(self.folder / name, "remove the line") if state.global_step else []
+            replace_rows(self.folder / name, [row for row in rows if row["step"] <= state.global_step])
+        trainer = self.trainer
+        now = lambda: (trainer.state.global_step + 1, trainer.state.max_steps)  # noqa: E731
+        self.samples = Samples(self.folder / SAMPLES, args.sample_completions, trainer.tokenizer, now)
+        trainer.loop.loss.seen = self.samples
 
     def _write(self, table: Mapping[str, str]) -> None:
         import yaml
@@ -187,11 +192,13 @@ class RunRecord(TrainerCallback):
         (self.folder / CONFIG).write_text(yaml.safe_dump(made, sort_keys=False, allow_unicode=True))
         origin = provenance(trainer.args.seed)
         record = {
+            "schema": SCHEMA,
             **origin,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "processes": trainer.accelerator.num_processes,
             "method": trainer.method.name,
             "method_options": options_of(trainer.method),
+            "terms": {name: weight for name, weight in trainer.method.terms(trainer.loop.state).items() if weight},
             "models": trainer.loop.names,
             "summary": dict(table),
             "config": {**plain(self.options), **plain(trainer.args.to_dict())},
@@ -202,41 +209,16 @@ class RunRecord(TrainerCallback):
         if state.is_world_process_zero and (self.folder / RUN).is_file():
             append_rows(self.folder / METRICS, [{"step": state.global_step, **plain(logs or {})}])
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            weights = self.trainer.method.terms(self.trainer.loop.state)
-            draw(read_rows(self.folder / METRICS, "remove the line"), weights, self.folder / CURVE)
-
-
-def draw(rows: list[dict[str, Any]], weights: Mapping[str, float], path: Path) -> None:
-    """A run's curves: the weighted terms, and entropies and lengths beside them; nothing where matplotlib is not there."""
-    try:
-        import matplotlib
-    except ImportError:
-        logger.info("no curve was drawn: matplotlib is not installed (pip install 'tsdkd[report]').")
-        return
-    logged = [row for row in rows if any(f"loss/{term}" in row for term in weights)]
-    if len(logged) < 2:
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steps = [row["step"] for row in logged]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
-    for term, weight in weights.items():
-        if weight:
-            values = [weight * row.get(f"loss/{term}", float("nan")) for row in logged]
-            axes[0].plot(steps, values, label=f"{weight:g} × {term}")
-    for name in ("student/entropy", "teacher/entropy"):
-        if any(name in row for row in logged):
-            axes[1].plot(steps, [row.get(name, float("nan")) for row in logged], label=name.split("/")[0])
-    axes[2].plot(steps, [row.get("completions/mean_length", float("nan")) for row in logged], label="mean length")
-    for axis, title, unit in zip(
-        axes, ("Terms of the loss", "Entropy per token", "Completions"), ("weighted term", "nats", "tokens"), strict=True
-    ):
-        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
-        if min((value for line in axis.lines for value in line.get_ydata()), default=0) >= 0:
-            axis.set_ylim(bottom=0)
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Draw what the run did once it has ended, or was cut off, and every other callback has had its say."""
+        try:
+            yield
+        finally:
+            self.trainer.loop.loss.seen = None
+            kept = self in self.trainer.callback_handler.callbacks and (self.folder / RUN).is_file()
+            if kept and self.trainer.is_world_process_zero():
+                try:
+                    write_report(self.folder)
+                except (OSError, ValueError) as error:  # never in place of the run's own error
+                    logger.warning("no report was written: %s", error)

@@ -17,7 +17,7 @@ from tsdkd.provenance import provenance
 from tsdkd.teachers import RecordedTeacher, Recording, Teacher, gathered, vocabulary_size
 from tsdkd.teachers.heads import check_head
 from tsdkd.teachers.placing import Request, place
-from tsdkd.trainers.callbacks import TokenBudget
+from tsdkd.trainers.callbacks import callbacks_of
 from tsdkd.trainers.card import card_of
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.engines import Generation
@@ -137,7 +137,7 @@ class TokenDistillTrainer(TRLTrainer):
         self.loop = Loop(self, setup, self.teacher, self.teacher_model, names_of(setup), limits)
         self._fit_data()
         self.run_record = RunRecord(self)
-        for callback in (self.run_record, watch(self), *([TokenBudget(self)] if args.token_budget is not None else [])):
+        for callback in (self.run_record, watch(self), *callbacks_of(self)):
             self.add_callback(callback)
 
     # ------------------------------------------------------------------ at construction
@@ -200,7 +200,8 @@ class TokenDistillTrainer(TRLTrainer):
         if self.train_dataset is None:
             raise ValueError("no train_dataset was given: pass rows with a 'prompt' column to the trainer before train().")
         self.change_data(self.loop.supply.ahead.fill)
-        return super().train(*args, **kwargs)
+        with self.run_record.drawn():
+            return super().train(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers' `Trainer.evaluate`; rows that are given here are checked as those of the constructor.

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tsdkd.data.rows import append_rows, mend_rows, read_rows
+from tsdkd.data.runs import METRICS
 from tsdkd.evaluation.tables import mcnemar
 from tsdkd.methods import METHODS
 from tsdkd.pipelines.compare.scoring import Scorer
 from tsdkd.provenance import provenance
+from tsdkd.reporting.run_page import write_report
 
 # The rows of what is not trained here.
 UNTRAINED = "untrained"
@@ -202,8 +204,13 @@ def _made(run: Run, build: Callable[[Run], Any], scorer: Scorer, wanted: dict[st
     scores = scorer(trainer, run.label)
     if keep:
         trainer.save_model(str(Path(trainer.args.output_dir) / "student"))
+    figures, folder = scorer.figures(scores), Path(trainer.args.output_dir)
+    if trainer.accelerator.is_main_process and (folder / METRICS).is_file():
+        own: dict[str, Any] = {name: figures[name] for name in ("accuracy", "low", "high", "n") if name in figures}
+        append_rows(folder / METRICS, [{"step": facts["steps"], **own, **figures.get("scores", {})}])
+        write_report(folder)
     _free(trainer)
-    return {**scorer.figures(scores), **facts}
+    return {**figures, **facts}
 
 
 def _begun(folder: Path, identity: str, writes: bool) -> bool | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tsdkd.data.intervals import wilson_interval
 from tsdkd.pipelines.compare.runs import UNTRAINED
+from tsdkd.reporting.figures import MARKS, PALETTE, pyplot, save
 
 
 def _flat(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -41,39 +42,54 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Each method's score with its 95 % interval, a mark a seed; the start and the teacher as lines.
+    """Each method's scores, a mark a seed with its 95 % interval, by method, against the tokens trained on and against the
+    seconds that it took; the start and the teacher as lines.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("a picture needs matplotlib: pip install 'tsdkd[report]'.") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     scores, names = _flat(rows)
     trained = [row for row in scores if row["method"] != UNTRAINED]
     labels = list(dict.fromkeys(row["label"] for row in trained))
-    figure, axes = plt.subplots(1, len(names), figsize=(2 + 0.9 * len(labels) * len(names), 4), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    size = (max(10.0, 7.0 + 0.8 * len(labels)), 4.1 * len(names))
+    figure, axes = plt.subplots(len(names), 3, figsize=size, squeeze=False, sharey="row", constrained_layout=True)
+    for line, name in zip(axes, names, strict=True):
         for place, label in enumerate(labels):
             own = [row for row in trained if row["label"] == label]
+            color, mark = PALETTE[place % len(PALETTE)], MARKS[place // len(PALETTE) % len(MARKS)]
             for number, row in enumerate(own):
                 low, high = _interval(row, name)
-                at = place + 0.15 * (number - (len(own) - 1) / 2)
                 bars = [[max(0.0, row[name] - low)], [max(0.0, high - row[name])]]
-                axis.errorbar(at, row[name], yerr=bars, fmt="o", color=f"C{place}", capsize=3)
+                at = place + 0.15 * (number - (len(own) - 1) / 2)
+                for axis, x in zip(line, (at, row["trained_tokens"], row["seconds"]), strict=True):
+                    told = label if number == 0 and axis is line[1] else None
+                    axis.errorbar(x, row[name], yerr=bars, fmt=mark, color=color, capsize=3, markersize=5, label=told)
         for row, style in zip([row for row in scores if row["method"] == UNTRAINED], ("--", ":"), strict=False):
-            axis.axhline(row[name], linestyle=style, color="0.4", label=row["label"])
-        if any(row["method"] == UNTRAINED for row in scores):
-            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, frameon=False)
-        axis.set(title=name, ylabel="score (bars: 95 %)")
-        axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+            for axis in line:
+                axis.axhline(row[name], linestyle=style, color="0.4", label=row["label"] if axis is line[1] else None)
+        line[0].set(title=f"{name}, by method", ylabel=f"{name} (bars: 95 %, a mark a seed)")
+        line[0].set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+        line[1].set(title="against trained tokens", xlabel="tokens of completions trained on")
+        line[2].set(title="against time", xlabel="seconds")
+        line[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=min(4, len(labels) + 2), frameon=False, fontsize=8)
+        for axis in line:
+            axis.grid(linewidth=0.3)
+    save(figure, path)
+
+
+def final_scores(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every row's scores with their intervals, as `reporting.run_page.run_page` shows them."""
+    scores, names = _flat(rows)
+    made = []
+    for row in scores:
+        for name in names:
+            low, high = _interval(row, name)
+            label = row["label"] if row["method"] == UNTRAINED else f"{row['label']}, seed {row['seed']}"
+            told = {"label": label, "name": name, "step": row["steps"], "score": row[name]}
+            n = row["n"].get(name.split("/")[0]) if isinstance(row.get("n"), dict) else row.get("n")
+            made.append({**told, "low": low if low < high else None, "high": high if low < high else None, "n": n})
+    return made
 
 
 def _interval(row: dict[str, Any], name: str) -> tuple[float, float]:

@@ -2,6 +2,16 @@
 (() => {
 const began = performance.now();
 const data = JSON.parse(document.getElementById("data").textContent);
+// What was packed for the file's size: ids as places in one list, which holds differences, and what follows from other columns.
+let last = 0;
+const idAt = data.ids.map(step => last += step), texts = new Map(idAt.map((id, i) => [id, data.texts[i]]));
+for (const view of data.completions.flat()) {
+  const c = view.candidates;
+  c.ids = c.ids.map(row => row.map(place => idAt[place]));
+  if (c.teacher_ranks) c.teacher_ranks = c.teacher_ranks.map(row => typeof row === "string" ? [...row].map(d => parseInt(d, 36)) : row);
+  if (view.columns.teacher_log_prob)
+    view.columns.log_ratio = view.columns.teacher_log_prob.map((value, t) => value === null ? null : value - view.columns.student_log_prob[t]);
+}
 const $ = id => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const state = {which: 0, quantity: null, at: 0, threshold: 0};
@@ -27,6 +37,7 @@ const share = value => value === null || value === undefined ? "" : value >= 0.0
 // Characters that would not be seen, or would turn the page's order around.
 const hidden = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/;
 function visible(node, text) {
+  if (/^⟨.*⟩$/.test(text)) return node.append(text);
   let plain = "";
   const flush = () => { if (plain) node.append(plain); plain = ""; };
   for (const c of text) {
@@ -265,7 +276,7 @@ function figures(view, t) {
 function candidates(view, t) {
   const c = view.candidates, ids = c.ids[t], k = ids.length, row = 19, width = 344, left = 128, right = 216;
   const written = view.token_ids[t], at = ids.indexOf(written);
-  const name = id => { const text = shown(c.texts[id] ?? `⟨#${id}⟩`); return [...text].length > 11 ? [...text].slice(0, 10).join("") + "…" : text; };
+  const name = id => { const text = shown(texts.get(id) ?? `⟨#${id}⟩`); return [...text].length > 11 ? [...text].slice(0, 10).join("") + "…" : text; };
   const svg = draw("svg", {viewBox: `0 0 ${width} ${(k + 2.6) * row}`, role: "img", class: "candidates",
     "aria-label": `The student's ${k} candidates and the teacher's order of them`});
   svg.append(draw("text", {x: 0, y: 12}, "student's order"));
@@ -290,7 +301,7 @@ function candidates(view, t) {
     box.append(make("p", `Written: ${shown(view.tokens[t])}, not among the candidates: student ${share(p(view.columns.student_log_prob[t]))}${teacher}.`, {class: "small written"}));
   }
   if (c.teacher && !ids.includes(c.teacher_best[t]))
-    box.append(make("p", `The teacher's own best, ${shown(c.texts[c.teacher_best[t]] ?? "")}, ${share(c.teacher_best_prob[t])}, is not among them.`, {class: "small"}));
+    box.append(make("p", `The teacher's own best, ${shown(texts.get(c.teacher_best[t]) ?? "")}, ${share(c.teacher_best_prob[t])}, is not among them.`, {class: "small"}));
   return box;
 }
 

@@ -1,0 +1,185 @@
+"""Which of a run's numbers stand in which panel, and what tells several runs apart; of pages and of figures alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tsdkd.data.runs import Run
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of a panel.
+
+    Attributes:
+        label: in the legend.
+        run: whose it is, a place among the runs.
+        points: (step, value), or (step, value, low, high) of a score.
+    """
+
+    label: str
+    run: int
+    points: list[tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture of a run's numbers over its steps."""
+
+    title: str
+    unit: str
+    lines: list[Line] = field(default_factory=list)
+
+
+# Title, unit, and the logged names; a name that ends in / takes all that begin with it.
+_LAYOUT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("Terms of the loss", "weighted term", ("loss/",)),
+    ("Entropy per token", "nats", ("student/entropy", "teacher/entropy", "entropy_selection/mean")),
+    ("Gate", "mean weight", ("gate/mean",)),
+    ("Selected tokens", "share of tokens", ("opener/share", "selection/share")),
+    ("Agreement of student and teacher", "top-1 share, Kendall's tau", ("candidates/top1_agreement", "candidates/tau")),
+    ("Length of completions", "tokens", ("completions/mean_length", "opener/tokens")),
+    (
+        "Cut, empty, repeating completions",
+        "share",
+        ("completions/clipped_ratio", "completions/empty", "completions/repetition"),
+    ),
+    ("Time of a step", "seconds", ("time/rollout", "time/teacher", "time/student", "time/loss")),
+    ("Speed", "tokens/s", ("tokens_per_second",)),
+    ("Memory", "GiB, peak", ("memory/peak_gib",)),
+    ("Gradients", "norm", ("grad_norm", "hidden_grad_norm/")),
+    ("Learning rate", "", ("learning_rate",)),
+)
+_OTHER_SPELLINGS = "grad_norm/"  # the old name of hidden_grad_norm/
+# Options that tell a folder or a machine, no run.
+_SAME_RUN = (
+    "output_dir", "run_name", "logging_dir", "overwrite_output_dir", "resume_from_checkpoint", "hub_model_id", "local_rank",
+    "dataloader_num_workers", "disable_tqdm", "report_to",
+)  # fmt: skip
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """What each run is called: the options in which it differs from the others, or its folder's name."""
+    if len(runs) == 1:
+        return [runs[0].folder.name or str(runs[0].folder)]
+    differing = differences(runs)
+    made = []
+    for place, run in enumerate(runs):
+        told = [f"{name}={values[place]}" for name, values in differing.items() if values[place] is not None]
+        label = ", ".join(told)
+        made.append(label if told and len(label) <= 90 else run.folder.name)
+    doubled = {label for label in made if made.count(label) > 1}
+    return [f"{label} ({run.folder.name})" if label in doubled else label for label, run in zip(made, runs, strict=True)]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The options in which runs differ, and each run's value; a method's options by their own names."""
+    configs = [_options(run) for run in runs]
+    names = dict.fromkeys(name for config in configs for name in config)
+    found = {name: [config.get(name) for config in configs] for name in names if name not in _SAME_RUN}
+    return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
+
+
+def _options(run: Run) -> dict[str, Any]:
+    own = run.record.get("method_options")
+    config = {name: value for name, value in run.config.items() if name != "method_options"}
+    named = {"method": run.record["method"]} if "method" in run.record else {}
+    return {**config, **(own if isinstance(own, dict) else {}), **named}
+
+
+def panels(runs: Sequence[Run]) -> list[Panel]:
+    """The panels that these runs have numbers for; of several runs a panel a number, with a line for each run."""
+    made: list[Panel] = []
+    named = labels(runs)
+    scored = dict.fromkeys(score["name"] for run in runs for score in run.scores)
+    for name in scored:
+        lines = [Line(named[place], place, _scores(run, name)) for place, run in enumerate(runs)]
+        made.append(Panel(f"Score: {name}", "share" if _is_share(runs, name) else "", [line for line in lines if line.points]))
+    used = set()
+    for title, unit, wanted in _LAYOUT:
+        names = _matching(runs, wanted)
+        used.update(names)
+        if len(runs) == 1:
+            lines = [Line(_spoken(runs[0], name), 0, _points(runs[0], name)) for name in names]
+            made.append(Panel(title, unit, [line for line in lines if line.points]))
+            continue
+        for name in names:
+            lines = [Line(named[place], place, _points(run, name)) for place, run in enumerate(runs)]
+            made.append(Panel(f"{title}: {name}" if len(names) > 1 else title, unit, [one for one in lines if one.points]))
+    return [panel for panel in made if panel.lines]
+
+
+def rest(runs: Sequence[Run]) -> list[Panel]:
+    """A panel of each number that stands in no other."""
+    used = {name for _, _, wanted in _LAYOUT for name in _matching(runs, wanted)}
+    named, made = labels(runs), []
+    for name in dict.fromkeys(name for run in runs for name in run.names):
+        if name in used or name.startswith(_OTHER_SPELLINGS) or name in ("accuracy", "low", "high", "n"):
+            continue
+        lines = [Line(named[place], place, _points(run, name)) for place, run in enumerate(runs)]
+        if max(len(line.points) for line in lines) > 1:
+            made.append(Panel(name, "", [line for line in lines if line.points]))
+    return made
+
+
+def _matching(runs: Sequence[Run], wanted: tuple[str, ...]) -> list[str]:
+    there = dict.fromkeys(name for run in runs for name in run.names)
+    return [name for want in wanted for name in there if name == want or (want.endswith("/") and name.startswith(want))]
+
+
+def _points(run: Run, name: str) -> list[tuple[float, ...]]:
+    weight = _weight(run, name)
+    return [(step, weight * value) for step, value in run.series(name)]
+
+
+def _weight(run: Run, name: str) -> float:
+    """Of a term of the loss its weight, where the run says it."""
+    terms = run.record.get("terms")
+    found = terms.get(name.removeprefix("loss/"), 1.0) if name.startswith("loss/") and isinstance(terms, dict) else 1.0
+    return found if isinstance(found, (int, float)) else 1.0
+
+
+def _spoken(run: Run, name: str) -> str:
+    weight = _weight(run, name)
+    short = name.removeprefix("loss/")
+    if name.startswith("loss/"):
+        return short if weight == 1 else f"{weight:g} × {short}"
+    return name
+
+
+def _scores(run: Run, name: str) -> list[tuple[float, ...]]:
+    found = sorted((score for score in run.scores if score["name"] == name), key=lambda score: score["step"])
+    return [
+        (s["step"], s["score"], s["low"], s["high"])
+        if s["low"] is not None and s["high"] is not None
+        else (s["step"], s["score"])
+        for s in found
+    ]
+
+
+def _is_share(runs: Sequence[Run], name: str) -> bool:
+    return all(0 <= score["score"] <= 1 for run in runs for score in run.scores if score["name"] == name)
+
+
+def as_json(panel: Panel) -> dict[str, Any]:
+    """A panel as the page draws it, thinned where a curve has more points than a screen."""
+    made = dataclasses.asdict(panel)
+    for line in made["lines"]:
+        line["points"] = [[_short(part) for part in point] for point in _thinned(line["points"])]
+    return made
+
+
+def _thinned(points: list, most: int = 600) -> list:
+    """At most so many, the first and the last among them; of each stretch the middle one."""
+    if len(points) <= most:
+        return points
+    step = (len(points) - 1) / (most - 1)
+    return [points[round(i * step)] for i in range(most)]
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
