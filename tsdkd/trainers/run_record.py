@@ -181,7 +181,8 @@ class RunRecord(TrainerCallback):
             replace_rows(self.folder / name, [row for row in rows if row["step"] <= state.global_step])
         trainer = self.trainer
         now = lambda: (trainer.state.global_step + 1, trainer.state.max_steps)  # noqa: E731
-        self.samples = Samples(self.folder / SAMPLES, args.sample_completions, trainer.tokenizer, now)
+        every = int(state.logging_steps or 1) if args.log_completions else None
+        self.samples = Samples(self.folder / SAMPLES, args.sample_completions, trainer.tokenizer, now, every)
         trainer.loop.loss.seen = self.samples
 
     def _write(self, table: Mapping[str, str]) -> None:

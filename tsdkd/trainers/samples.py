@@ -25,10 +25,13 @@ class Samples:
         count: completions a step; 0 keeps none.
         tokenizer: gives the tokens' texts.
         now: gives the step in hand, from 1, and the last one.
+        every: have the completions of every so many steps in `last`, too.
     """
 
-    def __init__(self, path: Path, count: int, tokenizer: Any, now: Callable[[], tuple[int, int]]) -> None:
-        self.path, self.count, self.tokenizer, self.now = path, count, tokenizer, now
+    def __init__(
+        self, path: Path, count: int, tokenizer: Any, now: Callable[[], tuple[int, int]], every: int | None = None
+    ) -> None:
+        self.path, self.count, self.tokenizer, self.now, self.every = path, count, tokenizer, now, every
         self.last: list[dict[str, Any]] = []
         self._kept = 0
 
@@ -39,11 +42,13 @@ class Samples:
     def __call__(self, step: Step, terms: LossTerms) -> None:
         """A micro-batch that the loss was computed of."""
         number, last = self.now()
-        if not self.due(number, last):
+        due = self.due(number, last)
+        if self._kept == number or not (due or (self.every and number % self.every == 0)):
             return
         self._kept = number
         self.last = self.rows(step, terms, number)
-        append_rows(self.path, self.last)
+        if due:
+            append_rows(self.path, self.last)
 
     def rows(self, step: Step, terms: LossTerms, number: int) -> list[dict[str, Any]]:
         """The first completions as rows: `step`, `prompt`, `tokens` and `columns` of numbers a token."""
