@@ -8,7 +8,7 @@ OFFLINE := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 # Two processes of one thread each are faster than one of two.
 TWICE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: demo test laws test-engines lint format bench-loss bench-step clean
+.PHONY: demo test laws test-engines lint format bench-loss bench-step images clean
 
 # torch by itself and first on a machine without a GPU: anything looser brings gigabytes of CUDA.
 $(VENV)/.ready: setup.py constraints.txt
@@ -61,6 +61,10 @@ bench-loss: $(VENV)/.ready
 bench-step: $(VENV)/.ready
 	$(OFFLINE) $(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/tables.py
+
+# README's pictures, photographed in an installed Chromium.
+images: $(VENV)/.ready
+	$(OFFLINE) $(BIN)/python docs/images/make.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-run

@@ -26,6 +26,7 @@ extras["dev"] = [
     "hypothesis",
     "import-linter",
     "mypy",
+    "playwright",  # drives an installed Chromium in the pages' tests
     "pre-commit",
     "pytest",
     "pytest-xdist",
@@ -54,6 +55,7 @@ setup(
             "demo/models/*/*",
             "demo/eval_tasks/*",
             "evaluation/paper.json",
+            "reporting/templates/*",
         ]
     },
     python_requires=">=3.11",  # as TRL 1.16, which uses 3.11 syntax
@@ -66,7 +68,8 @@ setup(
         "safetensors>=0.5",  # what transformers 5 writes
         "httpx>=0.27",  # asks teacher servers; huggingface_hub brings it too
         "numpy",
-        "rich>=13",  # the demo's progress bar and table
+        "jinja2>=3.1",  # the pages of tsdkd inspect and report; transformers' chat templates want it too
+        "rich>=13",  # the bar of a run on the terminal
     ],
     extras_require=extras,
     entry_points={"console_scripts": ["tsdkd=tsdkd.cli:main"]},

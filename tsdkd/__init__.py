@@ -23,6 +23,7 @@ _WHERE = {
     "TokenDistillTrainer": "tsdkd.trainers",
     "TokenStatistics": "tsdkd.types",
     "fused_tsd_kd_loss": "tsdkd.methods",
+    "inspect_completion": "tsdkd.inspection",
     "tsd_kd_loss": "tsdkd.methods",
 }
 
@@ -31,6 +32,7 @@ _MODULES = ("losses", "selection", "fused", "methods")
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
+    from tsdkd.inspection import inspect_completion as inspect_completion
     from tsdkd.methods import TSDKD as TSDKD
     from tsdkd.methods import fused_tsd_kd_loss as fused_tsd_kd_loss
     from tsdkd.methods import tsd_kd_loss as tsd_kd_loss

@@ -31,6 +31,9 @@ def test_wheel_and_sdist_work_outside_of_the_checkout(tmp_path):
         "demo/models/teacher/model.safetensors",
         "cli/__main__.py",
         "evaluation/paper.json",
+        "reporting/templates/token_page.html",
+        "reporting/templates/token_page.js",
+        "__main__.py",
         "demo/eval_tasks/word_problems.yaml",
     ):
         assert f"tsdkd/{needed}" in names, needed

@@ -211,21 +211,18 @@ def test_top_entropys_count_is_known_from_lengths():
 
 
 @pytest.mark.parametrize("impl", ENGINES)
-@pytest.mark.parametrize("value", [-0.5, float("nan")])
-def test_a_gate_of_ones_own_gives_numbers_of_0_or_more(impl, value):
+def test_a_gate_of_ones_own_gives_weights_of_0_or_more(impl):
     """At a token that the term takes; what stands off the mask is nobody's."""
 
     def gate(statistics):
         weights = torch.ones_like(statistics.student_entropy)
-        weights[0, 2] = value
+        weights[0, 2] = -0.5
         return weights
 
     torch.manual_seed(0)
     made = torch.randn(2, 4, 6), torch.randn(20, 6), torch.randn(2, 4, 6), torch.randn(20, 6)
     mask = torch.ones(2, 4)
-    with pytest.raises(
-        ValueError, match=r"the gate gate of the direct term gave (-0.5|nan) to token 2 of completion 0 \(1 of 8"
-    ):
+    with pytest.raises(ValueError, match=r"the gate gate of the direct term gave -0.5 to token 2 of completion 0 \(1 of 8"):
         fused_tsd_kd_loss(*made, mask, gate=gate, impl=impl)
     mask[0, 2:] = 0
     assert fused_tsd_kd_loss(*made, mask, gate=gate, impl=impl).loss.isfinite()

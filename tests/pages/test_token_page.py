@@ -74,7 +74,7 @@ def test_a_tokens_panel_shows_its_known_numbers_by_pointer_and_by_click(opened):
     assert figure(page, "student_entropy") == "0.4" and figure(page, "contribution/direct") == "0.0416667"
     assert figure(page, "takes/entropy") == "yes" and figure(page, "takes/indirect") == "no"
     tokens.nth(3).click()
-    assert figure(page, "teacher_entropy") == "not read" and "token 3, id 22" in page.locator("#panel h2").inner_text()
+    assert figure(page, "teacher_entropy") == "–" and "token 3, id 22" in page.locator("#panel h2").inner_text()
     lines = page.locator("#panel svg.candidates line")
     pairs = [(int(lines.nth(i).get_attribute("data-from")), int(lines.nth(i).get_attribute("data-to"))) for i in range(4)]
     assert pairs == list(enumerate(table["candidates"]["teacher_ranks"][3]))
@@ -89,7 +89,7 @@ def test_the_opener_is_shaded_and_uncertain_tokens_are_underlined(opened):
     assert page.locator(".opener .token").count() == 3
     tops = page.locator(".token.top")
     assert [tops.nth(i).get_attribute("data-t") for i in range(tops.count())] == ["4", "5"]
-    assert "opener: 3 of 12 tokens" in page.locator("svg.strip").text_content()
+    assert "indirect term (opener): 3 of 12 tokens" in page.locator(".keys").inner_text()
     assert "loss 4.25 = 0.1 × indirect 37.5" in page.locator("#views").inner_text()
 
 

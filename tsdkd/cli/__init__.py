@@ -43,10 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
         text, status = told(error)
         print(f"tsdkd {arguments[0]}: {text}", file=sys.stderr)
         return status
-    finally:
-        console = sys.modules.get("tsdkd.cli.console")
-        if console is not None:
-            console.stop_all()
 
 
 def told(error: Exception) -> tuple[str, int]:

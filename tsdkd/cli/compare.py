@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tsdkd.checks import check_writable
-from tsdkd.cli.console import ConsoleLog
 from tsdkd.cli.options import ALIASES, fields_of, methods_with, named_flags, option_from, split
 from tsdkd.cli.parsing import as_mapping
 from tsdkd.cli.recipes import one_file, read_recipes
@@ -112,9 +111,7 @@ def main(arguments: list[str]) -> int:
     settings = settings_of(recipe, rest, scorer)
 
     def built(run: Run) -> Any:
-        trainer = build(*options_of(run))
-        ConsoleLog.of(trainer)
-        return trainer
+        return build(*options_of(run))
 
     more = {"with_baselines": True, "keep": own.keep_students}
     rows = compare(runs, built, scorer, own.out, settings, writes=first, say=say, **more)

@@ -38,6 +38,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"{len(own.completion)} --completion for {len(own.prompt or ())} --prompt: give each prompt one.")
     if any(not text.strip() for text in own.prompt or ()):
         raise ValueError("--prompt is empty: pass a text.")
+    if own.beside and own.beside[0] in "./~" and not Path(own.beside).expanduser().is_dir():
+        raise ValueError(f"--beside: there is no folder {own.beside}: pass a student's folder or name.")
     check_writable("out", own.out)
     check_writable("json", own.json)
 

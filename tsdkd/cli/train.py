@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tsdkd.cli.console import ConsoleLog
 from tsdkd.cli.parsing import DataArguments, parse
 from tsdkd.data.runs import BENCHMARKS, CURVE, METRICS, REPORT, RUN, SAMPLES
 
@@ -119,7 +118,6 @@ def _run(data: DataArguments, config: Any, model: Any) -> int:
         return 0
     if data.dry_run is not None:
         return _dry_run(trainer, data.dry_run)
-    ConsoleLog.of(trainer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(config.output_dir)
     report = Path(config.output_dir) / REPORT

@@ -26,6 +26,7 @@ from tsdkd.provenance import provenance
 from tsdkd.reporting.figures import DPI, PALETTE, pyplot
 from tsdkd.reporting.run_page import write_report
 from tsdkd.trainers import TSDKDConfig, TSDKDTrainer
+from tsdkd.trainers.console import ConsoleLog
 from tsdkd.trainers.health import Health
 
 LEVELS = (2, 3)
@@ -204,7 +205,7 @@ def run(output_dir: Path, seed: int = 0, weights: str = "demo", steps: int = 200
         )
         trainer.add_callback(follow)  # after the run's record, which begins the file of metrics
         trainer.run_record.say = lambda text: None  # the demo says itself what it is
-        for other in (transformers.PrinterCallback, Health):
+        for other in (ConsoleLog, Health):
             trainer.remove_callback(other)
         trainer.train()
         scoring = progress.add_task("scoring the new student", total=1)

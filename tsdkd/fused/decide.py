@@ -90,24 +90,24 @@ def check_count(term: Term, chosen: torch.Tensor, mask: torch.Tensor) -> None:
 def decide(term: Term, statistics: TokenStatistics, tokens: torch.Tensor) -> Taken:
     """What a term's gate says of its `tokens`, as `select` gave them."""
     gate = torch.ones_like(statistics.student_entropy) if term.gate is None else term.gate(statistics)
-    if term.gate is not None and reads_are_free(tokens.device):
+    if term.gate is not None and term.gate.is_own and reads_are_free(tokens.device):
         check_gate(term, gate, tokens)
     return Taken(tokens, torch.where(tokens, gate.to(statistics.student_entropy.dtype), 0.0))
 
 
 def check_gate(term: Term, gate: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Refuse weights that are no numbers of 0 or more.
+    """Refuse weights below 0; a NaN is the guard's, which knows where it comes from.
 
     Raises:
         ValueError: the rule, where, what it gave.
     """
-    wrong = (tokens & ~(gate >= 0)).nonzero()
+    wrong = (tokens & (gate < 0)).nonzero()
     if len(wrong):
         assert term.gate is not None
         row, t = wrong[0].tolist()
         raise ValueError(
             f"the gate {name_of(term.gate.function)} of the {term.name} term gave {gate[row, t].item():g} to token {t} of "
-            f"completion {row} ({len(wrong)} of {int(tokens.sum())} tokens): a weight is a number of 0 or more."
+            f"completion {row} ({len(wrong)} of {int(tokens.sum())} tokens): a weight is 0 or more."
         )
 
 

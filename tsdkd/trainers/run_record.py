@@ -19,6 +19,7 @@ from tsdkd.data.runs import CONFIG, METRICS, RUN, SAMPLES, SCHEMA
 from tsdkd.provenance import provenance
 from tsdkd.reporting.run_page import write_report
 from tsdkd.teachers import vocabulary_size
+from tsdkd.trainers.console import stop_all
 from tsdkd.trainers.host import batch_rows
 from tsdkd.trainers.samples import Samples
 
@@ -216,6 +217,7 @@ class RunRecord(TrainerCallback):
         try:
             yield
         finally:
+            stop_all()
             self.trainer.loop.loss.seen = None
             kept = self in self.trainer.callback_handler.callbacks and (self.folder / RUN).is_file()
             if kept and self.trainer.is_world_process_zero():

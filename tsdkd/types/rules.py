@@ -63,6 +63,13 @@ class Rule:
         count = None if isinstance(rule, tuple) else getattr(rule, "count", None)  # a tuple's own count is no rule's
         return cls(rule, reads, count, is_prefix, prefix_length)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the function is a user's, of which nothing is known."""
+        function = self.function
+        module = getattr(function, "__module__", None) or type(function).__module__
+        return not str(module).startswith("tsdkd.")
+
     def __call__(self, statistics: TokenStatistics) -> torch.Tensor:
         """What the function says, without gradient.
 

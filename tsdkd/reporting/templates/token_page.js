@@ -29,7 +29,7 @@ const draw = (name, attributes, text) => {
   if (text !== undefined) node.textContent = text;
   return node;
 };
-const number = value => value === null || value === undefined ? "not read" :
+const number = value => value === null || value === undefined ? "–" :
   value === 0 ? "0" : Math.abs(value) < 1e-4 || Math.abs(value) >= 1e5 ? value.toExponential(3) : String(+value.toPrecision(6));
 const share = value => value === null || value === undefined ? "" : value >= 0.0995 ? (100 * value).toFixed(1) + " %" :
   value === 0 ? "0 %" : (value >= 1e-5 ? String(+(100 * value).toPrecision(2)) : (100 * value).toExponential(1)) + " %";
@@ -128,6 +128,7 @@ function build() {
   select.value = state.quantity;
   paint();
   show(state.at);
+  if (matchMedia("(max-width: 900px)").matches) $("panel").replaceChildren();  // it covers the text until a token is asked for
 }
 
 function over(event, focus) {
@@ -203,7 +204,6 @@ function strip(view, v) {
     svg.append(draw("rect", {x: left, y: top, width: x(end) - left + .5 / n * (width - left - right), height: height - top - bottom, fill: "var(--hatch)"}));
     const edge = x(end) + .5 / n * (width - left - right);
     svg.append(draw("line", {x1: edge, x2: edge, y1: top, y2: height - bottom, stroke: "var(--c2)", "stroke-width": 2}));
-    svg.append(draw("text", {x: Math.min(edge + 4, width - 120), y: top + 10}, `opener: ${end + 1} of ${n} tokens`));
   }
   svg.append(draw("line", {x1: left, x2: width - right, y1: height - bottom, y2: height - bottom, stroke: "var(--line)"}));
   for (const value of [0, high / 2, high]) svg.append(draw("text", {x: left - 6, y: y(value) + 4, "text-anchor": "end"}, value.toPrecision(2)));
@@ -227,6 +227,11 @@ function strip(view, v) {
   for (const [, color, told, dash] of [...lines, ...(gate ? [["", "--c5", "gate, 0 to 1", "."]] : [])]) {
     const one = make("span", null);
     one.append(make("span", null, {class: "key", style: `border-color: var(${color}); border-top-style: ${dash === "." ? "dotted" : dash ? "dashed" : "solid"}`}), told);
+    key.append(one);
+  }
+  if (opener) {
+    const one = make("span", null), taken = view.columns["takes/" + opener].reduce((a, b) => a + b, 0);
+    one.append(make("span", null, {class: "key area"}), `${opener} term (opener): ${taken} of ${n} tokens`);
     key.append(one);
   }
   const box = make("div");

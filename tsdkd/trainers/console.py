@@ -82,18 +82,19 @@ class ConsoleLog(TrainerCallback):
         self._status = Text()
         self._task: Any = None
 
+        self.completions = 0
+
     @classmethod
-    def of(cls, trainer: Any, console: Console | None = None) -> ConsoleLog:
-        """In place of transformers' own printing, and of TRL's of completions."""
-        for other in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(other)
-        made = cls(trainer, console)
+    def of(cls, trainer: Any) -> list[ConsoleLog]:
+        """One in place of transformers' own printing on a terminal, and of TRL's of completions; none where a notebook has a
+        table of its own."""
+        replaced = [trainer.pop_callback(other) for other in (PrinterCallback, ProgressCallback)]
+        if not any(replaced):
+            return []
+        made = cls(trainer)
         made.completions = trainer.num_completions_to_print or trainer.args.sample_completions
         trainer.num_completions_to_print = 0
-        trainer.add_callback(made)
-        return made
-
-    completions = 0
+        return [made]
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._began, self._first = time.monotonic(), state.global_step
