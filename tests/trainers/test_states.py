@@ -12,6 +12,7 @@ from running import answered, by_prompt, general, rows, student, watch
 from tiny import prompts, tiny_model
 
 from tsdkd import TSDKD
+from tsdkd.data.commits import read_manifest, write_manifest
 from tsdkd.methods import GKD, DistiLLM, SeqKD
 from tsdkd.selection import AdaptiveOpener
 from tsdkd.types import RolloutSpec
@@ -51,6 +52,11 @@ def test_the_adaptive_openers_history_is_the_rollouts_in_their_order(tmp_path, b
     assert history.smoothed == pytest.approx(smooth, abs=1e-4)
 
 
+def rewritten(checkpoint):
+    """A checkpoint whose files were changed by hand, whole again."""
+    write_manifest(checkpoint, {k: v for k, v in read_manifest(checkpoint).items() if k in ("step", "run")})
+
+
 def test_the_methods_state_is_part_of_the_checkpoint(tmp_path):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
     trainer = general(tmp_path, TSDKD(adaptive_opener=True), rollouts=by_prompt, **options, data=prompts(16))
@@ -62,6 +68,11 @@ def test_the_methods_state_is_part_of_the_checkpoint(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.loop.state.history.smoothed == pytest.approx(whole["smoothed"], abs=1e-5)
     (tmp_path / "checkpoint-2" / "tsdkd_state_0.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 .*its tsdkd_state_0.json is missing. Whole ones are there: checkpoint-3"
+    ):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rewritten(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match=r"has no tsdkd_state_0\.json, which holds the method's state"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -114,6 +125,7 @@ def test_distillm_resumes_where_it_was(tmp_path):
     state = tmp_path / "checkpoint-3" / "tsdkd_state_0.json"
     kept = json.loads(state.read_text())
     state.write_text(json.dumps({**kept, "processes": 2}))
+    rewritten(tmp_path / "checkpoint-3")
     with pytest.raises(ValueError, match="a state of processes 2, and this run has 1"):
         general(tmp_path, method, student=student(), data=answered(24), eval_dataset=answered(4), **shared).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-3")

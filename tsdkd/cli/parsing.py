@@ -14,7 +14,8 @@ from tsdkd.cli.recipes import named_recipes, one_file, with_origins
 
 # Words for the last checkpoint, and for none; anything else is a folder.
 _DRY = ("plan", "step")
-_RESUME = {"true": True, "yes": True, "latest": True, "last": True, "auto": True, "false": None, "no": None, "none": None}
+_GO_ON = dict.fromkeys(("true", "yes", "latest", "last", "auto"), "latest")
+_RESUME = {**_GO_ON, "false": None, "no": None, "none": None}
 
 
 @dataclass

@@ -139,7 +139,7 @@ def prepare_folder(config: Any, overwrite: bool, dry: bool = False) -> None:
         return
     if not overwrite:
         raise ValueError(
-            f"{folder} holds another run ({found}): name another --output_dir, go on with it (--resume_from_checkpoint True), "
+            f"{folder} holds another run ({found}): name another --output_dir, go on with it (--resume_from_checkpoint true), "
             "or take its place (--overwrite_output_dir)."
         )
     if config.process_index == 0:

@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -19,6 +19,7 @@ from tsdkd.evaluation.suite import BY_TASK
 from tsdkd.evaluation.tasks import code_may_be_named, lm_eval_package, load_task
 from tsdkd.rollouts import as_asked
 from tsdkd.teachers.sources import adapter_config, base_of, refuse_missing_weights
+from tsdkd.trainers.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -104,19 +105,6 @@ class Score:
     n: int
     max_gen_toks: int | None
     items: dict[str, str] | None
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Python's, numpy's and torch's random states are afterwards what they were before."""
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 def score(

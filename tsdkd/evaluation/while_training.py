@@ -16,6 +16,7 @@ from tsdkd.evaluation import harness
 from tsdkd.evaluation import tasks as harness_tasks
 from tsdkd.evaluation.run import Model, Settings, rows_of
 from tsdkd.trainers import TokenDistillTrainer
+from tsdkd.trainers.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class EvaluateWhileTraining(TrainerCallback):
         failure: Exception | None = None
         was_training = trainer.model.training
         trainer.model.eval()
-        with harness.random_state_kept(), ExitStack() as stack:
+        with random_state_kept(), ExitStack() as stack:
             engine = stack.enter_context(trainer.rollout_engine())
             student = stack.enter_context(trainer.student()) if engine is None else None
             if trainer.accelerator.is_main_process:

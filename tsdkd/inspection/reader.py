@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import set_seed
 
 from tsdkd.data.completions import has_text
 from tsdkd.data.pieces import token_texts
@@ -19,27 +18,13 @@ from tsdkd.losses.ranking import student_candidates, teacher_order
 from tsdkd.teachers.heads import head_of
 from tsdkd.trainers import TokenDistillConfig, TokenDistillTrainer
 from tsdkd.trainers.completions import Batch
+from tsdkd.trainers.random_state import random_state_kept
 from tsdkd.trainers.step import Step
 from tsdkd.types import DivergenceTerm, EntropyTerm, Head, RankingTerm, ReadPlan, Rollouts, SampledTerm, TermResult
 
 _KINDS = {RankingTerm: "ranking", DivergenceTerm: "divergence", EntropyTerm: "entropy", SampledTerm: "sampled"}
 _CHUNK = 64  # tokens whose logits stand in memory at a time
 CANDIDATES = 10  # shown where the method ranks none
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draws by a seed, the caller's random states as they were afterwards."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _short(name: str) -> str:
@@ -101,7 +86,8 @@ class Reader:
             was_training = trainer.model.training
             trainer.model.train()  # in evaluations the student writes alone, whoever writes in training
             try:
-                with _seeded(seed):
+                with random_state_kept():
+                    set_seed(seed)
                     ids, recorded = self._written(rows, prompt_ids)
             finally:
                 trainer.model.train(was_training)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tsdkd.trainers.console import ConsoleLog
+from tsdkd.trainers.health import watch
 from tsdkd.trainers.samples import Trace, trace_steps
 
 
@@ -24,7 +25,8 @@ class TokenBudget(TrainerCallback):
 
 def callbacks_of(trainer: Any) -> list[TrainerCallback]:
     """Those that a trainer's options ask for."""
-    args, made = trainer.args, list[TrainerCallback](ConsoleLog.of(trainer))
+    args = trainer.args
+    made: list[TrainerCallback] = [*ConsoleLog.of(trainer), watch(trainer)]
     if args.token_budget is not None:
         made.append(TokenBudget(trainer))
     if args.trace_steps:

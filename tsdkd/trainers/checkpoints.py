@@ -48,6 +48,21 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             self.file(folder).write_text(json.dumps(state))
 
+    def read(self, folder: str | Path) -> dict[str, Any]:
+        """What this process's file holds; empty without one.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        file = self.file(folder)
+        if not file.is_file():
+            return {}
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the checkpoint's {file} is damaged ({error}): go on with another one.") from error
+        return found if isinstance(found, dict) else {}
+
     def load(self, folder: str | Path) -> None:
         """Continue from a checkpoint.
 
@@ -56,7 +71,7 @@ class Checkpoints:
         """
         file = self.file(folder)
         if file.is_file():
-            self.restore(json.loads(file.read_text()))
+            self.restore(self.read(folder))
         elif self.state() is not None:
             raise ValueError(
                 f"the checkpoint {folder} has no {file.name}, which holds the method's state: it was written by another "

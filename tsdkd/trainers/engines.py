@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from trl.import_utils import is_vllm_available
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler
 
 from tsdkd.rollouts.by_vllm import forbidden
+from tsdkd.trainers.completions import Batch
 from tsdkd.trainers.step import Step
 from tsdkd.types import Rollouts
 
@@ -25,6 +27,16 @@ def vllm_problem() -> str | None:
         if not is_vllm_available():
             return "vLLM is not installed"
     return next((str(w.message).split(". We")[0] for w in told if "supports vLLM versions" in str(w.message)), None)
+
+
+@dataclasses.dataclass
+class InHand:
+    """What of a generation batch is there while TRL generates it."""
+
+    batch: Batch
+    empty: set[int] | None = None  # rows without a token; None while the first turn is still to come
+    token_values: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
+    rollouts: Rollouts | None = None
 
 
 class Generation:
@@ -128,11 +140,54 @@ class Generation:
                 generation._llm_weights_sleeping = True
 
 
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, its order of an epoch drawn from the seed and the epoch's number alone, so that a run that goes on in a
+    later epoch finds it again. The first epoch's is TRL's.
+
+    Args:
+        epoch: gives the epoch in hand, from 0.
+    """
+
+    epoch: Callable[[], int]
+
+    @classmethod
+    def like(cls, other: Any, epoch: Callable[[], int]) -> EpochSampler:
+        """The same rows and repeats; another kind of sampler stays."""
+        if type(other) is not RepeatSampler:
+            return other
+        made = cls(
+            other.data_source, other.mini_repeat_count, other.batch_size, other.repeat_count, other.shuffle, seed=other.seed
+        )
+        made.epoch = epoch
+        return made
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + 1_000_003 * self.epoch())
+        return super().__iter__()
+
+
+def take_learning_rate(optimizer: Any, scheduler: Any, args: Any) -> None:
+    """Have a run that goes on take the learning rate that it was given, where the checkpoint's is another: an optimizer and a
+    schedule come back with the one that they were saved with."""
+    inner = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(inner, torch.optim.lr_scheduler.LambdaLR) or set(inner.base_lrs) == {args.learning_rate}:
+        return
+    if len(set(inner.base_lrs)) != 1:
+        return  # groups of a user's own
+    inner.base_lrs = [args.learning_rate] * len(inner.base_lrs)
+    for group, factor in zip(inner.optimizer.param_groups, inner.lr_lambdas, strict=True):
+        group["initial_lr"] = args.learning_rate
+        group["lr"] = args.learning_rate * factor(inner.last_epoch)
+    inner._last_lr = [group["lr"] for group in inner.optimizer.param_groups]
+
+
 def generation_batches(trainer: Any, first: int, begin: Callable[[], None]) -> Iterator[tuple[list[dict[str, Any]], Step]]:
     """The rows and the step of each of a run's generation batches, epoch after epoch, without training on them; from the step
     `first` on, before which `begin` is called."""
     loader, accumulated, number = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps, 0
     for epoch in itertools.count():
+        trainer.epoch_in_hand = epoch
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
         for rows in loader:

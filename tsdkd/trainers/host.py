@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -116,3 +116,14 @@ def once_a_run(name: str) -> logging.Logger:
     logger = logging.getLogger(name)
     logger.addFilter(lambda record: int(os.environ.get("RANK", "0")) == 0)
     return logger
+
+
+def change_data(trainer: Any, change: Callable[[Any, str], Any]) -> None:
+    """Put what `change(rows, role)` gives in the place of the training set and of every evaluation set."""
+    if trainer.train_dataset is not None:
+        trainer.train_dataset = change(trainer.train_dataset, "train_dataset")
+    if isinstance(trainer.eval_dataset, dict):
+        sets = trainer.eval_dataset.items()
+        trainer.eval_dataset = {name: change(rows, f"eval_dataset[{name!r}]") for name, rows in sets}
+    elif trainer.eval_dataset is not None:
+        trainer.eval_dataset = change(trainer.eval_dataset, "eval_dataset")

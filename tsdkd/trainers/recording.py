@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -16,6 +14,7 @@ from tsdkd.data.prompts import COLUMNS
 from tsdkd.data.rows import lines_of
 from tsdkd.teachers.recorded import MANIFEST, shard_entry, write_manifest, write_shard
 from tsdkd.trainers.engines import generation_batches
+from tsdkd.trainers.random_state import random_state, set_random_state
 from tsdkd.trainers.run_record import plain, planned_steps
 
 
@@ -57,7 +56,7 @@ def write_recording(trainer: Any, folder: Path, about: dict[str, Any]) -> dict[s
 
     def begin() -> None:
         if first:
-            _set_random_state(torch.load(state, weights_only=False)["random"])
+            set_random_state(torch.load(state, weights_only=False)["random"])
 
     shards = [shard_entry(folder, f"step-{number:05d}-{process}") for number in range(first)]
     bar = tqdm(total=steps, initial=first, desc="recording", disable=trainer.args.disable_tqdm or process != 0)
@@ -68,7 +67,7 @@ def write_recording(trainer: Any, folder: Path, about: dict[str, Any]) -> dict[s
                 prompts = [{key: row[key] for key in COLUMNS[:3] if row.get(key)} for row in rows]
                 name = f"step-{number:05d}-{process}"
                 shards.append(write_shard(folder, name, prompts, step.rollouts, list(step.teacher_hidden)))
-                torch.save({"steps": number + 1, "random": _random_state()}, state)
+                torch.save({"steps": number + 1, "random": random_state()}, state)
                 bar.update()
                 if number + 1 == steps:
                     break
@@ -116,16 +115,3 @@ def _clear(folder: Path, identity: str) -> None:
     for file in (*folder.glob("step-*"), *folder.glob("state-*.pt")):
         file.unlink()
     (folder / _BEGUN).write_text(identity)
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": np.random.get_state()}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])

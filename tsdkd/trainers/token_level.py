@@ -21,8 +21,7 @@ from tsdkd.trainers.callbacks import callbacks_of
 from tsdkd.trainers.card import card_of
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.engines import Generation
-from tsdkd.trainers.health import watch
-from tsdkd.trainers.host import once_a_run, teacher_rows
+from tsdkd.trainers.host import change_data, once_a_run, teacher_rows
 from tsdkd.trainers.loading import restore_buffers
 from tsdkd.trainers.loop import Loop
 from tsdkd.trainers.models import (
@@ -42,6 +41,7 @@ from tsdkd.trainers.models import (
 from tsdkd.trainers.prompts import Limits
 from tsdkd.trainers.recording import check_recordable, write_recording
 from tsdkd.trainers.run_record import RunRecord
+from tsdkd.trainers.saving import Saving
 from tsdkd.trainers.setup import Setup, chosen_method
 from tsdkd.trainers.setup_checks import OF_DATA, problems
 from tsdkd.trainers.sources import load_sharded_teacher, load_teacher, student_of, vocabulary_of
@@ -103,7 +103,7 @@ class TokenDistillTrainer(TRLTrainer):
         more: dict[str, Any] = {"has_tools": bool(kwargs.get("tools")), "quantization": kwargs.get("quantization_config")}
         setup = Setup(args, self.method, model, teacher_model, recording, *data, **more)
         refuse(problems(setup))
-        self.setup = setup
+        self.setup, self.saving = setup, Saving(self)
         if recording is not None:
             train_dataset = Dataset.from_list(recording.rows)
 
@@ -137,7 +137,7 @@ class TokenDistillTrainer(TRLTrainer):
         self.loop = Loop(self, setup, self.teacher, self.teacher_model, names_of(setup), limits)
         self._fit_data()
         self.run_record = RunRecord(self)
-        for callback in (self.run_record, watch(self), *callbacks_of(self)):
+        for callback in (self.run_record, *callbacks_of(self)):
             self.add_callback(callback)
 
     # ------------------------------------------------------------------ at construction
@@ -180,7 +180,7 @@ class TokenDistillTrainer(TRLTrainer):
     def _fit_data(self) -> None:
         """Leave the rows that fit, and say what was left out."""
         prompts, supply = self.loop.prompts, self.loop.supply
-        self.change_data(prompts.fit)
+        change_data(self, prompts.fit)
         constants = self.loop.metrics.constants
         constants["prompts/dropped"] = lambda: prompts.dropped  # a stream's are counted as they come
         left_out = 0 if self.train_dataset is None else prompts.left_out_of_epoch(self.train_dataset)
@@ -195,13 +195,13 @@ class TokenDistillTrainer(TRLTrainer):
 
     # ------------------------------------------------------------------ what it does
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `Trainer.train`."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `resume_from_checkpoint` is a checkpoint of this run, True the newest, `"latest"` that or none."""
         if self.train_dataset is None:
             raise ValueError("no train_dataset was given: pass rows with a 'prompt' column to the trainer before train().")
-        self.change_data(self.loop.supply.ahead.fill)
-        with self.run_record.drawn():
-            return super().train(*args, **kwargs)
+        change_data(self, self.loop.supply.ahead.fill)
+        with self.run_record.drawn(), self.saving.begun(resume_from_checkpoint) as (checkpoint, done):
+            return done or super().train(checkpoint, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers' `Trainer.evaluate`; rows that are given here are checked as those of the constructor.
@@ -209,7 +209,7 @@ class TokenDistillTrainer(TRLTrainer):
         Raises:
             ValueError: rows without a prompt, or without a completion for a method that scores given ones.
         """
-        self.change_data(self.loop.supply.ahead.fill)
+        change_data(self, self.loop.supply.ahead.fill)
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = as_data_set(eval_dataset, "eval_dataset")
             refuse(problems(dataclasses.replace(self.setup, train_dataset=None, eval_dataset=eval_dataset), OF_DATA))
@@ -224,7 +224,7 @@ class TokenDistillTrainer(TRLTrainer):
             ValueError: a folder that holds a recording, no data set or teacher, or completions that cannot be recorded.
         """
         check_recordable(self, Path(folder))
-        self.change_data(self.loop.supply.ahead.fill)
+        change_data(self, self.loop.supply.ahead.fill)
         self.loop.scorer.whole = True  # for methods that read more than this one
         about = {"method": self.method.name, "models": self.loop.names, **provenance(self.args.seed)}
         about["student_fingerprint"] = fingerprint_of(self.model)

@@ -5,11 +5,8 @@ clear line.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +17,12 @@ from tsdkd.data.prompts import COLUMNS
 from tsdkd.data.rendering import Rendering
 from tsdkd.rollouts import as_asked
 from tsdkd.teachers import gathered
-from tsdkd.trainers.completions import Batch
-from tsdkd.trainers.engines import Generation, without_repeats
+from tsdkd.trainers.engines import EpochSampler, Generation, InHand, take_learning_rate, without_repeats
 from tsdkd.trainers.loop import Loop
+from tsdkd.trainers.random_state import random_state_kept
+from tsdkd.trainers.saving import Saving
 from tsdkd.trainers.step import Step
 from tsdkd.types import Rollouts
-
-
-@dataclass
-class _InHand:
-    """What of a generation batch is there while TRL generates it."""
-
-    batch: Batch
-    empty: set[int] | None = None  # rows without a token; None while the first turn is still to come
-    token_values: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
-    rollouts: Rollouts | None = None
 
 
 class TRLTrainer(DistillationTrainer):
@@ -42,10 +30,12 @@ class TRLTrainer(DistillationTrainer):
 
     loop: Loop
     generation: Generation
+    saving: Saving
+    epoch_in_hand = 0
     vocab_size: int
     train_dataset: Any
     eval_dataset: Any
-    _in_hand: _InHand
+    _in_hand: InHand
     _buffered_inputs: Any
     _signature_columns: list[str]
 
@@ -113,6 +103,9 @@ class TRLTrainer(DistillationTrainer):
         up = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(up, reduction="sum").item())
 
+    def load_weights(self, checkpoint: str) -> None:
+        self._load_from_checkpoint(checkpoint)
+
     def save_now(self) -> None:
         self._save_checkpoint(self.model, trial=None)
 
@@ -153,7 +146,7 @@ class TRLTrainer(DistillationTrainer):
         return prompt_ids, completion_ids, tool_mask, images, tool_images
 
     def _generate_and_score_completions(self, inputs):
-        self._in_hand = _InHand(self.loop.rows(inputs))
+        self._in_hand = InHand(self.loop.rows(inputs))
         output = super()._generate_and_score_completions(self._in_hand.batch.rows)
         rollouts = self._in_hand.rollouts
         assert rollouts is not None
@@ -204,24 +197,33 @@ class TRLTrainer(DistillationTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Sums over the whole evaluation set divided by its counts, not transformers' mean of batch means."""
         self.loop.window("eval")  # forget what an interrupted evaluation left
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with random_state_kept():  # an evaluation leaves the training's draws as they were
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self.loop.window("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self.loop.after_evaluation(metrics, metric_key_prefix)
         return output
 
-    def change_data(self, change: Callable[[Any, str], Any]) -> None:
-        """Put what `change(rows, role)` gives in the place of the training set and of every evaluation set."""
-        if self.train_dataset is not None:
-            self.train_dataset = change(self.train_dataset, "train_dataset")
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: change(rows, f"eval_dataset[{name!r}]") for name, rows in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = change(self.eval_dataset, "eval_dataset")
-
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        self.loop.checkpoints.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+        with self.saving.checkpoint(self.step) as folder:
+            super()._save_checkpoint(model, trial)
+            self.loop.checkpoints.save(folder)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(Path(self.args.output_dir) / folder.name))
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return folder if self.saving.temporary is None else str(self.saving.temporary)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Left to the end of the save."""
+
+    def _get_train_sampler(self, dataset=None):
+        return EpochSampler.like(super()._get_train_sampler(dataset), lambda: self.epoch_in_hand)
+
+    def _run_epoch(self, model, epoch, *args: Any, **kwargs: Any):
+        self.epoch_in_hand = epoch
+        return super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self.loop.begin(max_steps)  # before a checkpoint's state is loaded
@@ -231,11 +233,14 @@ class TRLTrainer(DistillationTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.loop.checkpoints.load(checkpoint)
+            take_learning_rate(self.optimizer, self.lr_scheduler, self.args)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call:
-            kept = self.args.output_dir
-            self.args.output_dir = output_dir or kept  # where TRL writes the card
-            self.create_model_card(model_name=Path(self.args.output_dir).name)
+        if _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        kept = self.args.output_dir
+        with self.saving.student(output_dir or kept) as folder:
+            super().save_model(folder, _internal_call)
+            self.args.output_dir = folder  # where TRL writes the card
+            self.create_model_card(model_name=Path(output_dir or kept).name)
             self.args.output_dir = kept

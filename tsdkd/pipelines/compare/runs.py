@@ -213,11 +213,11 @@ def _made(run: Run, build: Callable[[Run], Any], scorer: Scorer, wanted: dict[st
     return {**figures, **facts}
 
 
-def _begun(folder: Path, identity: str, writes: bool) -> bool | None:
+def _begun(folder: Path, identity: str, writes: bool) -> str | None:
     """Whether this very run left a checkpoint there; what another left is taken away."""
     mark, checkpoints = folder / "compared.json", sorted(folder.glob("checkpoint-*"))
     if mark.is_file() and mark.read_text() == identity:
-        return True if checkpoints else None
+        return "latest" if checkpoints else None
     if writes:
         for checkpoint in checkpoints:
             shutil.rmtree(checkpoint)

@@ -1,0 +1,182 @@
+"""Saves of a run: checkpoints that are whole or not there, and the one that a run goes on with."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+
+from tsdkd.data import commits
+from tsdkd.trainers.identity import identity, refuse_another_run
+from tsdkd.trainers.run_record import planned_steps
+
+logger = logging.getLogger(__name__)
+LATEST = "latest"  # the newest whole checkpoint, or a start where there is none
+
+
+class Saving:
+    """A trainer's saves.
+
+    Args:
+        trainer: whose they are.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.temporary: Path | None = None  # where a checkpoint is being written
+        self._identity: dict[str, Any] | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.trainer.args.output_dir)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """This run's; worked out once."""
+        if self._identity is None:
+            self._identity = identity(self.trainer)
+        return self._identity
+
+    @contextmanager
+    def checkpoint(self, step: int) -> Iterator[Path]:
+        """Gives the folder that a checkpoint is written into, and puts it to its place afterwards; then older ones go."""
+        trainer = self.trainer
+        accelerator, state = trainer.accelerator, trainer.state
+        root, place = self.folder / commits.SAVING, self.folder / f"checkpoint-{step}"
+        identity = self.identity  # on every process
+        if accelerator.is_main_process:
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        self.temporary = root
+        try:
+            yield root / place.name
+        finally:
+            self.temporary = None
+        accelerator.wait_for_everyone()
+        best = state.best_model_checkpoint
+        if best is not None and Path(best).parent == root:
+            state.best_model_checkpoint = str(place)
+        if accelerator.is_main_process:
+            if best != state.best_model_checkpoint:
+                state.save_to_json(str(root / place.name / "trainer_state.json"))
+            commits.write_manifest(root / place.name, {"step": step, "run": identity})
+            commits.put(root / place.name, place)
+            shutil.rmtree(root, ignore_errors=True)
+            self._rotate()
+        accelerator.wait_for_everyone()
+
+    def _rotate(self) -> None:
+        limit, best = self.trainer.args.save_total_limit, self.trainer.state.best_model_checkpoint
+        rotate_checkpoints(output_dir=str(self.folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False)
+
+    @contextmanager
+    def student(self, folder: str) -> Iterator[str]:
+        """Gives the folder that a student is written into; its files go to `folder` one by one, the manifest last."""
+        accelerator, place = self.trainer.accelerator, Path(folder)
+        written = place / commits.SAVING
+        if accelerator.is_main_process:
+            shutil.rmtree(written, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        yield str(written)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and written.is_dir():
+            commits.put_files(written, place, {"step": self.trainer.state.global_step})
+        accelerator.wait_for_everyone()
+
+    @contextmanager
+    def begun(self, wanted: Any) -> Iterator[tuple[str | None, TrainOutput | None]]:
+        """Hold the run's folder against another run; give the checkpoint that this one goes on with, and what `train` gives of
+        a run that has ended.
+
+        Raises:
+            ValueError: another run trains into the folder, or what `found` refuses.
+        """
+        first = self.trainer.accelerator.is_main_process
+        with commits.locked(self.folder, "a run trains into it") if first else nullcontext():
+            checkpoint = self.found(wanted)
+            yield None if checkpoint is None else str(checkpoint), self.finished(checkpoint)
+
+    # ------------------------------------------------------------------ going on
+
+    def finished(self, checkpoint: Path | None) -> TrainOutput | None:
+        """What `train` gives of a run that its checkpoint has ended, whose student this one then is; None of any other."""
+        trainer = self.trainer
+        if checkpoint is None:
+            return None
+        step, wanted = commits.read_manifest(checkpoint)["step"], planned_steps(trainer)
+        budget, spent = trainer.args.token_budget, trainer.loop.checkpoints.read(checkpoint).get("trained_tokens", 0)
+        if step < wanted and (budget is None or spent < budget):
+            return None
+        logger.warning("%s is of the run's end (%d of %d steps): nothing is left to train.", checkpoint, step, wanted)
+        if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+            trainer.load_weights(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return TrainOutput(step, 0.0, {})
+
+    def found(self, wanted: Any) -> Path | None:
+        """The checkpoint that a run goes on with: a path, or with True the newest whole one, with `"latest"` likewise, or none
+        where there is none yet; None is none.
+
+        Raises:
+            ValueError: the path's is not whole, or is of another run; with True, there is none.
+        """
+        if wanted is None or wanted is False:
+            return None
+        answer: list[Any] = [None, None]
+        if self.trainer.accelerator.is_main_process:
+            try:
+                path = self._found(wanted)
+                answer[0] = None if path is None else str(path)
+            except ValueError as error:
+                answer[1] = str(error)
+        name, failure = broadcast_object_list(answer)
+        if failure is not None:
+            raise ValueError(failure)
+        return None if name is None else Path(name)
+
+    def _found(self, wanted: Any) -> Path | None:
+        if wanted is True or wanted == LATEST:
+            commits.recover(self.folder)
+            path, skipped = commits.newest(self.folder)
+            for torn, why in skipped:
+                logger.warning("%s is passed over: %s.", torn, why)
+            if path is None and wanted == LATEST:
+                logger.warning("%s holds no whole checkpoint yet: the run starts.", self.folder)
+                return None
+            if path is None:
+                there = f", and of {len(skipped)} none is whole" if skipped else ""
+                raise ValueError(
+                    f"No valid checkpoint found in output directory ({self.folder}){there}: leave resume_from_checkpoint out "
+                    "to start a run."
+                )
+        else:
+            path = Path(wanted).expanduser()
+            try:
+                if not path.is_dir():
+                    raise ValueError("there is no such folder")
+                commits.check(path)
+            except ValueError as error:
+                raise ValueError(f"the checkpoint {path} cannot be gone on with: {error}. {self._others(path)}") from error
+        changed = refuse_another_run(path, commits.read_manifest(path).get("run") or {}, self.identity)
+        if changed:
+            logger.warning("going on with %s, changed: %s.", path, "; ".join(changed))
+        return path
+
+    def _others(self, path: Path) -> str:
+        """The whole checkpoints beside one that is none."""
+        whole = []
+        for other in commits.checkpoints(path.parent if path.parent.is_dir() else self.folder):
+            try:
+                commits.check(other)
+                whole.append(other.name)
+            except ValueError:
+                continue
+        return f"Whole ones are there: {', '.join(whole)}." if whole else "No whole one is there: start the run again."
