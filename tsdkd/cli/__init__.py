@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+from typing import Any
 
 COMMANDS = {
     "train": "distil a student from a YAML recipe and flags",
@@ -21,7 +23,8 @@ _USAGE = "usage: tsdkd COMMAND [options]\n\nOn-policy, token-level distillation 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0 on success, 2 for what the caller must change."""
+    """Run a command; the exit status is 0 on success, 2 for what the caller must change, 1 for what failed, 130 after SIGINT,
+    143 after SIGTERM (a run's step is made and saved first)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "--version":
         from tsdkd import __version__
@@ -35,14 +38,45 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"tsdkd: unknown command {arguments[0]!r}; the commands are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    before = _terminable()
     try:
         return importlib.import_module(f"tsdkd.cli.{arguments[0]}").main(arguments[1:])
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        text = str(stop) or f"interrupted. {_AGAIN.get(arguments[0], 'Start it again.')}"
+        print(f"\ntsdkd {arguments[0]}: {text}", file=sys.stderr)
+        return 128 + number
     except Exception as error:
         if os.environ.get("TSDKD_TRACEBACK"):
             raise
         text, status = told(error)
         print(f"tsdkd {arguments[0]}: {text}", file=sys.stderr)
         return status
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, outside of a training run."""
+
+    number = signal.SIGTERM
+
+
+def _terminable() -> Any:
+    """Have SIGTERM end a command as Ctrl-C does, in a line; what it did before, or None where it cannot be asked."""
+
+    def come(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    try:
+        return signal.signal(signal.SIGTERM, come)
+    except ValueError:  # not in the main thread
+        return None
+
+
+_GOES_ON = "The same command goes on where it stopped."
+_AGAIN = {"compare": _GOES_ON, "evaluate": _GOES_ON, "train": "What was saved or recorded stays, and is gone on with."}
 
 
 def told(error: Exception) -> tuple[str, int]:

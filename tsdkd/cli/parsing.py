@@ -132,6 +132,8 @@ def parse(arguments: list[str], config_class: type | None = None):
     given = {**recipe, **named_flags(flags)}
     if "output_dir" not in given and given.get("model_name_or_path"):
         recipe["output_dir"] = f"{Path(str(given['model_name_or_path'])).name}-{method}"
+    if "stop_on_signals" not in given:
+        recipe["stop_on_signals"] = True
     parser = TrlParser(classes, prog="tsdkd train")
     parser.error = _refuse
     with one_file(recipe) as file:

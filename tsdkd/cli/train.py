@@ -118,7 +118,10 @@ def _run(data: DataArguments, config: Any, model: Any) -> int:
         return 0
     if data.dry_run is not None:
         return _dry_run(trainer, data.dry_run)
+    from tsdkd.trainers.stopping import refuse_stopped
+
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    refuse_stopped(trainer)
     trainer.save_model(config.output_dir)
     report = Path(config.output_dir) / REPORT
     trainer.accelerator.print(f"The student is in {config.output_dir}; what the run did is shown by {report}")

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from tsdkd.trainers.console import ConsoleLog
 from tsdkd.trainers.health import watch
 from tsdkd.trainers.samples import Trace, trace_steps
+from tsdkd.trainers.stopping import Stop
 
 
 class TokenBudget(TrainerCallback):
@@ -29,6 +30,8 @@ def callbacks_of(trainer: Any) -> list[TrainerCallback]:
     made: list[TrainerCallback] = [*ConsoleLog.of(trainer), watch(trainer)]
     if args.token_budget is not None:
         made.append(TokenBudget(trainer))
+    if args.stop_on_signals:
+        made.append(Stop(trainer))
     if args.trace_steps:
         made.append(Trace(trace_steps(args.trace_steps), lambda: Path(args.output_dir)))
     return made

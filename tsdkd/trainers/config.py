@@ -65,6 +65,8 @@ class TokenDistillConfig(DistillationConfig):
             last hidden states, on one micro-batch; 0 is never.
         sample_completions: completions that are kept with their tokens' numbers, of steps 1, 2, 4, 8, … and the last, in
             `samples.jsonl`, which the run's page shows; 0 keeps none.
+        stop_on_signals: end the run after the step in hand, with a checkpoint, when SIGINT or SIGTERM comes to any process;
+            `trainer.stopped_by` says so. `tsdkd train` does by itself.
         trace_steps: steps, comma-separated, of which a Chrome trace is written (`trace-STEP.json`, which Perfetto reads).
     """
 
@@ -149,6 +151,10 @@ class TokenDistillConfig(DistillationConfig):
     )
     sample_completions: int = field(
         default=2, metadata={"help": "Completions that are kept, early and late, for the run's page; 0 keeps none."}
+    )
+    stop_on_signals: bool = field(
+        default=False,
+        metadata={"help": "On SIGINT and SIGTERM stop after the step in hand, with a checkpoint; on here by default."},
     )
     trace_steps: str | None = field(
         default=None, metadata={"help": "Steps, comma-separated, of which a Chrome trace is written, e.g. 10,20."}

@@ -12,6 +12,7 @@ Every part owns its state; `checkpoints.py` knows which of it a checkpoint keeps
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class Loop:
     ) -> None:
         method, args, accelerator = setup.method, setup.args, host.accelerator
         self.host, self.method, self.names = host, method, names
+        self.asked: Callable[[], int] = lambda: 0  # the number of the signal that has come to this process
+        self.stop_asked = False
         reader = teacher if method.reads_teacher else None
         corpus = None
         if method.pretraining_weight:
@@ -90,6 +93,7 @@ class Loop:
 
     def begin(self, max_steps: int) -> None:
         """A training run of so many steps starts, and the method's state with it."""
+        self.stop_asked = False
         self.loss.begin(self.method.start(max_steps))
         self.guard.forget()
 
@@ -143,9 +147,11 @@ class Loop:
         return self.loss(student, step, mode=host.mode, term_norms=norms)
 
     def before_optimizer_step(self, grad_norm: torch.Tensor | float | None) -> None:
-        """Once an optimizer step, before the weights change."""
+        """Once an optimizer step, before the weights change; a signal to any process is every process's from here on."""
         self.metrics.step_made()
-        numbers = self.check_gradient_norm(grad_norm, self.loss.numbers)
+        asked = torch.tensor(float(self.asked() > 0))
+        *numbers, signals = self.check_gradient_norm(grad_norm, [*self.loss.numbers, asked])
+        self.stop_asked = signals > 0
         self.loss.step_made(self.host.step + 1, numbers, self.host.accelerator.gather)
 
     def check_gradient_norm(

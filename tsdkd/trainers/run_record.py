@@ -22,6 +22,7 @@ from tsdkd.teachers import vocabulary_size
 from tsdkd.trainers.console import stop_all
 from tsdkd.trainers.host import batch_rows
 from tsdkd.trainers.samples import Samples
+from tsdkd.trainers.stopping import Stop
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +219,9 @@ class RunRecord(TrainerCallback):
             yield
         finally:
             stop_all()
+            for callback in self.trainer.callback_handler.callbacks:
+                if isinstance(callback, Stop):
+                    callback.release()
             self.trainer.loop.loss.seen = None
             kept = self in self.trainer.callback_handler.callbacks and (self.folder / RUN).is_file()
             if kept and self.trainer.is_world_process_zero():

@@ -32,6 +32,7 @@ class TRLTrainer(DistillationTrainer):
     generation: Generation
     saving: Saving
     epoch_in_hand = 0
+    stopped_by: int | None = None  # the signal that ended the last run
     vocab_size: int
     train_dataset: Any
     eval_dataset: Any

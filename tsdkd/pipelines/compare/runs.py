@@ -19,6 +19,7 @@ from tsdkd.methods import METHODS
 from tsdkd.pipelines.compare.scoring import Scorer
 from tsdkd.provenance import provenance
 from tsdkd.reporting.run_page import write_report
+from tsdkd.trainers.stopping import refuse_stopped
 
 # The rows of what is not trained here.
 UNTRAINED = "untrained"
@@ -199,6 +200,7 @@ def _made(run: Run, build: Callable[[Run], Any], scorer: Scorer, wanted: dict[st
     goes_on = _begun(Path(trainer.args.output_dir), _identity(wanted), trainer.accelerator.is_main_process)
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=goes_on)
+    refuse_stopped(trainer)
     seconds = round(time.perf_counter() - began, 1)
     facts = {"steps": trainer.state.global_step, "trained_tokens": trainer.trained_tokens, "seconds": seconds}
     scores = scorer(trainer, run.label)
