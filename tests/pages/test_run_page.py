@@ -36,6 +36,7 @@ def made_up(folder, rate=1e-3, terms=None):
             "loss/direct": 0.5 / step,
             "loss/indirect": 10.0 / step,
             "student/entropy": 1.0 / step,
+            "odd": 1,
         }
         for step in (10, 20, 30)
     ]
@@ -100,7 +101,7 @@ def test_several_runs_are_told_apart_by_what_differs(tmp_path):
     assert {"Score: accuracy", "Terms of the loss: loss/direct", "Terms of the loss: loss/indirect"} <= found.keys()
     assert [line.points[0] for line in found["Terms of the loss: loss/indirect"].lines] == [(10, 0.1), (10, 0.1)]  # weighted
     assert found["Score: accuracy"].lines[0].points == [(0, 0.2, 0.1, pytest.approx(0.3)), (30, 0.6, 0.5, 0.7)]
-    assert [panel.title for panel in rest(runs)] == ["loss"]
+    assert [panel.title for panel in rest(runs)] == ["odd"]
 
 
 def test_benchmarks_have_wilsons_intervals(tmp_path):
@@ -165,7 +166,7 @@ def test_the_command_takes_folders_of_runs_and_draws_figures(tmp_path, capsys):
 def test_the_page_in_a_browser(opened, tmp_path):
     runs = [read_run(made_up(tmp_path / name, rate)) for name, rate in (("a", 1e-3), ("b", 2e-3))]
     page = opened(run_page(runs))
-    assert page.locator("#panels figure").count() == 4
+    assert page.locator("#panels figure").count() == 5
     first = page.locator("#panels figure", has_text="Terms of the loss: loss/direct")
     box = first.locator("svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.95, box["y"] + 60)
@@ -227,3 +228,71 @@ def test_curves_are_of_a_palette_that_colour_blind_readers_tell_apart():
         for i, one in enumerate(PALETTE[:4]):
             for other in PALETTE[:i]:
                 assert math.dist(lab(one, matrix), lab(other, matrix)) > 11, (name, one, other)
+
+
+LONG = "9" * 400
+HOSTILE = {
+    "NaN in columns": {"samples.jsonl": '{"step": 1, "tokens": ["a", "b"], "columns": {"student_entropy": [NaN, 1e999]}}'},
+    "texts in columns": {"samples.jsonl": '{"step": 1, "tokens": ["a"], "columns": {"student_entropy": ["x"], "opener": 3}}'},
+    "a score's end is a text": {"metrics.jsonl": '{"step": 1, "accuracy": 0.5, "low": "a", "high": [], "n": "b"}'},
+    "half a character": {
+        "run.json": '{"command": "\\ud83d", "config": {"a": "\\ud83d"}}',
+        "samples.jsonl": '{"step": 1, "tokens": ["\\ud83d"]}',
+    },
+    "numbers beyond all": {"metrics.jsonl": f'{{"step": 1, "loss": 1e308}}\n{{"step": {LONG}}}\n{{"step": 2, "loss": {LONG}}}'},
+    "a number of 5000 digits": {"metrics.jsonl": f'{{"step": 1, "loss": {"9" * 5000}}}'},
+    "deep": {"run.json": "[" * 200_000, "metrics.jsonl": "[" * 200_000},
+    "a byte-order mark": {"run.json": "\ufeff{}", "metrics.jsonl": '\ufeff{"step": 1, "loss": 1}'},
+    "only NaN": {"metrics.jsonl": '{"step": 1, "loss": NaN}\n{"step": 2, "loss": NaN}'},
+    "formulas": {"metrics.jsonl": "".join(json.dumps({"step": s, "$x^{ $": 1, "_y": 2, "n" * 300: 3}) + "\n" for s in (1, 2))},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whatever_stands_in_a_folder_there_is_a_page(opened, tmp_path, name):
+    for file, text in HOSTILE[name].items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    assert main(["report", str(tmp_path)]) == 0
+    page = opened((tmp_path / "report.html").read_text())
+    paths = page.locator("path").evaluate_all("paths => paths.map(path => path.getAttribute('d'))")
+    assert page.locator("h1").count() == 1 and "NaN" not in "".join(paths)
+    if name in ("a byte-order mark", "formulas"):
+        assert main(["report", str(tmp_path), "--png", str(tmp_path / "png")]) == 0 and list((tmp_path / "png").iterdir())
+    if name == "a byte-order mark":
+        assert "cannot be read" not in page.locator("main").inner_text()
+    if name == "only NaN":
+        assert "loss is no finite number in 2 rows" in page.locator("main").inner_text()
+
+
+def test_many_kept_tokens_are_drawn(opened, tmp_path):
+    sample = {"step": 1, "prompt": "", "tokens": ["a"] * 4096, "columns": {"student_entropy": [0.5] * 4096}}
+    write(tmp_path, [{"step": 1, "loss": 1.0}], {}, [{**sample, "step": step} for step in range(1, 35)])
+    page = opened(run_page([read_run(tmp_path)]))
+    assert page.locator("#strips .strip").count() == 2
+
+
+def test_a_resumed_run_that_was_cut_off_is_told(tmp_path):
+    rows = [{"step": 1, "loss": 1.0}, {"step": 1, "train_runtime": 1.0}, {"step": 2, "loss": 0.5}]
+    assert any("has not ended" in told for told in read_run(write(tmp_path, rows, {"method": "gkd"})).missing)
+    rows.append({"step": 2, "train_runtime": 1.0})
+    assert read_run(write(tmp_path, rows, {"method": "gkd"})).missing == []
+
+
+def test_runs_of_one_name_and_options_are_told_apart(tmp_path, monkeypatch):
+    runs = [read_run(made_up(tmp_path / name / "out")) for name in ("a", "b")]
+    assert labels(runs) == ["a/out", "b/out"]
+    monkeypatch.chdir(tmp_path / "a" / "out")
+    assert labels([read_run(".")]) == ["out"]
+
+
+def test_curves_have_gaps_and_values_are_read_by_keys_and_taps(opened, tmp_path):
+    rows = [{"step": step, "loss": None if step == 2 else float(step)} for step in (1, 2, 3, 4)]
+    page = opened(run_page([read_run(write(tmp_path, rows, {}))]), width=390)
+    (loss,) = page.locator("#panels figure").all()
+    assert loss.locator("path").get_attribute("d").count("M") == 2
+    loss.locator("svg").focus()
+    page.keyboard.press("ArrowRight")
+    assert loss.locator(".value").inner_text().startswith("step 1:")
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    assert loss.locator(".value").inner_text().startswith("step 4:")

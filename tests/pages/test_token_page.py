@@ -189,7 +189,8 @@ def test_eight_completions_of_512_tokens_stay_under_2_mb(opened, record_property
     html = token_page(many)
     assert len(html.encode()) < 2e6
     page = opened(html)
-    page.wait_for_function("performance.getEntriesByName('first-paint').length")
+    while not page.evaluate("performance.getEntriesByName('first-paint').length"):
+        page.wait_for_timeout(10)
     paint = page.evaluate("performance.getEntriesByName('first-paint')[0].startTime")
     page.locator("#quantity").select_option("log_ratio")
     switch = float(page.evaluate("document.body.dataset.switched"))
@@ -199,3 +200,51 @@ def test_eight_completions_of_512_tokens_stay_under_2_mb(opened, record_property
         print(f"\ntoken page of 8 × 512 tokens, {len(html.encode()) / 1e6:.2f} MB: first paint {paint:.0f} ms, "
               f"another quantity {switch:.0f} ms, another completion {other:.0f} ms")  # fmt: skip
     assert page.locator(".token").count() == 512
+
+
+def test_each_view_says_its_temperature_and_either_ones_columns_can_be_chosen(opened):
+    first, second = view(), view()
+    for name in ("gate/direct", "contribution/indirect", "takes/indirect"):
+        del first["columns"][name]
+    second["temperature"] = 2.0
+    page = opened(token_page([[first, second]]))
+    assert page.locator("#views section").nth(1).inner_text().count("τ = 2") == 1
+    assert "τ = 2" not in page.locator("#views section").nth(0).inner_text()
+    page.locator("#quantity").select_option("gate/direct")
+    assert page.locator("#count").inner_text().endswith("| 12 of 12 tokens (100.0 %)")
+
+
+def test_a_gate_above_1_and_a_ranking_that_is_no_prefix_stay_in_the_strip(opened):
+    table = view()
+    table["columns"]["gate/direct"][3] = 7.5
+    table["columns"]["takes/indirect"] = [int(t % 3 == 0) for t in range(12)]
+    page = opened(token_page([[table]]))
+    assert "gate, 0 to 7.5" in page.locator(".keys").inner_text() and page.locator("svg.strip rect").count() == 4
+    heights = page.locator("svg.strip path").evaluate_all("ps => ps.map(p => p.getBBox().y)")
+    assert min(heights) >= 0 and "4 of 12 tokens" in page.locator(".keys").inner_text()
+    one = opened(token_page([[view(n=1, tokens=["x"])]]))
+    assert one.locator("svg.strip circle").count() == 2
+
+
+def test_the_slider_at_its_end_keeps_the_highest(opened):
+    table = view()
+    table["columns"]["teacher_log_prob"] = [-2.0423671, *[-3.0173 - t for t in range(11)]]
+    page = opened(token_page([[table]]))
+    page.locator("#quantity").select_option("teacher_log_prob")
+    page.locator("#threshold").fill("1000")
+    assert "1 of 12 tokens" in page.locator("#count").inner_text()
+
+
+def test_blank_and_invisible_characters_are_seen(opened):
+    tokens = ["\u00a0", "\u3000", "\ufe0f", "\U000e0041", "\u0301", "⟨x\u202ey⟩", "a\u0301", "z"]
+    texts = opened(token_page([[view(n=8, tokens=tokens)]])).locator(".token").all_text_contents()
+    assert texts == ["⟨U+00A0⟩", "⟨U+3000⟩", "⟨U+FE0F⟩", "⟨U+E0041⟩", "◌\u0301", "⟨x⟨U+202E⟩y⟩", "a\u0301", "z"]
+
+
+def test_the_phones_panel_opens_by_a_touch_and_closes(opened):
+    page = opened(token_page([[view()]]), width=390, height=800)
+    assert not page.locator("#panel").is_visible()
+    page.locator(".token").nth(3).click()
+    assert page.locator("#panel").is_visible()
+    page.locator("#panel .close").click()
+    assert not page.locator("#panel").is_visible()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -173,3 +174,48 @@ def test_pieces_of_byte_level_and_sentencepiece_tokenizers_are_visible():
     llama.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     sentence = PreTrainedTokenizerFast(tokenizer_object=llama, unk_token="<unk>")
     assert token_texts(sentence, [1, 2, 3, 4, 0]) == [" the", "⟨E2⟩", " ", "a", "<unk>"]
+
+
+def test_the_callers_draws_and_models_are_left_as_they_were(models):
+    student, teacher = models
+    student.train()
+    student.config.use_cache, before = True, [p.requires_grad for p in teacher.parameters()]
+    torch.manual_seed(100)
+    state, python = torch.get_rng_state(), random.getstate()
+    table_of(models)
+    table_of(models, completion=None, max_completion_length=4)
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python
+    assert student.training and student.config.use_cache and [p.requires_grad for p in teacher.parameters()] == before
+    student.eval()
+
+
+def test_a_student_in_the_midst_of_mixed_precision_training_can_be_looked_at(tmp_path):
+    from running import by_prompt, make
+
+    trainer = make(tmp_path, max_steps=1, rollouts=by_prompt, bf16=True)
+    trainer.train()
+    tokenizer = make_tokenizer()
+    table = inspect_completion(trainer.model, trainer.teacher_model, QUESTIONS[0], WORDS, tokenizer=tokenizer, method="gkd")
+    assert math.isfinite(table.loss) and len(table) > 8
+
+
+def test_texts_are_whole_where_a_character_is_several_tokens(models):
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    characters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    built = Tokenizer(kinds.BPE({**characters, "<|end|>": 256, "<|pad|>": 257}, []))
+    built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, eos_token="<|end|>", pad_token="<|pad|>")
+    pair = tiny_model("llama", vocab_size=258, seed=1), tiny_model("qwen2", vocab_size=258, seed=2)
+    table = inspect_completion(*pair, "😀 שלום", "é!", tokenizer=tokenizer)
+    assert table.prompt == "😀 שלום" and table.text == "é!<|end|>" and table.tokens[:2] == ["⟨C3⟩", "⟨A9⟩"]
+
+
+def test_a_completion_that_is_cut_is_told_and_ids_that_are_none_refused(models, caplog):
+    assert len(table_of(models, completion=WORDS * 5, max_completion_length=7)) == 7
+    assert "is cut to its first 7 tokens" in caplog.text
+    assert table_of(models, completion=torch.tensor([5, 6])).token_ids == [5, 6]
+    with pytest.raises(ValueError, match="holds -1, which is no id"):
+        table_of(models, completion=[-1])

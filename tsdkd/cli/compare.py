@@ -78,6 +78,7 @@ def main(arguments: list[str]) -> int:
     from tsdkd.pipelines.compare.runs import settings_of
     from tsdkd.pipelines.compare.scoring import problems_at
     from tsdkd.pipelines.compare.table import draw, final_scores
+    from tsdkd.reporting.pages import as_bytes
     from tsdkd.reporting.run_page import run_page
     from tsdkd.trainers import TokenDistillConfig
 
@@ -122,7 +123,7 @@ def main(arguments: list[str]) -> int:
         found = [run for run in runs_in([folder]) if run.record] if folder.is_dir() else []
         if found:
             page = run_page(found, f"Comparison {own.out.stem}", final_scores(rows))
-            (folder / REPORT).write_text(page, encoding="utf-8")
+            (folder / REPORT).write_bytes(as_bytes(page))
             print(f"What the runs did is shown by {folder / REPORT}")
         print(f"The rows are in {own.out}" + (f", the picture in {own.png}" if own.png else ""))
     return 0

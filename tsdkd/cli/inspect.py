@@ -31,7 +31,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the tables into this file, too")
     parser.add_argument("--beside", metavar="STUDENT", help="another student, a checkpoint, on the same text, side by side")
     parser.add_argument("--beside_method", metavar="METHOD", help="another method's decisions on the same text, side by side")
+    parser.add_argument("--beside_options", metavar="JSON", help="that method's options, by name, e.g. '{\"beta\": 0.5}'")
     own, rest = parser.parse_known_args(arguments)
+    if own.beside_options and not own.beside_method:
+        raise ValueError("--beside_options has no effect without --beside_method: pass it, or leave it out.")
     if own.limit < 1:
         raise ValueError(f"--limit {own.limit}: it must be 1 or more.")
     if own.completion and len(own.completion) != len(own.prompt or ()):
@@ -43,7 +46,7 @@ def main(arguments: list[str]) -> int:
     check_writable("out", own.out)
     check_writable("json", own.json)
 
-    from tsdkd.cli.parsing import parse
+    from tsdkd.cli.parsing import as_mapping, parse
     from tsdkd.methods import METHODS, resolve_method
 
     if own.beside_method is not None and own.beside_method not in METHODS:
@@ -68,7 +71,8 @@ def main(arguments: list[str]) -> int:
         rollouts = reader.rollouts(rows, seed=config.seed, given=True if own.completion or own.given else None)
         readers = [reader]
         if own.beside or own.beside_method:
-            method = trainer.method if own.beside_method is None else resolve_method(own.beside_method)
+            options = as_mapping(own.beside_options, "--beside_options")
+            method = trainer.method if own.beside_method is None else resolve_method(own.beside_method, options)
             student = own.beside or trainer.accelerator.unwrap_model(trainer.model)
             teacher = trainer.teacher_model if trainer.teacher_model is not None else config.teacher_model_name_or_path
             other = _beside(config, folder)
@@ -82,14 +86,15 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"{error} (of {len(rollouts)} completions)") from error
 
     from tsdkd.provenance import provenance
+    from tsdkd.reporting.pages import as_bytes
     from tsdkd.reporting.token_page import token_page
 
     own.out.parent.mkdir(parents=True, exist_ok=True)
     page = token_page(completions, origin=f"tsdkd {provenance()['versions'].get('tsdkd', '')}, seed {config.seed}")
-    own.out.write_text(page, encoding="utf-8")
+    own.out.write_bytes(as_bytes(page))
     tokens = sum(len(views[0]["tokens"]) for views in completions)
     found = "1 completion" if len(completions) == 1 else f"{len(completions)} completions"
-    print(f"{found}, {tokens} tokens: the page is {own.out} ({len(page.encode()) / 1e6:.1f} MB)")
+    print(f"{found}, {tokens} tokens: the page is {own.out} ({len(as_bytes(page)) / 1e6:.1f} MB)")
     if own.json is not None:
         own.json.parent.mkdir(parents=True, exist_ok=True)
         own.json.write_text(json.dumps(completions, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -131,8 +136,11 @@ def _beside(config: Any, folder: str) -> Any:
     """The options of the reader beside the first, of any method."""
     from tsdkd.trainers import TokenDistillConfig
 
-    names = ("max_completion_length", "max_length", "temperature", "bf16", "use_cpu", "teacher_placement", "teacher_urls",
-             "teacher_model_revision", "teacher_model_init_kwargs", "seed", "fused_impl", "token_aliases")  # fmt: skip
+    names = (
+        "max_completion_length", "max_length", "temperature", "bf16", "fp16", "use_cpu", "teacher_placement", "teacher_urls",
+        "teacher_model_revision", "teacher_model_init_kwargs", "model_init_kwargs", "trust_remote_code", "seed", "fused_impl",
+        "token_aliases", "disable_dropout", "chat_template_kwargs",
+    )  # fmt: skip
     return TokenDistillConfig(
         output_dir=folder, report_to="none", save_strategy="no", **{name: getattr(config, name) for name in names}
     )

@@ -32,11 +32,12 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"--{name} {folder} is a file: name a folder, the panels' figures go into it.")
 
     from tsdkd.reporting.figures import draw_runs
+    from tsdkd.reporting.pages import as_bytes
     from tsdkd.reporting.run_page import run_page
 
     text = run_page(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    out.write_bytes(as_bytes(text))
     print(f"{len(runs)} run{'s' if len(runs) > 1 else ''}: the page is {out}")
     for run in runs:
         for told in run.missing:

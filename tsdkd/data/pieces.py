@@ -57,3 +57,8 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
             text = f"⟨{raw.hex(' ').upper()}⟩"
         made.append(text or f"⟨#{id}⟩")
     return made
+
+
+def joined_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of ids together, special tokens included."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -53,13 +53,15 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of a logged name, where it is a number."""
-        return [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), (int, float))]
+        """(step, value) of a logged name; NaN where what was logged is no finite number."""
+        return [
+            (row["step"], math.nan if row[name] is None else row[name]) for row in self.rows if _is_number(row.get(name, ""))
+        ]
 
     @property
     def names(self) -> list[str]:
         """Every name with a number in it, in the order of its first log."""
-        found = {name for row in self.rows for name, value in row.items() if isinstance(value, (int, float))}
+        found = {name for row in self.rows for name, value in row.items() if _is_number(value)}
         order = dict.fromkeys(name for row in self.rows for name in row)
         return [name for name in order if name in found and name != "step"]
 
@@ -77,13 +79,19 @@ def read_run(folder: Path | str) -> Run:
     record = _record(folder / RUN, missing)
     rows = [row for row in _rows(folder / METRICS, missing, "no metrics were logged") if _is_step(row)]
     rows.sort(key=lambda row: row["step"])
-    if rows and record and not any("train_runtime" in row for row in rows):
+    ended = max((place for place, row in enumerate(rows) if "train_runtime" in row), default=-1)
+    trained = max((place for place, row in enumerate(rows) if "loss" in row and "train_runtime" not in row), default=-1)
+    if rows and record and ended < trained:
         missing.append("The run has not ended: it goes on, or was cut off.")
+    unsound: dict[str, int] = {}
+    for name in (name for row in rows for name, value in row.items() if value is None):
+        unsound[name] = unsound.get(name, 0) + 1
+    missing += [f"{name} is no finite number in {count} rows of {METRICS}." for name, count in unsound.items()]
     scores = [score for row in rows if (score := _accuracy(row)) is not None]
     if (folder / BENCHMARKS).is_file():
         scores += [score for row in _rows(folder / BENCHMARKS, missing) if (score := _benchmark(row)) is not None]
     samples = _rows(folder / SAMPLES, missing) if (folder / SAMPLES).is_file() else []
-    kept = [row for row in samples if _is_step(row) and isinstance(row.get("tokens"), list)]
+    kept = [_sample(row) for row in samples if _is_step(row) and isinstance(row.get("tokens"), list)]
     return Run(folder, record, rows, scores, kept, missing)
 
 
@@ -109,8 +117,8 @@ def _record(path: Path, missing: list[str]) -> dict[str, Any]:
         missing.append(f"{path.name} is not there: options, versions and hardware are unknown.")
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (json.JSONDecodeError, OSError) as error:
+        found = _finite(json.loads(path.read_text(encoding="utf-8-sig", errors="replace")))
+    except (ValueError, OSError, RecursionError) as error:
         missing.append(f"{path.name} cannot be read ({error}).")
         return {}
     if not isinstance(found, dict):
@@ -135,11 +143,11 @@ def _rows(path: Path, missing: list[str], absent: str = "") -> list[dict[str, An
     for number, line in lines:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             broken.append(number)
             continue
         if isinstance(row, dict):
-            rows.append({key: _finite(value) for key, value in row.items()})
+            rows.append(_finite(row))
         else:
             broken.append(number)
     if broken:
@@ -150,18 +158,47 @@ def _rows(path: Path, missing: list[str], absent: str = "") -> list[dict[str, An
     return rows
 
 
+_MOST = 1e150  # beyond it nothing can be drawn
+
+
 def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """A value, None where it is a number that is not finite or cannot be drawn; in lists and mappings likewise."""
+    if isinstance(value, dict):
+        return {str(name): _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value if abs(value) < _MOST else None  # NaN is less than nothing
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    """A number, or what was one and is not finite."""
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _sample(row: dict[str, Any]) -> dict[str, Any]:
+    """A kept completion whose columns hold numbers alone."""
+    found = row.get("columns")
+    columns = found if isinstance(found, dict) else {}
+    kept = {name: values for name, values in columns.items() if isinstance(values, list) and all(map(_is_number, values))}
+    return {**row, "columns": kept}
 
 
 def _is_step(row: dict[str, Any]) -> bool:
-    return isinstance(row.get("step"), (int, float)) and not isinstance(row["step"], bool)
+    step = row.get("step")
+    return isinstance(step, (int, float)) and not isinstance(step, bool) and abs(step) < 2**53
+
+
+def _number(value: Any) -> Any:
+    """A number, or None."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _accuracy(row: dict[str, Any]) -> dict[str, Any] | None:
-    if not isinstance(row.get("accuracy"), (int, float)):
+    if _number(row.get("accuracy")) is None:
         return None
-    ends = {name: row.get(name) for name in ("low", "high", "n")}
+    ends = {name: _number(row.get(name)) for name in ("low", "high", "n")}
     return {"step": row["step"], "name": "accuracy", "score": row["accuracy"], **ends}
 
 

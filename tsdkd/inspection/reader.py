@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from transformers import set_seed
 
 from tsdkd.data.completions import has_text
-from tsdkd.data.pieces import token_texts
+from tsdkd.data.pieces import joined_text, token_texts
 from tsdkd.inspection.table import Candidates, TokenTable
 from tsdkd.losses.ranking import student_candidates, teacher_order
 from tsdkd.teachers.heads import head_of
@@ -25,6 +27,7 @@ from tsdkd.types import DivergenceTerm, EntropyTerm, Head, RankingTerm, ReadPlan
 _KINDS = {RankingTerm: "ranking", DivergenceTerm: "divergence", EntropyTerm: "entropy", SampledTerm: "sampled"}
 _CHUNK = 64  # tokens whose logits stand in memory at a time
 CANDIDATES = 10  # shown where the method ranks none
+logger = logging.getLogger(__name__)
 
 
 def _short(name: str) -> str:
@@ -82,6 +85,12 @@ class Reader:
         loop.prompts.refuse_unfit(prompt_ids)
         if own:
             ids = loop.supply.given(rows)
+            for number, (given_ids, was_cut) in enumerate(loop.supply.given_and_cut(rows)):
+                if min(given_ids, default=0) < 0:
+                    raise ValueError(f"the completion of prompt {number} holds {min(given_ids)}, which is no id.")
+                if was_cut:
+                    told = "the completion of prompt %d is cut to its first %d tokens (max_completion_length)."
+                    logger.warning(told, number, len(given_ids))
         else:
             was_training = trainer.model.training
             trainer.model.train()  # in evaluations the student writes alone, whoever writes in training
@@ -128,7 +137,7 @@ class Reader:
             read = self._read(batch, head_of(student), torch.tensor(ids), min(k, trainer.vocab_size), objective.temperature)
         of_written = {name: read.pop(name) for name in list(read) if name.endswith("_log_prob")}
         stats = terms.statistics
-        made = {"student_entropy": _column(stats.student_entropy)}
+        made: dict[str, np.ndarray | None] = {"student_entropy": _column(stats.student_entropy)}
         if "teacher_entropy" in read:
             made["teacher_entropy"] = _filled(stats.teacher_entropy, stats.scored, read.pop("teacher_entropy"))
         made["divergence"] = _column(stats.divergence, stats.scored)
@@ -136,7 +145,8 @@ class Reader:
         if "teacher_log_prob" in columns:
             columns["log_ratio"] = columns["teacher_log_prob"] - columns["student_log_prob"]
         for name, result in terms.terms.items():
-            columns.update(_of_term(name, result, objective))
+            own = _of_term(name, result, objective)
+            columns.update({f"tau/{name}" if column in columns else column: values for column, values in own.items()})
         kinds = {name: next(kind for cls, kind in _KINDS.items() if issubclass(r.kind, cls)) for name, r in terms.terms.items()}
         texts = token_texts(trainer.tokenizer, ids)
         read["texts"] = self._texts(read)
@@ -151,7 +161,8 @@ class Reader:
                 for name, result in terms.terms.items()
             },
             loss=float(terms.loss),
-            prompt="".join(token_texts(trainer.tokenizer, rollout.prompt_ids[0])),
+            text=joined_text(trainer.tokenizer, ids),
+            prompt=joined_text(trainer.tokenizer, rollout.prompt_ids[0]),
             method=method.title or method.name,
             student=self.names["student"],
             teacher=self.names["teacher"] if trainer.teacher is not None else "",
@@ -247,7 +258,27 @@ def reader_of(
     stated = {"report_to": "none", "save_strategy": "no", "use_cpu": not torch.cuda.is_available(), "disable_tqdm": True}
     config = TokenDistillConfig(output_dir=folder, **{**stated, **options})
     kwargs = {} if tokenizer is None else {"processing_class": tokenizer}
-    return Reader(TokenDistillTrainer(student, teacher, config, method=method, **kwargs), label)
+    with random_state_kept():  # a trainer seeds everything
+        return Reader(TokenDistillTrainer(student, teacher, config, method=method, **kwargs), label)
+
+
+@contextmanager
+def _as_they_were(*models: Any) -> Iterator[None]:
+    """Model objects with the modes, caches and gradients that they had."""
+    kept = [model for model in models if isinstance(model, torch.nn.Module)]
+    modes = [(module, module.training) for model in kept for module in model.modules()]
+    grads = [(p, p.requires_grad) for model in kept for p in model.parameters()]
+    configs: list[Any] = [getattr(model, "config", None) for model in kept]
+    caches = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, wanted in grads:
+            parameter.requires_grad_(wanted)
+        for config, use_cache in caches:
+            config.use_cache = use_cache
 
 
 def inspect_completion(
@@ -283,7 +314,9 @@ def inspect_completion(
     """
     row: dict[str, Any] = {"prompt": prompt}
     if completion is not None:
+        completion = completion.tolist() if hasattr(completion, "tolist") else completion
         is_ids = not isinstance(completion, str) and all(isinstance(part, (int, np.integer)) for part in completion)
         row["completion_ids" if is_ids else "completion"] = [int(i) for i in completion] if is_ids else completion
-    reader = reader_of(student, teacher, method, tokenizer=tokenizer, **options)
-    return reader.table(reader.rollouts([row], seed=seed, given=completion is not None))
+    with _as_they_were(student, teacher):
+        reader = reader_of(student, teacher, method, tokenizer=tokenizer, **options)
+        return reader.table(reader.rollouts([row], seed=seed, given=completion is not None))

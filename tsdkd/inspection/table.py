@@ -23,6 +23,7 @@ _OF_TERMS = {
     "contribution": ("part of the loss, {} term", "loss"),
     "gate": ("gate of the {} term", ""),
     "takes": ("taken by the {} term", ""),
+    "tau": ("Kendall's tau of the {} term's candidates", ""),
 }
 
 
@@ -69,6 +70,7 @@ class TokenTable:
         candidates: what the student proposes, and how the teacher sees it.
         terms: of each term its kind (`ranking`, `divergence`, `entropy`, `sampled`), weight and value.
         loss: of this completion taken as a step of its own; the sum of all contributions.
+        text: the completion as one, of which the tokens are pieces.
         prompt, method, student, teacher, temperature, note: what was asked of whom; τ of the distributions.
     """
 
@@ -78,6 +80,7 @@ class TokenTable:
     candidates: Candidates
     terms: dict[str, dict[str, Any]]
     loss: float
+    text: str = ""
     prompt: str = ""
     method: str = ""
     student: str = ""

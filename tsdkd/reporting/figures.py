@@ -53,21 +53,29 @@ def plot(axis: Any, panel: Panel) -> None:
         if any(len(point) == 4 for point in line.points):
             lows = [max(0.0, point[1] - point[2]) if len(point) == 4 else 0.0 for point in line.points]
             highs = [max(0.0, point[3] - point[1]) if len(point) == 4 else 0.0 for point in line.points]
-            axis.errorbar(steps, values, yerr=[lows, highs], capsize=3, marker="o", markersize=4, label=line.label, **own)
+            axis.errorbar(
+                steps, values, yerr=[lows, highs], capsize=3, marker="o", markersize=4, label=plain(line.label), **own
+            )
         else:
-            axis.plot(steps, values, label=line.label, marker="o" if len(steps) == 1 else None, markersize=4, **own)
+            axis.plot(steps, values, label=plain(line.label), marker="o" if len(steps) == 1 else None, markersize=4, **own)
     scored = panel.title.startswith("Score")
-    axis.set(title=panel.title, xlabel="optimizer step", ylabel=f"{panel.unit} (bars: 95 %)" if scored else panel.unit)
+    axis.set(title=plain(panel.title), xlabel="optimizer step", ylabel=f"{panel.unit} (bars: 95 %)" if scored else panel.unit)
     if min((point[1] for line in panel.lines for point in line.points), default=0) >= 0:
         axis.set_ylim(bottom=0)
     axis.grid(linewidth=0.3)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=min(3, len(panel.lines)), frameon=False, fontsize=8)
 
 
+def plain(text: str) -> str:
+    """A text that matplotlib takes as it is: no formula, and no name that its legends leave out."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def file_name(title: str) -> str:
     """A panel's title as a file's name."""
     words = "".join(c if c.isalnum() else " " for c in title.casefold()).split()
-    return "-".join(words)
+    return "-".join(words)[:120] or "panel"
 
 
 def draw_runs(runs: Sequence[Run], folder: Path, suffix: str) -> list[Path]:
@@ -83,11 +91,14 @@ def draw_runs(runs: Sequence[Run], folder: Path, suffix: str) -> list[Path]:
     if not made:
         raise ValueError("there is nothing to draw: no numbers were logged.")
     plt = pyplot()
-    paths = []
+    paths: list[Path] = []
     for panel in made:
         figure, axis = plt.subplots(figsize=(5.2, 3.9), constrained_layout=True)
         plot(axis, panel)
-        paths.append(save(figure, folder / f"{file_name(panel.title)}{suffix}"))
+        path, number = folder / f"{file_name(panel.title)}{suffix}", 2
+        while path in paths:
+            path, number = folder / f"{file_name(panel.title)}-{number}{suffix}", number + 1
+        paths.append(save(figure, path))
     return paths
 
 

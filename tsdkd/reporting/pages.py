@@ -28,6 +28,11 @@ def in_script(value: Any) -> Markup:
     return Markup(text.encode("utf-8", "backslashreplace").decode("utf-8"))  # a lone surrogate is no UTF-8
 
 
+def as_bytes(text: str) -> bytes:
+    """A page as a file holds it, whatever is in its texts."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def page(template: str, styles: list[str], script: str | None = None, **values: Any) -> str:
     """A template's page; texts in `values` are escaped.
 

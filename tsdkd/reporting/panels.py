@@ -37,6 +37,7 @@ class Panel:
 
 # Title, unit, and the logged names; a name that ends in / takes all that begin with it.
 _LAYOUT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("Loss", "", ("loss", "eval_loss")),
     ("Terms of the loss", "weighted term", ("loss/",)),
     ("Entropy per token", "nats", ("student/entropy", "teacher/entropy", "entropy_selection/mean")),
     ("Gate", "mean weight", ("gate/mean",)),
@@ -54,6 +55,7 @@ _LAYOUT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Gradients", "norm", ("grad_norm", "hidden_grad_norm/")),
     ("Learning rate", "", ("learning_rate",)),
 )
+_NO_CURVE = ("accuracy", "low", "high", "n", "total_flos")
 _OTHER_SPELLINGS = "grad_norm/"  # the old name of hidden_grad_norm/
 # Options that tell a folder or a machine, no run.
 _SAME_RUN = (
@@ -64,16 +66,21 @@ _SAME_RUN = (
 
 def labels(runs: Sequence[Run]) -> list[str]:
     """What each run is called: the options in which it differs from the others, or its folder's name."""
+    short = [run.folder.resolve().name or str(run.folder) for run in runs]
+    parents = [run.folder.resolve().parent.name for run in runs]
+    folders = [f"{parent}/{name}" if short.count(name) > 1 else name for parent, name in zip(parents, short, strict=True)]
     if len(runs) == 1:
-        return [runs[0].folder.name or str(runs[0].folder)]
+        return folders
     differing = differences(runs)
     made = []
-    for place, run in enumerate(runs):
+    for place in range(len(runs)):
         told = [f"{name}={values[place]}" for name, values in differing.items() if values[place] is not None]
-        label = ", ".join(told)
-        made.append(label if told and len(label) <= 90 else run.folder.name)
+        while len(told) > 1 and len(", ".join(told)) > 90:  # the first tell most: the method, or what was set
+            told.pop()
+        made.append(", ".join(told) if told and len(", ".join(told)) <= 90 else folders[place])
     doubled = {label for label in made if made.count(label) > 1}
-    return [f"{label} ({run.folder.name})" if label in doubled else label for label, run in zip(made, runs, strict=True)]
+    made = [f"{label} ({folders[place]})" if label in doubled else label for place, label in enumerate(made)]
+    return [label if made.count(label) == 1 else f"{label} {place + 1}" for place, label in enumerate(made)]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -88,7 +95,7 @@ def _options(run: Run) -> dict[str, Any]:
     own = run.record.get("method_options")
     config = {name: value for name, value in run.config.items() if name != "method_options"}
     named = {"method": run.record["method"]} if "method" in run.record else {}
-    return {**config, **(own if isinstance(own, dict) else {}), **named}
+    return {**named, **config, **(own if isinstance(own, dict) else {}), **named}
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
@@ -99,10 +106,8 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     for name in scored:
         lines = [Line(named[place], place, _scores(run, name)) for place, run in enumerate(runs)]
         made.append(Panel(f"Score: {name}", "share" if _is_share(runs, name) else "", [line for line in lines if line.points]))
-    used = set()
     for title, unit, wanted in _LAYOUT:
         names = _matching(runs, wanted)
-        used.update(names)
         if len(runs) == 1:
             lines = [Line(_spoken(runs[0], name), 0, _points(runs[0], name)) for name in names]
             made.append(Panel(title, unit, [line for line in lines if line.points]))
@@ -118,10 +123,10 @@ def rest(runs: Sequence[Run]) -> list[Panel]:
     used = {name for _, _, wanted in _LAYOUT for name in _matching(runs, wanted)}
     named, made = labels(runs), []
     for name in dict.fromkeys(name for run in runs for name in run.names):
-        if name in used or name.startswith(_OTHER_SPELLINGS) or name in ("accuracy", "low", "high", "n"):
+        if name in used or name.startswith(_OTHER_SPELLINGS) or name in _NO_CURVE or name.startswith("train_"):
             continue
         lines = [Line(named[place], place, _points(run, name)) for place, run in enumerate(runs)]
-        if max(len(line.points) for line in lines) > 1:
+        if any(line.points for line in lines):
             made.append(Panel(name, "", [line for line in lines if line.points]))
     return made
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tsdkd.data.runs import CURVE, REPORT, Run, read_run
 from tsdkd.reporting.figures import draw_curve
-from tsdkd.reporting.pages import in_script, page
+from tsdkd.reporting.pages import as_bytes, in_script, page
 from tsdkd.reporting.panels import as_json, differences, labels, panels, rest
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def run_page(runs: Sequence[Run], title: str = "", scores: Sequence[Mapping[str,
         differing=differences(runs) if len(runs) > 1 else {},
         scores=[*scores, *_last_scores(runs, named)],
         data=in_script(data),
-        drawn=bool(data["panels"]),
+        drawn=bool(data["panels"] or data["rest"]),
     )
 
 
@@ -65,7 +65,7 @@ def _facts(run: Run, label: str) -> dict[str, Any]:
     }
     return {
         "label": label,
-        "folder": run.folder.name,
+        "folder": run.folder.resolve().name,
         "missing": run.missing,
         "summary": summary,
         "facts": {name: value for name, value in facts.items() if value not in (None, "")},
@@ -109,5 +109,5 @@ def write_report(folder: Path) -> list[str]:
             made.append(CURVE)
     except ValueError as error:
         logger.info("no curve was drawn: %s", error)
-    (folder / REPORT).write_text(run_page([run]), encoding="utf-8")
+    (folder / REPORT).write_bytes(as_bytes(run_page([run])))
     return [*made, REPORT]

@@ -8,7 +8,7 @@ from typing import Any
 from tsdkd.reporting.pages import in_script, page
 
 # What the page can work out from the rest.
-_LEFT_OUT = ("method", "student", "teacher", "temperature", "meanings")
+_LEFT_OUT = ("method", "student", "teacher", "meanings")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -41,7 +41,6 @@ def token_page(completions: Sequence[Sequence[Mapping[str, Any]]], title: str = 
         "token_page.js",
         title=title or f"{first['method']}: {first['student']}{against}",
         origin=origin,
-        temperature=first["temperature"],
         completions=completions,
         data=in_script(data),
     )

@@ -86,7 +86,8 @@ def check_head(model: Any, role: str, vocab_size: int, gathered: Callable[..., A
     model.eval()
     ids = (torch.arange(8, device=device) * 7 % vocab_size).unsqueeze(0)
     mask = torch.ones_like(ids)
-    own = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    forward = getattr(inner, "_original_forward", inner)  # without the mixed precision that accelerate puts around it
+    own = forward(input_ids=ids, attention_mask=mask, use_cache=False).logits
     hidden = last_hidden_state(model, ids, mask)
     output = model.get_output_embeddings()
     with gathered(output.weight, getattr(output, "bias", None)):

@@ -135,7 +135,7 @@ class CompletionSupply:
         """
         if not all(row.get("completion_ids") is not None or has_text(row.get("completion")) for row in rows):
             raise ValueError("a row without a completion arrived, and the method trains on those: filter the stream.")
-        given = [ids for ids, _ in self._given_and_cut(rows)]
+        given = [ids for ids, _ in self.given_and_cut(rows)]
         beyond = max((max(ids, default=0) for ids in given), default=0)
         if beyond >= self.host.vocab_size:
             raise ValueError(
@@ -144,7 +144,8 @@ class CompletionSupply:
             )
         return given
 
-    def _given_and_cut(self, rows: list[dict[str, Any]]) -> list[tuple[list[int], bool]]:
+    def given_and_cut(self, rows: list[dict[str, Any]]) -> list[tuple[list[int], bool]]:
+        """The ids of the data set's completions, and whether each was cut to `max_completion_length`."""
         longest = self.host.max_completion_length
         made: list[tuple[list[int], bool]] = [([], False)] * len(rows)
         texts = []
@@ -196,7 +197,7 @@ class CompletionSupply:
                 )
         host, cut = self.host, 0
         for start, rows in pieces(dataset):
-            given = row_by_row(self._given_and_cut, rows, start, f"the completion of row {{}} of {role} cannot be rendered")
+            given = row_by_row(self.given_and_cut, rows, start, f"the completion of row {{}} of {role} cannot be rendered")
             for row, (ids, was_cut) in enumerate(given, start):
                 cut += was_cut
                 if min(ids, default=0) < 0:

@@ -227,5 +227,5 @@ class RunRecord(TrainerCallback):
             if kept and self.trainer.is_world_process_zero():
                 try:
                     write_report(self.folder)
-                except (OSError, ValueError) as error:  # never in place of the run's own error
+                except Exception as error:  # whatever it is, never in place of the run's own
                     logger.warning("no report was written: %s", error)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from tsdkd.data.pieces import token_texts
+from tsdkd.data.pieces import joined_text, token_texts
 from tsdkd.data.rows import append_rows
 from tsdkd.trainers.step import Step
 from tsdkd.types import LossTerms
@@ -67,7 +67,7 @@ class Samples:
             one = rollouts.rows([row])
             ids = one.trained(one.completion_ids)[:length]  # as far as the student read
             texts = token_texts(self.tokenizer, ids)
-            prompt = "".join(token_texts(self.tokenizer, one.prompt_ids[0]))[-_PROMPT:]
+            prompt = joined_text(self.tokenizer, one.prompt_ids[0])[-_PROMPT:]
             numbers = {name: _numbers(value, row, length) for name, value in columns.items() if value is not None}
             made.append({"step": number, "prompt": prompt, "tokens": texts, "columns": numbers})
         return made

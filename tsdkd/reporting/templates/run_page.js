@@ -15,8 +15,10 @@ const draw = (name, attributes, text) => {
   if (text !== undefined) node.textContent = text;
   return node;
 };
-const number = value => value === 0 ? "0" : Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6 ? value.toExponential(2) : String(+value.toPrecision(4));
+const number = value => typeof value !== "number" ? String(value) : value === 0 ? "0" : Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6 ? value.toExponential(2) : String(+value.toPrecision(4));
 const colour = i => `var(--c${i % 8})`, dash = i => ["", "7 3", "2 3"][Math.floor(i / 8) % 3];
+
+const ends = values => values.reduce(([low, high], v) => [v < low ? v : low, v > high ? v : high], [Infinity, -Infinity]);
 
 function ticks(low, high, count) {
   if (!(high > low)) return [low];
@@ -49,10 +51,10 @@ function chart(panel) {
     holder.replaceChildren();
     if (!points.length) return;
     const xs = points.map(p => p[0]), ys = points.flatMap(p => p.length === 4 ? [p[2], p[3]] : [p[1]]).filter(v => v !== null);
-    let [low, high] = [Math.min(...ys), Math.max(...ys)];
+    let [low, high] = ends(ys);
     if (low >= 0) low = 0;
     if (high === low) high = low + (Math.abs(low) || 1);
-    const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
+    const [x0, x1] = ends(xs);
     const x = v => left + (x1 > x0 ? (v - x0) / (x1 - x0) : .5) * (width - left - right);
     const y = v => top + (1 - (v - low) / (high - low)) * (height - top - bottom);
     const svg = draw("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${panel.title}, ${panel.unit}, over optimizer steps`});
@@ -65,7 +67,7 @@ function chart(panel) {
     if (panel.unit) svg.append(draw("text", {x: 0, y: 0, transform: `translate(11 ${(height - bottom) / 2}) rotate(-90)`, "text-anchor": "middle"}, panel.unit));
     for (const [line, i] of shown) {
       const there = line.points.filter(p => p[1] !== null);
-      const d = there.map((p, n) => `${n ? "L" : "M"}${x(p[0]).toFixed(1)} ${y(p[1]).toFixed(1)}`).join("");
+      const d = line.points.map((p, n) => p[1] === null ? "" : `${n && line.points[n - 1][1] !== null ? "L" : "M"}${x(p[0]).toFixed(1)} ${y(p[1]).toFixed(1)}`).join("");
       svg.append(draw("path", {d, fill: "none", stroke: colour(i), "stroke-width": 1.6, "stroke-dasharray": dash(i), "data-line": i}));
       for (const p of there) {
         if (p.length === 4) svg.append(draw("line", {x1: x(p[0]), x2: x(p[0]), y1: y(p[2]), y2: y(p[3]), stroke: colour(i), "stroke-width": 1}));
@@ -74,14 +76,30 @@ function chart(panel) {
     }
     const here = draw("line", {y1: top, y2: height - bottom, stroke: "var(--soft)", "stroke-width": .8, visibility: "hidden"});
     svg.append(here);
-    svg.addEventListener("pointermove", event => {
-      const box = svg.getBoundingClientRect(), at = (event.clientX - box.left) / box.width * width;
-      const nearest = xs.reduce((best, v) => Math.abs(x(v) - at) < Math.abs(x(best) - at) ? v : best, xs[0]);
+    const steps = [...new Set(xs)].sort((a, b) => a - b);
+    let chosen = -1;
+    const read = nearest => {
       here.setAttribute("x1", x(nearest)); here.setAttribute("x2", x(nearest)); here.setAttribute("visibility", "visible");
-      const read = shown.map(([line]) => [line, line.points.find(p => p[0] === nearest)]).filter(([, p]) => p && p[1] !== null);
-      value.textContent = `step ${number(nearest)}: ` + read.map(([line, p]) => `${line.label} ${number(p[1])}`).join(", ");
+      const found = shown.map(([line]) => [line, line.points.find(p => p[0] === nearest)]).filter(([, p]) => p && p[1] !== null);
+      value.textContent = `step ${number(nearest)}: ` + found.map(([line, p]) => `${line.label} ${number(p[1])}`).join(", ");
+      chosen = steps.indexOf(nearest);
+    };
+    const point = event => {
+      const box = svg.getBoundingClientRect(), at = (event.clientX - box.left) / box.width * width;
+      read(steps.reduce((best, v) => Math.abs(x(v) - at) < Math.abs(x(best) - at) ? v : best, steps[0]));
+    };
+    svg.addEventListener("pointermove", point);
+    svg.addEventListener("pointerdown", point);
+    svg.setAttribute("tabindex", "0");
+    svg.addEventListener("keydown", event => {
+      const move = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+      if (!move) return;
+      event.preventDefault();
+      read(steps[Math.max(0, Math.min(steps.length - 1, chosen + move))]);
     });
-    svg.addEventListener("pointerleave", () => { here.setAttribute("visibility", "hidden"); value.textContent = ""; });
+    svg.addEventListener("pointerleave", event => {
+      if (event.pointerType === "touch") return;
+      here.setAttribute("visibility", "hidden"); value.textContent = ""; });
     holder.append(svg);
   }
   paint();
@@ -97,15 +115,15 @@ if ($("panels")) {
 }
 
 // Characters that would not be seen, or would turn the page's order around.
-const hidden = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/;
+const hidden = /[\u0000-\u0008\u000b-\u001f\u007f-\u00a0\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164\ufe00-\ufe0f\ufeff\ufff9-\ufffb\u{1d173}-\u{1d17a}\u{e0000}-\u{e0fff}]/u, mark = /\p{M}/u;
 function visible(node, text) {
-  if (/^⟨.*⟩$/.test(text)) return node.append(text);
+  if (/^⟨([0-9A-F]{2}( [0-9A-F]{2})*|#\d+)⟩$/.test(text)) return node.append(text);
   for (const c of text) {
     if (c === " ") node.append(make("i", "·"));
     else if (c === "\n") node.append(make("i", "↵"), "\n");
     else if (c === "\t") node.append(make("i", "⇥"));
     else if (hidden.test(c)) node.append(make("i", "⟨U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "⟩"));
-    else node.append(c);
+    else node.append(mark.test(c) && !node.textContent ? "◌" + c : c);
   }
 }
 function strip(sample, high) {
@@ -124,7 +142,8 @@ function strip(sample, high) {
 const all = data.samples.flat();
 if (all.length) {
   $("samples").hidden = false;
-  const high = Math.max(1e-9, ...all.flatMap(sample => sample.columns.student_entropy || []).filter(v => v !== null));
+  let high = 1e-9;
+  for (const sample of all) for (const value of sample.columns.student_entropy || []) if (value > high) high = value;
   const shownSteps = samples => [...new Set(samples.map(sample => sample.step))].sort((a, b) => a - b);
   data.samples.forEach((samples, r) => {
     const steps = shownSteps(samples);

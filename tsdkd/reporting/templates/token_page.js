@@ -29,15 +29,16 @@ const draw = (name, attributes, text) => {
   if (text !== undefined) node.textContent = text;
   return node;
 };
+const largest = values => values.reduce((most, value) => value > most ? value : most, -Infinity);
 const number = value => value === null || value === undefined ? "–" :
   value === 0 ? "0" : Math.abs(value) < 1e-4 || Math.abs(value) >= 1e5 ? value.toExponential(3) : String(+value.toPrecision(6));
 const share = value => value === null || value === undefined ? "" : value >= 0.0995 ? (100 * value).toFixed(1) + " %" :
   value === 0 ? "0 %" : (value >= 1e-5 ? String(+(100 * value).toPrecision(2)) : (100 * value).toExponential(1)) + " %";
 
 // Characters that would not be seen, or would turn the page's order around.
-const hidden = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/;
+const hidden = /[\u0000-\u0008\u000b-\u001f\u007f-\u00a0\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164\ufe00-\ufe0f\ufeff\ufff9-\ufffb\u{1d173}-\u{1d17a}\u{e0000}-\u{e0fff}]/u, mark = /\p{M}/u;
 function visible(node, text) {
-  if (/^⟨.*⟩$/.test(text)) return node.append(text);
+  if (/^⟨([0-9A-F]{2}( [0-9A-F]{2})*|#\d+)⟩$/.test(text)) return node.append(text);
   let plain = "";
   const flush = () => { if (plain) node.append(plain); plain = ""; };
   for (const c of text) {
@@ -45,7 +46,7 @@ function visible(node, text) {
     else if (c === "\n") { flush(); node.append(make("i", "↵"), "\n"); }
     else if (c === "\t") { flush(); node.append(make("i", "⇥")); }
     else if (hidden.test(c)) { flush(); node.append(make("i", "⟨U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "⟩")); }
-    else plain += c;
+    else plain += !plain && mark.test(c) ? "◌" + c : c;
   }
   flush();
 }
@@ -60,7 +61,7 @@ function column(view, name) {
   return view.columns[name];
 }
 const quantities = () => {
-  const names = Object.keys(views()[0].columns).filter(name => !name.startsWith("takes/"));
+  const names = [...new Set(views().flatMap(view => Object.keys(view.columns)))].filter(name => !name.startsWith("takes/"));
   const order = name => ["student_entropy", "teacher_entropy"].includes(name) ? 0 : name.startsWith("gate/") ? 1 : name === "divergence" ? 2 : name.startsWith("contribution/") ? 4 : 5;
   const all = [...names.sort((a, b) => order(a) - order(b))];
   const first = all.findIndex(name => name.startsWith("contribution/"));
@@ -94,7 +95,7 @@ function build() {
     const box = make("section", null, {"aria-label": view.label});
     box.append(make("h2", view.label));
     const terms = Object.entries(view.terms).map(([name, t]) => `${number(t.weight)} × ${name} ${number(t.value)}`).join(" + ");
-    box.append(make("p", `loss ${number(view.loss)} = ${terms || "no terms"}`, {class: "small soft"}));
+    box.append(make("p", `loss ${number(view.loss)} = ${terms || "no terms"}${view.temperature !== 1 ? `; probabilities and entropies at τ = ${view.temperature}` : ""}`, {class: "small soft"}));
     if (view.note) box.append(make("p", view.note, {class: "small"}));
     box.append(strip(view, v));
     const text = make("div", null, {class: "text", role: "listbox", "aria-label": "The completion, a token each"});
@@ -117,7 +118,7 @@ function build() {
     text.addEventListener("keydown", keys);
     box.append(text);
     const plain = make("details");
-    plain.append(make("summary", "The text"), make("pre", view.tokens.join(""), {dir: "auto"}));
+    plain.append(make("summary", "The text"), make("pre", view.text ?? view.tokens.join(""), {dir: "auto"}));
     box.append(plain);
     container.append(box);
   });
@@ -140,14 +141,14 @@ function keys(event) {
   const to = {ArrowRight: state.at + 1, ArrowLeft: state.at - 1, Home: 0, End: last, PageDown: state.at + 20, PageUp: state.at - 20}[event.key];
   if (to === undefined) return;
   event.preventDefault();
-  const v = spans.findIndex(row => row[state.at] === document.activeElement);
+  const v = spans.findIndex(row => row.includes(document.activeElement));
   const t = Math.max(0, Math.min(last, to));
   show(t, spans[Math.max(0, v)][t]);
 }
 
 function paint() {
   const scale = range(state.quantity);
-  const limit = scale.low + (scale.high - scale.low) * state.threshold / 1000;
+  const limit = state.threshold >= 1000 ? scale.high : scale.low + (scale.high - scale.low) * state.threshold / 1000;
   const counts = views().map((view, v) => {
     const values = column(view, state.quantity) || [];
     let count = 0;
@@ -195,26 +196,29 @@ function strip(view, v) {
   const x = t => left + (t + .5) / n * (width - left - right);
   const gate = Object.keys(view.columns).find(name => name.startsWith("gate/"));
   const lines = [["student_entropy", "--c0", "student's entropy, nats", ""], ["teacher_entropy", "--c1", "teacher's entropy, nats", "6 3"]].filter(([name]) => view.columns[name]);
-  const high = Math.max(1e-9, ...lines.flatMap(([name]) => view.columns[name].map(value => value || 0)));
+  const high = largest([1e-9, ...lines.flatMap(([name]) => view.columns[name])]);
+  const most = gate ? largest([1, ...view.columns[gate]]) : 1;
   const y = value => top + (1 - value / high) * (height - top - bottom);
   const svg = draw("svg", {viewBox: `0 0 ${width} ${height}`, class: "strip", role: "img", "aria-label": "Entropies and gate at each position"});
   const opener = firstOf(view, "ranking");
-  const end = opener ? view.columns["takes/" + opener].lastIndexOf(1) : -1;
-  if (end >= 0) {
-    svg.append(draw("rect", {x: left, y: top, width: x(end) - left + .5 / n * (width - left - right), height: height - top - bottom, fill: "var(--hatch)"}));
-    const edge = x(end) + .5 / n * (width - left - right);
+  const ranked = opener ? view.columns["takes/" + opener] : [], wide = (width - left - right) / n;
+  ranked.forEach((on, t) => {  // in one piece where it is a prefix, as an opener is
+    if (!on || ranked[t - 1]) return;
+    let end = t;
+    while (ranked[end + 1]) end++;
+    const edge = x(end) + wide / 2;
+    svg.append(draw("rect", {x: x(t) - wide / 2, y: top, width: edge - x(t) + wide / 2, height: height - top - bottom, fill: "var(--hatch)"}));
     svg.append(draw("line", {x1: edge, x2: edge, y1: top, y2: height - bottom, stroke: "var(--c2)", "stroke-width": 2}));
-  }
+  });
   svg.append(draw("line", {x1: left, x2: width - right, y1: height - bottom, y2: height - bottom, stroke: "var(--line)"}));
   for (const value of [0, high / 2, high]) svg.append(draw("text", {x: left - 6, y: y(value) + 4, "text-anchor": "end"}, value.toPrecision(2)));
-  for (let i = 0; i <= 4; i++) {
-    const t = Math.round(i * (n - 1) / 4);
-    svg.append(draw("text", {x: x(t), y: height - 18, "text-anchor": i === 4 ? "end" : i ? "middle" : "start"}, `${t}`));
-  }
+  for (const t of new Set([0, 1, 2, 3, 4].map(i => Math.round(i * (n - 1) / 4))))
+    svg.append(draw("text", {x: x(t), y: height - 18, "text-anchor": "middle"}, `${t}`));
   svg.append(draw("text", {x: (left + width) / 2, y: height - 3, "text-anchor": "middle"}, "token"));
   const path = (values, scale) => values.map((value, t) => value === null ? "" : `${t && values[t - 1] !== null ? "L" : "M"}${x(t).toFixed(1)} ${scale(value).toFixed(1)}`).join("");
-  if (gate) svg.append(draw("path", {d: path(view.columns[gate], value => top + (1 - value) * (height - top - bottom)), fill: "none", stroke: "var(--c5)", "stroke-width": 1.1, "stroke-dasharray": "1.5 2.5"}));
+  if (gate) svg.append(draw("path", {d: path(view.columns[gate], value => top + (1 - value / most) * (height - top - bottom)), fill: "none", stroke: "var(--c5)", "stroke-width": 1.1, "stroke-dasharray": "1.5 2.5"}));
   for (const [name, color, , dash] of lines) svg.append(draw("path", {d: path(view.columns[name], y), fill: "none", stroke: `var(${color})`, "stroke-width": 1.4, "stroke-dasharray": dash}));
+  if (n === 1) for (const [name, color] of lines) if (view.columns[name][0] !== null) svg.append(draw("circle", {cx: x(0), cy: y(view.columns[name][0]), r: 3, fill: `var(${color})`}));
   const here = draw("line", {class: "here", y1: top, y2: height - bottom, x1: 0, x2: 0});
   svg.append(here);
   heres[v] = [here, x];
@@ -224,7 +228,7 @@ function strip(view, v) {
     jump(Math.max(0, Math.min(n - 1, t)));
   });
   const key = make("p", null, {class: "small soft keys"});
-  for (const [, color, told, dash] of [...lines, ...(gate ? [["", "--c5", "gate, 0 to 1", "."]] : [])]) {
+  for (const [, color, told, dash] of [...lines, ...(gate ? [["", "--c5", `gate, 0 to ${number(most)}`, "."]] : [])]) {
     const one = make("span", null);
     one.append(make("span", null, {class: "key", style: `border-color: var(${color}); border-top-style: ${dash === "." ? "dotted" : dash ? "dashed" : "solid"}`}), told);
     key.append(one);
@@ -258,7 +262,9 @@ function show(t, focus) {
     if (views().length > 1) parts.push(make("p", view.label, {class: "small soft"}));
     parts.push(candidates(view, t), figures(view, t));
   });
-  panel.replaceChildren(...parts);
+  const close = make("button", "×", {type: "button", class: "close", "aria-label": "Close"});
+  close.addEventListener("click", () => panel.replaceChildren());
+  panel.replaceChildren(close, ...parts);
 }
 
 function figures(view, t) {
