@@ -275,3 +275,51 @@ def test_the_final_student_has_a_manifest_that_holds(tmp_path):
     assert {"model.safetensors", "config.json", "README.md"} <= files.keys() and not (tmp_path / "s" / commits.SAVING).exists()
     trainer.save_model(str(tmp_path / "s"))  # over itself
     commits.check(tmp_path / "s")
+
+
+# ---------------------------------------------------------------------- signs that act
+
+
+class Trouble(TrainerCallback):
+    """Logs that look like a run whose completions lose their end, from the seventh step on."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            logs["completions/clipped_ratio"] = 0.0 if state.global_step < 7 else 1.0
+            logs["student/entropy"] = logs["candidates/top1_agreement"] = 1.0
+
+
+@pytest.mark.parametrize("action", ["warn", "stop", "back"])
+def test_signs_warn_stop_or_go_back(tmp_path, action, caplog, monkeypatch):
+    monkeypatch.setattr("tsdkd.trainers.health.WINDOW", 3)
+    student = tiny_model("llama", seed=1, closes_soon=True)
+    options = {"save_strategy": "steps", "save_steps": 2, "on_trouble": action, "max_steps": 14, "data": prompts(17)}
+    trainer = make(tmp_path, student=student, logging_steps=1, **options)
+    trainer.callback_handler.callbacks.insert(0, Trouble())
+    trainer.train()
+    (sign,) = {record.args[0] for record in caplog.records if "completions/clipped_ratio" in str(record.args)}
+    assert 7 <= sign < 14
+    if action == "warn":
+        assert trainer.state.global_step == 14
+        return
+    assert trainer.state.global_step == sign and f"on_trouble={action} ends the run here" in caplog.text
+    if action == "stop":
+        commits.check(tmp_path / f"checkpoint-{sign}")
+        return
+    before = max(step for step in range(2, sign, 2))
+    assert f"the student is that of {tmp_path / f'checkpoint-{before}'} again" in caplog.text
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / f"checkpoint-{before}" / "model.safetensors")
+    assert all(torch.equal(saved[name], p) for name, p in trainer.model.named_parameters() if name in saved)
+
+
+def test_a_teacher_that_has_become_uniform_is_told(tmp_path, caplog):
+    teacher = tiny_model("qwen2", hidden=48, seed=2)
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight.zero_()
+    make(tmp_path, teacher=teacher, max_steps=1).train()
+    assert "of one that knows nothing: it teaches nothing" in caplog.text
+    caplog.clear()
+    make(tmp_path / "b", max_steps=1).train()
+    assert "teaches nothing" not in caplog.text

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,21 @@ def markdown(table: Table) -> str:
     name = f"Table {table.number}: {table.title}" if table.number else table.title
     averages = table.averages
     more = ["average"] if averages else []
-    lines = [f"### {name}", "", _line(["", *table.columns, *more]), _line(["---"] * (len(table.columns) + 1 + len(more)))]
+    heads = [_in_markdown(column) for column in table.columns]
+    lines = [f"### {name}", "", _line(["", *heads, *more]), _line(["---"] * (len(table.columns) + 1 + len(more)))]
     ranks = {column: table.ranked(column) for column in table.columns}
     for label in table.labels:
         texts = []
         for column in table.columns:
             texts.append(_our_text(table, label, column, *ranks[column]))
         texts += [averages[label]] if averages else []
-        lines.append(_line([label, *texts]))
+        lines.append(_line([_in_markdown(label), *texts]))
     lines += ["", "95 % intervals (of shares Wilson's) and items:", ""]
-    lines += [_line(["", *table.columns]), _line(["---"] * (len(table.columns) + 1))]
-    lines += [_line([label, *(_interval_text(table, label, column) for column in table.columns)]) for label in table.labels]
+    lines += [_line(["", *heads]), _line(["---"] * (len(heads) + 1))]
+    lines += [
+        _line([_in_markdown(label), *(_interval_text(table, label, column) for column in table.columns)])
+        for label in table.labels
+    ]
     legend = "**best**, <u>runner-up</u> (the teacher left out), \\* above the teacher, † differs from the untrained student"
     lines += [
         "",
@@ -51,6 +57,16 @@ def markdown(table: Table) -> str:
             lines.append(_line([label, *(_paper_text(table, label, column) for column in table.columns)]))
         lines += ["", *(f"- {note}" for note in table.notes)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _in_markdown(text: str) -> str:
+    """A label or a task's name, whoever gave it, as a cell's text."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def _in_csv(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value else value
 
 
 def _line(texts: list[str]) -> str:
@@ -135,7 +151,7 @@ def as_csv(tables: dict[str, list[Table]]) -> str:
                 for column in table.columns:
                     cell = table.cells.get((label, column))
                     if cell is not None:
-                        where = [table.number or "", setting == "with chat template", label, column]
+                        where = [table.number or "", setting == "with chat template", _in_csv(label), _in_csv(column)]
                         writer.writerow([*where, *_values(table, label, column, cell)])
     return out.getvalue()
 
@@ -247,5 +263,7 @@ def side_by_side(samples: Iterable[dict[str, Any]], task: str, item: int) -> str
             if key not in ("model", "task", "item", "filter", "chat_template", "prompt", "target", "answer", "taken")
         }
         told = ", ".join(f"{name} {value:g}" for name, value in scores.items() if isinstance(value, (int, float)))
-        lines += [f"**{row['model']}**{setting}" + (f" ({told})" if told else ""), "```", str(row["answer"]), "```", ""]
+        answer = str(row["answer"])
+        fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", answer)), default=0))
+        lines += [f"**{_in_markdown(str(row['model']))}**{setting}" + (f" ({told})" if told else ""), fence, answer, fence, ""]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from tsdkd.methods import Method, resolve_method
 from tsdkd.teachers.placing import PLACEMENTS
 from tsdkd.teachers.sources import loading_options
 from tsdkd.teachers.zero3 import zero3_config
+from tsdkd.trainers.health import ACTIONS
 from tsdkd.trainers.samples import trace_steps
 
 
@@ -65,6 +66,8 @@ class TokenDistillConfig(DistillationConfig):
             last hidden states, on one micro-batch; 0 is never.
         sample_completions: completions that are kept with their tokens' numbers, of steps 1, 2, 4, 8, … and the last, in
             `samples.jsonl`, which the run's page shows; 0 keeps none.
+        on_trouble: what the signs of a run that goes wrong do (`trainers/health.py`): `warn`; `stop`, end it with a checkpoint;
+            `back`, end it with the student of the best checkpoint, or of the last one before the sign.
         stop_on_signals: end the run after the step in hand, with a checkpoint, when SIGINT or SIGTERM comes to any process;
             `trainer.stopped_by` says so. `tsdkd train` does by itself.
         trace_steps: steps, comma-separated, of which a Chrome trace is written (`trace-STEP.json`, which Perfetto reads).
@@ -152,6 +155,9 @@ class TokenDistillConfig(DistillationConfig):
     sample_completions: int = field(
         default=2, metadata={"help": "Completions that are kept, early and late, for the run's page; 0 keeps none."}
     )
+    on_trouble: str = field(
+        default="warn", metadata={"help": "What signs of a run going wrong do: warn, stop, or back (to the best checkpoint)."}
+    )
     stop_on_signals: bool = field(
         default=False,
         metadata={"help": "On SIGINT and SIGTERM stop after the step in hand, with a checkpoint; on here by default."},
@@ -195,6 +201,7 @@ class TokenDistillConfig(DistillationConfig):
         if self.token_budget is not None:
             check_count("token_budget", self.token_budget)
         check_count("term_grad_norm_steps", self.term_grad_norm_steps, smallest=0)
+        check_choice("on_trouble", self.on_trouble, ACTIONS)
         check_count("sample_completions", self.sample_completions, smallest=0)
         trace_steps(self.trace_steps)  # refuses what are no steps
         self.build_method()  # refuses unknown options before any model is loaded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-logger = logging.getLogger(__name__)
+from tsdkd.trainers.host import once_a_run
+
+logger = once_a_run(__name__)  # every process sees the same logs, and ends alike
 
 WINDOW = 3  # logs that are averaged, at the start and now
 FAR = 10.0  # times the direct term's gradient
@@ -73,22 +75,35 @@ SIGNS = (
 )
 
 
+ACTIONS = ("warn", "stop", "back")
+
+
 class Health(TrainerCallback):
-    """Compares a run's last logs with its first; warns, and changes nothing.
+    """Compares a run's last logs with its first and warns; by option it ends the run, too.
 
     Args:
         norms: gives the terms' gradient norms that were computed last, by name.
         say: what prints the terms' gradients of the first step.
+        action: `"warn"` changes nothing; `"stop"` ends the run with a checkpoint; `"back"` ends it, and the student is
+            then that of the best checkpoint, or of the last one before the sign.
+        uniform: the entropy of a teacher that knows nothing, the logarithm of the vocabulary; None: not looked at.
     """
 
-    def __init__(self, norms: Callable[[], Mapping[str, float]], say: Callable[[str], None] = print) -> None:
-        self.norms, self.say = norms, say
+    def __init__(
+        self,
+        norms: Callable[[], Mapping[str, float]],
+        say: Callable[[str], None] = print,
+        action: str = "warn",
+        uniform: float | None = None,
+    ) -> None:
+        self.norms, self.say, self.action, self.uniform = norms, say, action, uniform
+        self.signs: list[int] = []  # the steps at which one showed
         self._seen: dict[str, list[float]] = {}
         self._told: set[int] = set()
         self._ratios: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._seen, self._told, self._ratios = {}, set(), {}
+        self._seen, self._told, self._ratios, self.signs = {}, set(), {}, []
 
     def on_step_end(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -115,7 +130,7 @@ class Health(TrainerCallback):
                 self._ratios[term] = ratio
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
+        if "loss" not in (logs or {}):
             return
         for name in {sign.name for sign in SIGNS}:
             if name in logs:
@@ -136,6 +151,31 @@ class Health(TrainerCallback):
                     start,
                     sign.try_,
                 )
+                self._act(state, control)
+        self._uniform(state, control, logs or {})
+
+    def _uniform(self, state: Any, control: Any, logs: Mapping[str, Any]) -> None:
+        """A teacher that has become uniform teaches nothing: a wrong checkpoint, a server's zeros, a text it cannot read."""
+        entropy = logs.get("teacher/entropy")
+        if self.uniform is None or entropy is None or -1 in self._told or float(entropy) < 0.97 * self.uniform:
+            return
+        self._told.add(-1)
+        logger.warning(
+            "step %d: the teacher's entropy is %.3g nats of the %.3g of one that knows nothing: it teaches nothing. Look at "
+            "its checkpoint, its server, and at completions (--log_completions).",
+            state.global_step,
+            float(entropy),
+            self.uniform,
+        )
+        self._act(state, control)
+
+    def _act(self, state: Any, control: Any) -> None:
+        self.signs.append(state.global_step)
+        if self.action == "warn":
+            return
+        logger.warning("step %d: on_trouble=%s ends the run here.", state.global_step, self.action)
+        control.should_training_stop = True
+        control.should_save = control.should_save or self.action == "stop"
 
 
 def ratios(norms: Mapping[str, float]) -> dict[str, float]:
@@ -164,4 +204,5 @@ def repetition(ids: Sequence[int], size: int = 3) -> float:
 
 def watch(trainer: Any) -> Health:
     """A trainer's."""
-    return Health(lambda: {name: float(norm) for name, norm in trainer.loop.loss.norms.items()})
+    norms = lambda: {name: float(norm) for name, norm in trainer.loop.loss.norms.items()}  # noqa: E731
+    return Health(norms, action=trainer.args.on_trouble, uniform=math.log(trainer.vocab_size))

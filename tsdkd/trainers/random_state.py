@@ -26,6 +26,30 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
 
 
+def to_json(state: dict[str, Any]) -> dict[str, Any]:
+    """What `random_state` gave, as JSON holds it: no pickle is written."""
+    numbers = lambda tensor: tensor.tolist()  # noqa: E731
+    name, keys, *rest = state["numpy"]
+    return {
+        "torch": numbers(state["torch"]),
+        "cuda": None if state["cuda"] is None else [numbers(part) for part in state["cuda"]],
+        "python": state["python"],
+        "numpy": [name, keys.tolist(), *rest],
+    }
+
+
+def from_json(state: dict[str, Any]) -> dict[str, Any]:
+    """What `to_json` was given."""
+    name, keys, *rest = state["numpy"]
+    version, internal, gauss = state["python"]
+    return {
+        "torch": torch.tensor(state["torch"], dtype=torch.uint8),
+        "cuda": None if state["cuda"] is None else [torch.tensor(part, dtype=torch.uint8) for part in state["cuda"]],
+        "python": (version, tuple(internal), gauss),
+        "numpy": (name, np.array(keys, dtype=np.uint32), *rest),
+    }
+
+
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Python's, numpy's and torch's random states are afterwards what they were before."""

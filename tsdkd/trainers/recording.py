@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from tsdkd.data.prompts import COLUMNS
 from tsdkd.data.rows import lines_of
+from tsdkd.provenance import redacted
 from tsdkd.teachers.recorded import MANIFEST, shard_entry, write_manifest, write_shard
 from tsdkd.trainers.engines import generation_batches
-from tsdkd.trainers.random_state import random_state, set_random_state
+from tsdkd.trainers.random_state import from_json, random_state, set_random_state, to_json
 from tsdkd.trainers.run_record import plain, planned_steps
 
 
@@ -46,17 +46,17 @@ def write_recording(trainer: Any, folder: Path, about: dict[str, Any]) -> dict[s
     trainer.model.train()
     steps = trainer.state.max_steps = planned_steps(trainer)
     process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    identity = json.dumps([about, plain(trainer.args.to_dict()), steps, processes], sort_keys=True, default=str)
+    identity = json.dumps([about, redacted(plain(trainer.args.to_dict())), steps, processes], sort_keys=True, default=str)
     first = _begun(folder, identity, process, processes) if processes == 1 or _shared(folder, identity) else 0
     trainer.accelerator.wait_for_everyone()
     if process == 0 and not first:
         _clear(folder, identity)
     trainer.accelerator.wait_for_everyone()
-    state = folder / f"state-{process}.pt"
+    state = folder / f"state-{process}.json"
 
     def begin() -> None:
         if first:
-            set_random_state(torch.load(state, weights_only=False)["random"])
+            set_random_state(from_json(json.loads(state.read_text())["random"]))
 
     shards = [shard_entry(folder, f"step-{number:05d}-{process}") for number in range(first)]
     bar = tqdm(total=steps, initial=first, desc="recording", disable=trainer.args.disable_tqdm or process != 0)
@@ -67,7 +67,9 @@ def write_recording(trainer: Any, folder: Path, about: dict[str, Any]) -> dict[s
                 prompts = [{key: row[key] for key in COLUMNS[:3] if row.get(key)} for row in rows]
                 name = f"step-{number:05d}-{process}"
                 shards.append(write_shard(folder, name, prompts, step.rollouts, list(step.teacher_hidden)))
-                torch.save({"steps": number + 1, "random": random_state()}, state)
+                scratch = state.with_suffix(".part")
+                scratch.write_text(json.dumps({"steps": number + 1, "random": to_json(random_state())}))
+                scratch.replace(state)
                 bar.update()
                 if number + 1 == steps:
                     break
@@ -102,16 +104,16 @@ def _begun(folder: Path, identity: str, process: int, processes: int) -> int:
     """The steps of this very recording that every process has written."""
     if not _shared(folder, identity):
         return 0
-    states = [folder / f"state-{number}.pt" for number in range(processes)]
+    states = [folder / f"state-{number}.json" for number in range(processes)]
     if not all(state.is_file() for state in states):
         return 0
-    steps = {torch.load(state, weights_only=False)["steps"] for state in states}
+    steps = {json.loads(state.read_text())["steps"] for state in states}
     return steps.pop() if len(steps) == 1 else 0  # cut off between two processes' shards: from the start
 
 
 def _clear(folder: Path, identity: str) -> None:
     """An empty recording that is this one's."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in (*folder.glob("step-*"), *folder.glob("state-*.pt")):
+    for file in (*folder.glob("step-*"), *folder.glob("state-*.json")):
         file.unlink()
     (folder / _BEGUN).write_text(identity)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from tsdkd.data.rows import append_rows, read_rows, replace_rows
 from tsdkd.data.runs import CONFIG, METRICS, RUN, SAMPLES, SCHEMA
-from tsdkd.provenance import provenance
+from tsdkd.provenance import BLANK, provenance, redacted
 from tsdkd.reporting.run_page import write_report
 from tsdkd.teachers import vocabulary_size
 from tsdkd.trainers.console import stop_all
@@ -191,7 +191,7 @@ class RunRecord(TrainerCallback):
         import yaml
 
         trainer = self.trainer
-        made = {**self.options, **changed(trainer.args)}
+        made = {name: value for name, value in redacted({**self.options, **changed(trainer.args)}).items() if value != BLANK}
         (self.folder / CONFIG).write_text(yaml.safe_dump(made, sort_keys=False, allow_unicode=True))
         origin = provenance(trainer.args.seed)
         record = {
@@ -204,7 +204,7 @@ class RunRecord(TrainerCallback):
             "terms": {name: weight for name, weight in trainer.method.terms(trainer.loop.state).items() if weight},
             "models": trainer.loop.names,
             "summary": dict(table),
-            "config": {**plain(self.options), **plain(trainer.args.to_dict())},
+            "config": redacted({**plain(self.options), **plain(trainer.args.to_dict())}),
         }
         (self.folder / RUN).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator
@@ -14,11 +15,30 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from tsdkd.data import commits
+from tsdkd.provenance import BLANK, redacted
+from tsdkd.trainers.health import Health
 from tsdkd.trainers.identity import identity, refuse_another_run
 from tsdkd.trainers.run_record import planned_steps
 
 logger = logging.getLogger(__name__)
 LATEST = "latest"  # the newest whole checkpoint, or a start where there is none
+
+
+@contextmanager
+def without_secrets(args: Any) -> Iterator[None]:
+    """A run's options without secrets, as long as they are saved: transformers pickles them beside every model."""
+    kept = {}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        blank = redacted(value, field.name) if isinstance(value, (str, dict, list)) else value
+        if blank != value:
+            kept[field.name] = value
+            setattr(args, field.name, None if blank == BLANK else blank)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(args, name, value)
 
 
 class Saving:
@@ -57,7 +77,8 @@ class Saving:
         accelerator.wait_for_everyone()
         self.temporary = root
         try:
-            yield root / place.name
+            with without_secrets(trainer.args):
+                yield root / place.name
         finally:
             self.temporary = None
         accelerator.wait_for_everyone()
@@ -85,7 +106,8 @@ class Saving:
         if accelerator.is_main_process:
             shutil.rmtree(written, ignore_errors=True)
         accelerator.wait_for_everyone()
-        yield str(written)
+        with without_secrets(self.trainer.args):
+            yield str(written)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and written.is_dir():
             commits.put_files(written, place, {"step": self.trainer.state.global_step})
@@ -103,6 +125,9 @@ class Saving:
         with commits.locked(self.folder, "a run trains into it") if first else nullcontext():
             checkpoint = self.found(wanted)
             yield None if checkpoint is None else str(checkpoint), self.finished(checkpoint)
+            health = next((c for c in self.trainer.callback_handler.callbacks if isinstance(c, Health)), None)
+            if health is not None and health.signs and health.action == "back":
+                self.back(health.signs)
 
     # ------------------------------------------------------------------ going on
 
@@ -141,6 +166,21 @@ class Saving:
         if failure is not None:
             raise ValueError(failure)
         return None if name is None else Path(name)
+
+    def back(self, signs: list[int]) -> None:
+        """Give the trainer the student of its best checkpoint, or of the last whole one before the first of some steps."""
+        best = self.trainer.state.best_model_checkpoint
+        before = [path for path in commits.checkpoints(self.folder) if int(path.name.split("-")[-1]) < signs[0]]
+        for path in [*([Path(best)] if best else []), *before]:
+            try:
+                commits.check(path)
+            except ValueError as error:
+                logger.warning("%s is passed over: %s.", path, error)
+                continue
+            self.trainer.load_weights(str(path))
+            logger.warning("the student is that of %s again.", path)
+            return
+        logger.warning("no checkpoint from before step %d is there to go back to: the student is the last step's.", signs[0])
 
     def _found(self, wanted: Any) -> Path | None:
         if wanted is True or wanted == LATEST:

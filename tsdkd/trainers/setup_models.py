@@ -137,6 +137,7 @@ def placement_is_possible(setup: Setup) -> Iterator[Problem]:
 # Options that transformers or TRL take and that nothing here reads: their name, what they hold when they are left alone, why.
 _UNREAD = {
     "label_smoothing_factor": (0.0, "a distillation loss has no labels to smooth"),
+    "auto_find_batch_size": (False, "a batch that is cut after a lack of memory would draw prompts twice, and others never"),
     "data_seed": (None, "the order of the prompts follows seed"),
     "train_sampling_strategy": ("random", "TRL draws generation batches, and a step's rows are sorted by length already"),
 }

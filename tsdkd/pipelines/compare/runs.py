@@ -17,7 +17,7 @@ from tsdkd.data.runs import METRICS
 from tsdkd.evaluation.tables import mcnemar
 from tsdkd.methods import METHODS
 from tsdkd.pipelines.compare.scoring import Scorer
-from tsdkd.provenance import provenance
+from tsdkd.provenance import provenance, redacted, redacted_words
 from tsdkd.reporting.run_page import write_report
 from tsdkd.trainers.stopping import refuse_stopped
 
@@ -91,7 +91,7 @@ def settings_of(recipe: dict[str, Any], flags: Sequence[str], scorer: Scorer) ->
     """What all runs of a recipe share: a row of other settings is another run's."""
     shared = {key: value for key, value in recipe.items() if key not in ("output_dir", "teacher_answers", "methods")}
     contents = digest(scorer.contents, [recipe.get(key) for key in FILES])
-    return {**shared, "flags": list(flags), **scorer.settings, "contents": contents}
+    return {**redacted(shared), "flags": redacted_words(flags), **scorer.settings, "contents": contents}
 
 
 def digest(texts: Sequence[str], paths: Sequence[str | None]) -> str:
