@@ -62,11 +62,12 @@ def main(arguments: list[str]) -> int:
         config.save_strategy = "no"
         rows = _rows(own, data, model, config)
 
-        from tsdkd.cli.train import build
+        from tsdkd.cli.train import build, inputs
         from tsdkd.inspection import Reader
         from tsdkd.trainers import TokenDistillTrainer
 
-        trainer = build(dataclasses.replace(data, dataset_name=None, eval_tasks=None), config, model, needs_prompts=False)
+        bare = dataclasses.replace(data, dataset_name=None, eval_tasks=None)
+        trainer = build(bare, config, model, inputs(bare, config, model, needs_prompts=False))
         reader = Reader(trainer)
         rollouts = reader.rollouts(rows, seed=config.seed, given=True if own.completion or own.given else None)
         readers = [reader]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +13,10 @@ from tsdkd.cli.parsing import DataArguments, parse
 from tsdkd.data.runs import BENCHMARKS, CURVE, METRICS, REPORT, RUN, SAMPLES
 
 
-def build(data: DataArguments, config, model, needs_prompts: bool = True):
-    """The trainer that the options describe.
+def inputs(
+    data: DataArguments, config: Any, model: Any, needs_prompts: bool = True, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """What the options name, for a trainer's constructor: the student's name, the data sets, quantization and adapter.
 
     Raises:
         ValueError: no student, no teacher for a method that reads one, or no prompts.
@@ -37,8 +39,6 @@ def build(data: DataArguments, config, model, needs_prompts: bool = True):
 
     from tsdkd.data.files import load_rows
     from tsdkd.data.prompts import load_prompts
-    from tsdkd.trainers import TokenDistillTrainer, TSDKDConfig, TSDKDTrainer
-    from tsdkd.trainers.run_record import changed
 
     def load(name: str | None, split: str):
         if name is None:
@@ -53,23 +53,35 @@ def build(data: DataArguments, config, model, needs_prompts: bool = True):
             as_chat=data.prompt_as_chat,
         )
         if config.process_index == 0:
-            print(f"{len(rows)} prompts from {name}{' after dropping duplicates' if data.drop_duplicate_prompts else ''}")
+            say(f"{len(rows)} prompts from {name}{' after dropping duplicates' if data.drop_duplicate_prompts else ''}")
         return rows
 
     options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
     if "torch_dtype" not in (config.model_init_kwargs or {}):
         options["dtype"] = model.dtype
     config.model_init_kwargs = {**{k: v for k, v in options.items() if v is not None}, **(config.model_init_kwargs or {})}
+    return {
+        "model": model.model_name_or_path,
+        "train_dataset": load(data.dataset_name, data.dataset_train_split),
+        "eval_dataset": load(data.eval_dataset_name, data.eval_dataset_split),
+        "pretraining_dataset": load_rows(data.pretraining_dataset_name) if data.pretraining_dataset_name else None,
+        "quantization_config": get_quantization_config(model),
+        "peft_config": get_peft_config(model),
+    }
+
+
+def build(data: DataArguments, config: Any, model: Any, loaded: dict[str, Any] | None = None) -> Any:
+    """The trainer that the options describe; `loaded` is what `inputs` gave.
+
+    Raises:
+        ValueError: what `inputs` and the trainer refuse.
+    """
+    from tsdkd.trainers import TokenDistillTrainer, TSDKDConfig, TSDKDTrainer
+    from tsdkd.trainers.run_record import changed
+
+    loaded = inputs(data, config, model) if loaded is None else loaded
     trainer_class = TSDKDTrainer if isinstance(config, TSDKDConfig) else TokenDistillTrainer
-    trainer = trainer_class(
-        model=model.model_name_or_path,
-        args=config,
-        train_dataset=load(data.dataset_name, data.dataset_train_split),
-        eval_dataset=load(data.eval_dataset_name, data.eval_dataset_split),
-        pretraining_dataset=load_rows(data.pretraining_dataset_name) if data.pretraining_dataset_name else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
+    trainer = trainer_class(args=config, **loaded)
     config_of_run = {**changed(data), **changed(model)}
     trainer.run_record.options = {name: value for name, value in config_of_run.items() if name not in ("dry_run",)}
     if data.eval_tasks:

@@ -135,7 +135,7 @@ class Reader:
             ids = rollout.trained(rollout.completion_ids)
             k = next((term.num_candidates for term in objective.terms if isinstance(term, RankingTerm)), CANDIDATES)
             read = self._read(batch, head_of(student), torch.tensor(ids), min(k, trainer.vocab_size), objective.temperature)
-        of_written = {name: read.pop(name) for name in list(read) if name.endswith("_log_prob")}
+        of_written = {name: read.pop(name) for name in list(read) if name.endswith("_log_prob") or name == "overlap"}
         stats = terms.statistics
         made: dict[str, np.ndarray | None] = {"student_entropy": _column(stats.student_entropy)}
         if "teacher_entropy" in read:
@@ -200,11 +200,14 @@ class Reader:
             if teacher is not None:
                 order = teacher_order(logits[1].gather(-1, best))
                 top = logs[1].max(-1)
+                theirs = student_candidates(logits[1], k)
+                shared = (best.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).float().mean(-1)
                 found |= {
                     "teacher": logs[1].gather(-1, best).exp(),
                     "teacher_ranks": order.argsort(-1),
                     "teacher_best": top.indices,
                     "teacher_best_prob": top.values.exp(),
+                    "overlap": shared,
                     "teacher_log_prob": logs[1].gather(-1, written)[:, 0],
                     "teacher_entropy": -(logs[1].exp() * logs[1].clamp_min(torch.finfo(torch.float32).min)).sum(-1),
                 }

@@ -17,6 +17,7 @@ COLUMNS = {
     "student_log_prob": ("log-probability of the written token, student", "nats"),
     "teacher_log_prob": ("log-probability of the written token, teacher", "nats"),
     "log_ratio": ("log p_T − log p_S of the written token", "nats"),
+    "overlap": ("share of the teacher's k best among the student's k best", ""),
     "tau": ("Kendall's tau of the candidates' two orders", ""),
 }
 _OF_TERMS = {
