@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ _START = (
     '\'{"task": "token_embed", "use_activation": false}\' --no-enable-prefix-caching'
 )
 _KEY = "TSDKD_TEACHER_API_KEY"
+_MOST = 1 << 20  # bytes of a reply without hidden states
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -106,7 +108,7 @@ class ServerTeacher:
         head: the teacher's head, on the device where the loss is computed.
         rows: rows a request.
         dtype: of the replies, `bfloat16` or `float32`.
-        connect_timeout, read_timeout: seconds.
+        connect_timeout, read_timeout: seconds; the latter of a whole reply.
         retries: how often a request is made again, on the next server, with growing pauses.
 
     Raises:
@@ -144,6 +146,8 @@ class ServerTeacher:
                     "" if key else f", and {_KEY} is not set",
                 )
         self._head, self.rows, self.dtype, self.retries, self.pause = head, rows, dtype, retries, pause
+        self.read_timeout = read_timeout
+        self._jitter = random.Random(os.getpid())  # processes that failed together ask again apart
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx.Timeout(read_timeout, connect=connect_timeout)
         self._clients = [httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False) for url in self.urls]
@@ -176,8 +180,10 @@ class ServerTeacher:
             TeacherUnavailable: a server that does not answer.
         """
         for number, url in enumerate(self.urls):
-            reply = self._ask(number, "tokenize", {"prompt": text, "add_special_tokens": False})
-            theirs = reply.json()["tokens"]
+            found = self._json(number, "tokenize", {"prompt": text, "add_special_tokens": False})
+            theirs = found.get("tokens") if isinstance(found, dict) else None
+            if not isinstance(theirs, list):
+                raise TeacherUnavailable(f"the server {url} gave no tokens at /tokenize: is it vLLM's?")
             if theirs != ids:
                 raise ValueError(
                     f"the server {url} reads {text[:40]!r} as the ids {theirs[:8]}… but the student's tokenizer gives "
@@ -236,7 +242,7 @@ class ServerTeacher:
                 failures.append(str(error))
                 logger.warning("%s (attempt %d of %d)", error, attempt + 1, self.retries + 1)
                 if attempt < self.retries:
-                    time.sleep(self.pause * 2**attempt)
+                    time.sleep(self.pause * 2**attempt * self._jitter.uniform(0.5, 1.5))
         raise TeacherUnavailable(
             f"the teacher's servers ({', '.join(self.urls)}) did not answer {self.retries + 1} times; the last: "
             f"{failures[-1]} Start them again and resume from the last checkpoint: no step was lost."
@@ -252,19 +258,41 @@ class ServerTeacher:
             "embed_dtype": self.dtype,
             "endianness": "little",
         }
-        reply = self._ask(server, "pooling", body)
-        if "metadata" not in reply.headers:
+        wanted = sum(map(len, sequences)) * self._head.hidden_size * _DTYPES[self.dtype].itemsize
+        headers, content = self._ask(server, "pooling", body, most=4 * wanted + _MOST)
+        if "metadata" not in headers:
             raise ValueError(f"the server {self.urls[server]} gave no pooling metadata: {_START}.")
-        items = sorted(json.loads(reply.headers["metadata"])["data"], key=lambda item: item["index"])
-        content, states = bytearray(reply.content), []
-        for item, ids in zip(items, sequences, strict=True):
-            part = torch.frombuffer(content[item["start"] : item["end"]], dtype=_DTYPES[self.dtype])
-            tokens = part.reshape(item["shape"])
-            if tokens.ndim != 2 or len(tokens) != len(ids):
-                raise ValueError(
-                    f"the server {self.urls[server]} gave hidden states of shape {tuple(tokens.shape)} for {len(ids)} "
-                    f"tokens: {_START}."
+        return self._states(self.urls[server], headers["metadata"], content, sequences)
+
+    def _states(self, url: str, metadata: str, content: bytes, sequences: list[list[int]]) -> list[torch.Tensor]:
+        """A reply's hidden states, looked at before anything is trained on them.
+
+        Raises:
+            TeacherUnavailable: a reply that is cut, of another layout, or all zeros.
+            ValueError: states of other tokens than were asked.
+        """
+        kind = _DTYPES[self.dtype]
+        try:
+            items = sorted(json.loads(metadata)["data"], key=lambda item: int(item["index"]))
+            places = [
+                (int(item["index"]), int(item["start"]), int(item["end"]), tuple(map(int, item["shape"]))) for item in items
+            ]
+        except (ValueError, TypeError, KeyError) as error:
+            raise TeacherUnavailable(f"the server {url} gave metadata that cannot be read ({error!r}).") from error
+        if [index for index, *_ in places] != list(range(len(sequences))):
+            raise TeacherUnavailable(f"the server {url} gave {len(places)} parts for {len(sequences)} texts, or in no order.")
+        states = []
+        for (_, start, end, shape), ids in zip(places, sequences, strict=True):
+            if len(shape) != 2 or shape[0] != len(ids):
+                raise ValueError(f"the server {url} gave hidden states of shape {shape} for {len(ids)} tokens: {_START}.")
+            if not 0 <= start <= end <= len(content) or end - start != shape[0] * shape[1] * kind.itemsize:
+                raise TeacherUnavailable(
+                    f"the server {url} gave {len(content)} bytes, of which those from {start} to {end} are no {shape} of "
+                    f"{self.dtype}: its reply was cut, or is of another layout."
                 )
+            tokens = torch.frombuffer(bytearray(content[start:end]), dtype=kind).reshape(shape)
+            if not bool(tokens.any(-1).all()):
+                raise TeacherUnavailable(f"the server {url} gave zeros for a token's hidden state: it is broken, restart it.")
             states.append(tokens)
         return states
 
@@ -272,19 +300,43 @@ class ServerTeacher:
         """What the server calls its model."""
         known = self._names[server]
         if known is None:
-            known = self._names[server] = self._ask(server, "v1/models", None).json()["data"][0]["id"]
+            found = self._json(server, "v1/models", None)
+            try:
+                known = str(found["data"][0]["id"])
+            except (KeyError, IndexError, TypeError) as error:
+                raise TeacherUnavailable(f"the server {self.urls[server]} names no model at /v1/models.") from error
+            self._names[server] = known
         return known
 
-    def _ask(self, server: int, path: str, body: Any) -> httpx.Response:
-        client, url = self._clients[server], self.urls[server]
+    def _json(self, server: int, path: str, body: Any) -> Any:
+        """A reply that is JSON."""
+        _, content = self._ask(server, path, body, most=_MOST)
         try:
-            reply = client.request("GET" if body is None else "POST", path, json=body)
+            return json.loads(content)
+        except ValueError as error:
+            raise TeacherUnavailable(
+                f"the server {self.urls[server]} gave no JSON at /{path} ({content[:80]!r}): is it vLLM's?"
+            ) from error
+
+    def _ask(self, server: int, path: str, body: Any, most: int) -> tuple[httpx.Headers, bytes]:
+        """A reply's headers and content, of `most` bytes at most, whole before `read_timeout` has passed."""
+        client, url = self._clients[server], self.urls[server]
+        ends, content = time.monotonic() + self.read_timeout, bytearray()
+        try:
+            with client.stream("GET" if body is None else "POST", path, json=body) as reply:
+                for part in reply.iter_bytes():
+                    content += part
+                    if len(content) > most:
+                        raise TeacherUnavailable(f"the server {url} gave more than {most:,} bytes at /{path}.")
+                    if time.monotonic() > ends:
+                        raise TeacherUnavailable(f"the server {url} did not end its reply in {self.read_timeout:g} s.")
         except httpx.TimeoutException as error:
             raise TeacherUnavailable(f"the server {url} did not answer in time ({type(error).__name__}).") from error
         except httpx.HTTPError as error:
             raise TeacherUnavailable(f"the server {url} cannot be reached ({error}).") from error
-        if reply.status_code >= 500:
-            raise TeacherUnavailable(f"the server {url} failed ({reply.status_code}: {reply.text[:200]}).")
+        text = bytes(content[:300]).decode(errors="replace")
+        if reply.status_code >= 500 or reply.status_code in (408, 425, 429):
+            raise TeacherUnavailable(f"the server {url} failed ({reply.status_code}: {text[:200]}).")
         if reply.status_code >= 400:
-            raise ValueError(f"the server {url} refused /{path} ({reply.status_code}: {reply.text[:300]}): {_START}.")
-        return reply
+            raise ValueError(f"the server {url} refused /{path} ({reply.status_code}: {text}): {_START}.")
+        return reply.headers, bytes(content)

@@ -11,6 +11,7 @@ Every part owns its state; `checkpoints.py` knows which of it a checkpoint keeps
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ from tsdkd.trainers.host import Host
 from tsdkd.trainers.loss import StepLoss
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.prompts import Limits, Prompts
+from tsdkd.trainers.random_state import random_state, set_random_state
 from tsdkd.trainers.routers import router_of
 from tsdkd.trainers.scoring import StepScorer
 from tsdkd.trainers.setup import Setup
@@ -80,6 +82,9 @@ class Loop:
             router=router_of(host),
             scale=accelerator.num_processes,  # counts are the whole step's, while DDP averages gradients over processes
         )
+        self._remote = reader is not None and reader.is_remote
+        self._start: tuple[Any, Any, int] | None = None
+        self.scorer.rewind = self.rewind
         parts: dict[str, Stateful] = {"state": self.loss, "answers": self.supply}
         if args.token_budget is not None:
             parts["trained_tokens"] = self.metrics
@@ -108,6 +113,8 @@ class Loop:
     def rows(self, rows: list[dict[str, Any]]) -> Batch:
         """The rows of a generation batch, or others in their place."""
         self.prompts.check_rows(rows)
+        if self._remote and self.host.mode == "train":
+            self._start = random_state(), copy.deepcopy(self.supply.state_dict()), self.metrics.state_dict()
         return self.supply.rows(rows)
 
     def write(self, batch: Batch, prompt_ids: list[list[int]], by_student: Any) -> Written:
@@ -161,6 +168,16 @@ class Loop:
         # A loss scaler skips steps with infinite gradients by itself.
         norm = None if self.host.accelerator.scaler is not None else grad_norm
         return self.guard.check(self.host.step + 1, norm, numbers or [])
+
+    def rewind(self) -> None:
+        """Put draws, completions that are kept and counts back to the start of the step in hand, which is not made."""
+        if self._start is None:
+            return
+        draws, supplied, tokens = self._start
+        set_random_state(draws)
+        if supplied is not None:
+            self.supply.load_state_dict(supplied)
+        self.metrics.load_state_dict(tokens)
 
     # ------------------------------------------------------------------ beside the steps
 

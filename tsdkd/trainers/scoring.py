@@ -40,6 +40,7 @@ class StepScorer:
     ) -> None:
         self.host, self.method, self.state, self.teacher = host, method, state, teacher
         self.metrics, self.corpus = metrics, corpus
+        self.rewind: Callable[[], None] = lambda: None  # puts everything that changes back to the step's start
         self.whole = False  # a recording keeps whole completions, for methods that read more than this one
 
     def prepare(self, rollouts: Rollouts) -> Step:
@@ -114,8 +115,10 @@ class StepScorer:
             failure = error
         if teacher.is_remote and host.any_process(failure is not None):
             if host.training and host.step:
+                self.rewind()  # the step was not made
                 host.save_now()
-            raise failure or TeacherUnavailable("the teacher of another process did not answer; see its message.")
+            told = failure or "the teacher of another process did not answer; see its message."
+            raise TeacherUnavailable(f"step {host.step + 1}: {told}") from failure
         return hidden
 
     def _texts(self, rows: int) -> tuple[list[list[int]], torch.Tensor]:
