@@ -8,7 +8,7 @@ OFFLINE := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 # Two processes of one thread each are faster than one of two.
 TWICE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: demo test laws test-engines lint format bench-loss bench-step images clean
+.PHONY: demo test laws test-engines test-long lint format bench-loss bench-step images clean
 
 # torch by itself and first on a machine without a GPU: anything looser brings gigabytes of CUDA.
 $(VENV)/.ready: setup.py constraints.txt
@@ -24,7 +24,7 @@ demo: $(VENV)/.ready
 	$(OFFLINE) $(BIN)/tsdkd demo --output_dir demo-run
 
 test: $(VENV)/.ready lint
-	$(OFFLINE) $(TWICE) -m 'not engines and not gpu' tests tsdkd
+	$(OFFLINE) $(TWICE) -m 'not engines and not gpu and not long' tests tsdkd
 	TRITON_INTERPRET=1 $(OFFLINE) $(TWICE) tests/laws/test_fused_*.py
 
 # Losses, rules, engines and methods alone, without transformers: seconds.
@@ -41,6 +41,10 @@ test-engines: $(VENV)/.ready
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	$(OFFLINE) DS_ACCELERATOR=cpu PATH=$(abspath $(BIN)):$$PATH \
 		$(BIN)/python -m pytest -q -W default -m 'engines and not gpu' tests/engines
+
+# Thousands of steps: nothing grows. Not part of CI.
+test-long: $(VENV)/.ready
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long tests/long
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

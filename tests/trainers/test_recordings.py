@@ -8,6 +8,8 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from running import answered, general, rows, student
 from tiny import config, prompts
 
@@ -15,7 +17,7 @@ from tsdkd import TSDKD, TokenDistillConfig, TokenDistillTrainer
 from tsdkd.demo.recreate import make_tokenizer
 from tsdkd.methods import GKD, DistiLLM, MiniLLM, SeqKD, SupervisedKD
 from tsdkd.rollouts import RolloutSource
-from tsdkd.teachers import Recording
+from tsdkd.teachers.recorded import Recording, _digest_of
 from tsdkd.types import Rollouts, RolloutSpec
 
 
@@ -91,6 +93,10 @@ def test_a_recording_of_something_else_or_damaged_is_refused_before_training(tmp
     words = sorted(manifest["vocabulary"].items(), key=lambda item: item[1])
     manifest["vocabulary"].update({words[20][0]: words[21][1], words[21][0]: words[20][1]})
     (changed / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="it was changed since it was written"):
+        from_recording(tmp_path, changed, GKD())
+    manifest["digest"] = _digest_of(manifest)  # another recording's, whole
+    (changed / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="the tokenizers disagree"):
         from_recording(tmp_path, changed, GKD())
     with pytest.raises(ValueError, match="holds no finished recording"):
@@ -164,3 +170,56 @@ def test_what_another_recording_left_is_taken_away(tmp_path):
         (tmp_path / "recording" / f"step-{number:05d}-0.jsonl").write_text("{}\n")
     folder = recorded(tmp_path)
     assert len(list(folder.glob("step-*.jsonl"))) == 2
+
+
+def leaves(value, path=()):
+    """The places of a manifest's values."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    yield path
+    for key, part in parts:
+        yield from leaves(part, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    return recorded(tmp_path_factory.mktemp("recording"), max_steps=1)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_changed_manifest_is_told_and_never_a_traceback_of_ours(recording, data):
+    """Also one whose digest was made anew, as a stranger can: it opens as a recording, or is a ValueError."""
+    manifest = json.loads((recording / "manifest.json").read_text())
+    manifest["vocabulary"] = dict(list(manifest["vocabulary"].items())[:3])
+    place = data.draw(st.sampled_from(list(leaves(manifest))[1:]))
+    other = data.draw(
+        st.sampled_from([None, 0, -1, 1e300, "x", "../../etc/passwd", [], {}, True, [1], {"a": 1}, "step-99999-0"])
+    )
+    holder = manifest
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = other
+    anew = data.draw(st.booleans())
+    if anew:
+        manifest["digest"] = _digest_of(manifest)
+    folder = recording.parent / "changed"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(recording, folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        opened = Recording.open(folder)
+    except ValueError as error:
+        assert str(folder) in str(error)
+    else:
+        assert len(opened.rows) >= 0 and anew
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=80))
+def test_a_manifest_of_anything_is_told(recording, content):
+    folder = recording.parent / "anything"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(recording, folder)
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged|format"):
+        Recording.open(folder)

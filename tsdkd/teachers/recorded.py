@@ -28,6 +28,12 @@ def _key(prompt: Sequence[int], completion: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([list(prompt), list(completion)]).encode()).hexdigest()
 
 
+def _digest_of(manifest: dict[str, Any]) -> str:
+    """Of a manifest without its own digest."""
+    stated = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+
+
 def write_shard(
     folder: Path, name: str, prompts: list[dict[str, Any]], rollouts: Rollouts, hidden: list[torch.Tensor]
 ) -> dict[str, Any]:
@@ -75,6 +81,7 @@ def write_manifest(
         "vocabulary": vocabulary,
         "about": about,
     }
+    manifest["digest"] = _digest_of(manifest)
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest))
     partial.rename(folder / MANIFEST)
@@ -108,21 +115,40 @@ class Recording:
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise ValueError(f"{folder} holds no finished recording (no {MANIFEST}): write one with tsdkd train --record DIR.")
+        damaged = f"{folder / MANIFEST} is damaged ({{}}): record again, or restore it."
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{folder / MANIFEST} is damaged ({error}): record again, or restore it.") from error
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(damaged.format(error)) from error
+        if not isinstance(manifest, dict):
+            raise ValueError(damaged.format("it holds no mapping"))
         if manifest.get("format") != _FORMAT:
             raise ValueError(f"{folder} is a recording of format {manifest.get('format')}; this version reads {_FORMAT}.")
-        sums = {"head.safetensors": manifest["head"]["sha256"]}
-        for shard in manifest["shards"]:
-            sums.update(shard["sha256"])
+        if "digest" in manifest and manifest["digest"] != _digest_of(manifest):
+            raise ValueError(damaged.format("it was changed since it was written"))
+        try:
+            sums = {"head.safetensors": str(manifest["head"]["sha256"])}
+            for shard in manifest["shards"]:
+                sums.update({str(name): str(digest) for name, digest in shard["sha256"].items()})
+            names = [*sums, *(str(shard["name"]) for shard in manifest["shards"])]
+            scales = manifest["head"]["logit_scale"], manifest["head"]["softcap"]
+            known = isinstance(manifest["about"], dict) and isinstance(manifest["vocabulary"], (dict, type(None)))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(damaged.format(f"{type(error).__name__}: {error}")) from error
+        if not known or not all(isinstance(scale, (int, float, type(None))) for scale in scales):
+            raise ValueError(damaged.format("a part of it is of another type"))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(damaged.format(f"it names {outside[0]!r}, which is no file of the folder"))
         for name, expected in sums.items():
             if not (folder / name).is_file() or _digest(folder / name) != expected:
                 raise ValueError(
                     f"{folder / name} is missing or damaged (its checksum is not the manifest's): record again, or restore it."
                 )
-        return cls(folder, manifest)
+        try:
+            return cls(folder, manifest)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as error:
+            raise ValueError(damaged.format(f"{type(error).__name__}: {error}")) from error
 
     def check_student(self, fingerprint: str | None, longest: int) -> None:
         """Refuse another student than the one that wrote the completions (None: any is meant), and a limit that would cut them.
