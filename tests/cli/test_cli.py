@@ -107,6 +107,7 @@ def test_a_comparison_is_made_again_when_its_data_change(tmp_path):
     made = []
 
     class Trained:
+        stopped_by = None
         teacher, trained_tokens = None, 1
         state = argparse.Namespace(global_step=1)
         args = argparse.Namespace(output_dir=str(tmp_path / "runs"))

@@ -264,7 +264,7 @@ def test_numbers_and_words_of_a_recipe_are_what_they_mean(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word,expected", [("True", True), ("latest", True), ("no", None), ("runs/checkpoint-3", "runs/checkpoint-3")]
+    "word,expected", [("True", "latest"), ("latest", "latest"), ("no", None), ("runs/checkpoint-3", "runs/checkpoint-3")]
 )
 def test_the_last_checkpoint_is_asked_for_by_flag_as_by_recipe(tmp_path, word, expected):
     file = tmp_path / "r.yaml"

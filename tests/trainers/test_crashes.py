@@ -137,3 +137,30 @@ def test_in_python_signals_are_left_alone_unless_asked(tmp_path):
     assert trainer.stopped_by == signal.SIGTERM and trainer.state.global_step == 2
     assert signal.getsignal(signal.SIGTERM) == before
     commits.check(tmp_path / "asked" / "checkpoint-2")
+
+
+# ---------------------------------------------------------------------- two processes
+
+
+def both(tmp_path, name, checkpoint="", ask=0):
+    """What each of two processes left of a run."""
+    words = [str(SUPPORT / "going_on.py"), str(tmp_path / "run"), str(tmp_path / name), checkpoint, str(ask)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", *words]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(Path(f"{tmp_path / name}-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_go_on_bit_for_bit_and_stop_together(tmp_path):
+    """Past the epoch of four steps; then a signal to one of them alone."""
+    whole = both(tmp_path, "whole")
+    again = both(tmp_path, "again", str(tmp_path / "run" / "checkpoint-5"))
+    for first, second in zip(whole, again, strict=True):
+        assert second["losses"] == {"6": first["losses"]["6"]} and second["written"] == {"6": first["written"]["6"]}
+        assert second["weights"] == first["weights"]
+    assert whole[0]["written"] != whole[1]["written"]
+    shutil.rmtree(tmp_path / "run")
+    stopped = both(tmp_path, "stopped", ask=3)
+    assert [(each["stopped_by"], each["step"]) for each in stopped] == [(signal.SIGTERM, 3)] * 2
+    assert commits.newest(tmp_path / "run") == (tmp_path / "run" / "checkpoint-3", [])

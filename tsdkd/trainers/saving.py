@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
@@ -39,6 +40,13 @@ def without_secrets(args: Any) -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(args, name, value)
+
+
+def read_on_numbered_cpus() -> None:
+    """Let torch load onto `cpu:0`, the device that accelerate names on CPUs with several processes and torch does not know."""
+    torch.serialization.register_package(
+        100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
 
 
 class Saving:
@@ -155,6 +163,8 @@ class Saving:
         """
         if wanted is None or wanted is False:
             return None
+        if self.trainer.accelerator.device.type == "cpu":
+            read_on_numbered_cpus()
         answer: list[Any] = [None, None]
         if self.trainer.accelerator.is_main_process:
             try:
