@@ -32,7 +32,7 @@ class Holds(TrainerCallback):
             gc.collect()
             memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
             files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-            tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+            tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
             self.rows.append((state.global_step, memory, files, threads, tensors))
 
 

@@ -84,3 +84,18 @@ def test_a_student_that_diverged_is_named_when_it_cannot_write(tmp_path):
     ):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "student"])
+def test_weights_that_an_update_made_overflow_are_not_saved(tmp_path, how):
+    class Overflows(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                next(model.parameters()).view(-1)[0] = float("inf")
+
+    saves = {"save_strategy": "steps", "save_steps": 1} if how == "checkpoint" else {"save_strategy": "no"}
+    trainer = make(tmp_path, max_steps=1, callbacks=[Overflows()], **saves)
+    with pytest.raises(NonFiniteError, match=r"step 1: the student's weights are not finite after it .*Nothing of it is saved"):
+        trainer.train()
+        trainer.save_model(str(tmp_path / "s"))
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -167,6 +167,12 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
+# accelerate names a CPU of several processes cpu:0, onto which torch cannot load an optimizer.
+torch.serialization.register_package(
+    100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
+
 def take_learning_rate(optimizer: Any, scheduler: Any, args: Any) -> None:
     """Have a run that goes on take the learning rate that it was given, where the checkpoint's is another: an optimizer and a
     schedule come back with the one that they were saved with."""

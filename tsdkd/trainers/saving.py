@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from tsdkd.data import commits
 from tsdkd.provenance import BLANK, redacted
+from tsdkd.trainers.guard import NonFiniteError
 from tsdkd.trainers.health import Health
 from tsdkd.trainers.identity import identity, refuse_another_run
 from tsdkd.trainers.run_record import planned_steps
@@ -40,13 +41,6 @@ def without_secrets(args: Any) -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(args, name, value)
-
-
-def read_on_numbered_cpus() -> None:
-    """Let torch load onto `cpu:0`, the device that accelerate names on CPUs with several processes and torch does not know."""
-    torch.serialization.register_package(
-        100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
-    )
 
 
 class Saving:
@@ -78,6 +72,7 @@ class Saving:
         trainer = self.trainer
         accelerator, state = trainer.accelerator, trainer.state
         root, place = self.folder / commits.SAVING, self.folder / f"checkpoint-{step}"
+        self._refuse_unsound(step)
         identity = self.identity  # on every process
         if accelerator.is_main_process:
             shutil.rmtree(root, ignore_errors=True)
@@ -102,6 +97,23 @@ class Saving:
             self._rotate()
         accelerator.wait_for_everyone()
 
+    def _refuse_unsound(self, step: int) -> None:
+        """Refuse to save weights that an update has made overflow, which a finite gradient can.
+
+        Raises:
+            NonFiniteError: on every process, naming the first.
+        """
+        trainer = self.trainer
+        named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+        shares = ((name, getattr(p, "ds_tensor", p)) for name, p in named if p.requires_grad)
+        wrong = next((name for name, share in shares if not bool(torch.isfinite(share.detach()).all())), None)
+        if trainer.any_process(wrong is not None):
+            raise NonFiniteError(
+                f"step {step}: the student's weights are not finite after it ({wrong or 'on another process'}), though its "
+                "gradients were: the update overflowed. Nothing of it is saved: go back to the last checkpoint, with a lower "
+                "learning rate, or train in float32."
+            )
+
     def _rotate(self) -> None:
         limit, best = self.trainer.args.save_total_limit, self.trainer.state.best_model_checkpoint
         rotate_checkpoints(output_dir=str(self.folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False)
@@ -110,6 +122,7 @@ class Saving:
     def student(self, folder: str) -> Iterator[str]:
         """Gives the folder that a student is written into; its files go to `folder` one by one, the manifest last."""
         accelerator, place = self.trainer.accelerator, Path(folder)
+        self._refuse_unsound(self.trainer.state.global_step)
         written = place / commits.SAVING
         if accelerator.is_main_process:
             shutil.rmtree(written, ignore_errors=True)
@@ -163,8 +176,6 @@ class Saving:
         """
         if wanted is None or wanted is False:
             return None
-        if self.trainer.accelerator.device.type == "cpu":
-            read_on_numbered_cpus()
         answer: list[Any] = [None, None]
         if self.trainer.accelerator.is_main_process:
             try:
