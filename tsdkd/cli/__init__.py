@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import signal
@@ -37,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage + "\n`tsdkd COMMAND --help` lists a command's options.")
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"tsdkd: unknown command {arguments[0]!r}; the commands are: {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        print(f"tsdkd: unknown command {arguments[0]!r}; the commands are: {', '.join(COMMANDS)}.{meant}", file=sys.stderr)
         return 2
     before = _terminable()
     try:

@@ -117,9 +117,10 @@ def main(arguments: list[str]) -> int:
 
     from tsdkd.evaluation import harness
     from tsdkd.evaluation.run import Model, Settings, evaluate
-    from tsdkd.teachers.sources import has_chat_template
+    from tsdkd.teachers.sources import has_chat_template, refuse_unreadable
 
     model = Model.at(own.model, own.label, own.revision)
+    refuse_unreadable(model.name, own.revision, own.trust_remote_code)
     if own.chat_template is None:
         own.chat_template = "on" if has_chat_template(model.name, own.revision, own.trust_remote_code) else "off"
         chosen = {"on": "as chats: the model has a chat template", "off": "as they are: the model has no chat template"}

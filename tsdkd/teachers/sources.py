@@ -148,6 +148,26 @@ def unreadable(what: str, name: str, error: BaseException) -> ValueError:
     )
 
 
+def refuse_unreadable(name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Refuse a name of which no configuration can be read, here or on the Hub.
+
+    Raises:
+        ValueError: the name, and the folder here that it may have meant.
+    """
+    from transformers import AutoConfig
+
+    adapter = adapter_config(name, revision)
+    base = name if adapter is None else base_of(name, adapter)
+    try:
+        AutoConfig.from_pretrained(
+            expanded(base), revision=revision if adapter is None else None, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and Path(base).expanduser().is_dir():
+            return  # the loader says what is wrong with it
+        raise unreadable("the model" if adapter is None else f"the base of the adapter {name}", base, error) from error
+
+
 def damaged_file(folder: str) -> str:
     """Which safetensors file of a folder cannot be read and why, for a message; empty where each can."""
     from safetensors import SafetensorError, safe_open
