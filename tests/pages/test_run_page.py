@@ -104,6 +104,13 @@ def test_several_runs_are_told_apart_by_what_differs(tmp_path):
     assert [panel.title for panel in rest(runs)] == ["odd"]
 
 
+def test_the_speed_of_each_part_is_the_tokens_by_its_seconds(tmp_path):
+    rows = [{"step": 1, "tokens_per_second": 100.0, "time/rollout": 3.0, "time/loss": 1.0, "time/teacher": 0.0}]
+    (panel,) = [p for p in panels([read_run(write(tmp_path, rows, {}))]) if p.title == "Speed by part"]
+    lines = {line.label: line.points for line in panel.lines}
+    assert lines == {"speed/rollout": [(1, pytest.approx(400 / 3))], "speed/loss": [(1, pytest.approx(400.0))]}
+
+
 def test_benchmarks_have_wilsons_intervals(tmp_path):
     rows = [
         {"step": s, "task": "t", "metric": "acc", "score": v, "n": 40, "main": True, "stderr": 0.07}

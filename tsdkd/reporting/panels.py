@@ -51,6 +51,7 @@ _LAYOUT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("Time of a step", "seconds", ("time/rollout", "time/teacher", "time/student", "time/loss")),
     ("Speed", "tokens/s", ("tokens_per_second",)),
+    ("Speed by part", "tokens/s of that part", ("speed/",)),
     ("Memory", "GiB, peak", ("memory/peak_gib",)),
     ("Gradients", "norm", ("grad_norm", "hidden_grad_norm/")),
     ("Learning rate", "", ("learning_rate",)),
@@ -101,7 +102,7 @@ def _options(run: Run) -> dict[str, Any]:
 def panels(runs: Sequence[Run]) -> list[Panel]:
     """The panels that these runs have numbers for; of several runs a panel a number, with a line for each run."""
     made: list[Panel] = []
-    named = labels(runs)
+    named, runs = labels(runs), [with_speeds(run) for run in runs]
     scored = dict.fromkeys(score["name"] for run in runs for score in run.scores)
     for name in scored:
         lines = [Line(named[place], place, _scores(run, name)) for place, run in enumerate(runs)]
@@ -134,6 +135,19 @@ def rest(runs: Sequence[Run]) -> list[Panel]:
 def _matching(runs: Sequence[Run], wanted: tuple[str, ...]) -> list[str]:
     there = dict.fromkeys(name for run in runs for name in run.names)
     return [name for want in wanted for name in there if name == want or (want.endswith("/") and name.startswith(want))]
+
+
+def with_speeds(run: Run) -> Run:
+    """A run with `speed/PART` in its rows: the tokens trained on by the seconds of each part of a step."""
+    rows = []
+    for row in run.rows:
+        seconds = {name[5:]: row[name] for name in row if name.startswith("time/") and isinstance(row[name], (int, float))}
+        speed, whole = row.get("tokens_per_second"), sum(seconds.values())
+        own = {}
+        if isinstance(speed, (int, float)):
+            own = {f"speed/{part}": speed * whole / spent for part, spent in seconds.items() if spent > 0}
+        rows.append({**row, **own})
+    return dataclasses.replace(run, rows=rows)
 
 
 def _points(run: Run, name: str) -> list[tuple[float, ...]]:
