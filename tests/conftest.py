@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # Before transformers is imported: nothing may be fetched, and TRL's constructor would otherwise send telemetry.
@@ -19,6 +20,12 @@ settings.load_profile("tsdkd")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_said():
+    """The demo silences our own, for its process."""
+    logging.getLogger("tsdkd").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -148,9 +148,9 @@ def test_a_damaged_piece_is_an_error_that_names_it_and_an_automatic_start_passes
             if (name != commits.MANIFEST)
             else pytest.raises(ValueError, match=rf"checkpoint-10 cannot be gone on with: it.*{commits.MANIFEST}")
         ):
-            trainer.saving.found(str(tmp_path / "o" / "checkpoint-10"))
+            trainer.saving.resuming.found(str(tmp_path / "o" / "checkpoint-10"))
         caplog.clear()
-        assert trainer.saving.found(True) == tmp_path / "o" / "checkpoint-9"
+        assert trainer.saving.resuming.found(True) == tmp_path / "o" / "checkpoint-9"
         assert "checkpoint-10 is passed over" in caplog.text and (name in caplog.text or commits.MANIFEST in caplog.text)
 
 
@@ -158,10 +158,10 @@ def test_true_raises_and_latest_starts_where_nothing_is_there(tmp_path, caplog):
     trainer = make(tmp_path, max_steps=1)
     with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
         trainer.train(resume_from_checkpoint=True)
-    assert trainer.saving.found("latest") is None and "holds no whole checkpoint yet: the run starts" in caplog.text
+    assert trainer.saving.resuming.found("latest") is None and "holds no checkpoint yet: the run starts" in caplog.text
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match="of 1 none is whole"):
-        trainer.saving.found(True)
+        trainer.saving.resuming.found(True)
     with pytest.raises(ValueError, match="there is no such folder"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
 

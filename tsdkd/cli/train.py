@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tsdkd.cli.parsing import DataArguments, parse
+from tsdkd.data.commits import MANIFEST, REPLACED, locked
 from tsdkd.data.runs import BENCHMARKS, CURVE, METRICS, REPORT, RUN, SAMPLES
 
 
@@ -157,10 +158,12 @@ def prepare_folder(config: Any, overwrite: bool, dry: bool = False) -> None:
             f"{folder} holds another run ({found}): name another --output_dir, go on with it (--resume_from_checkpoint true), "
             "or take its place (--overwrite_output_dir)."
         )
-    if config.process_index == 0:
-        for checkpoint in folder.glob("checkpoint-*"):
+    if config.process_index != 0:
+        return
+    with locked(folder, "a run trains into it"):
+        for checkpoint in (*folder.glob("checkpoint-*"), *folder.glob(".torn-*"), *folder.glob(f"{REPLACED}*")):
             shutil.rmtree(checkpoint)
-        of_run = (RUN, METRICS, SAMPLES, CURVE, REPORT, BENCHMARKS, "config.json", "adapter_config.json")
+        of_run = (RUN, METRICS, SAMPLES, CURVE, REPORT, BENCHMARKS, MANIFEST, "config.json", "adapter_config.json")
         for path in (*(folder / name for name in of_run), *folder.glob("*.safetensors*"), *folder.glob("*.bin")):
             path.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         made = json.loads(file.read_text(encoding="utf-8"))
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in made["files"].items()}
+        if not isinstance(made["step"], int) or not isinstance(made.get("run", {}), dict) or made["schema"] > SCHEMA:
+            raise ValueError("a part of it is of another type, or of a later version")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
     return {**made, "files": files}
@@ -143,12 +145,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
 
 
-def newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest whole checkpoint of a run, and those above it that are none, with why."""
+def newest(folder: Path, is_whole: Callable[[Path], Any] | None = None) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest whole checkpoint of a run, and those above it that are none, with why; `is_whole` raises a ValueError of what
+    is not, `check` by default."""
     skipped: list[tuple[Path, str]] = []
     for path in checkpoints(folder):
         try:
-            check(path)
+            (is_whole or check)(path)
             return path, skipped
         except ValueError as error:
             skipped.append((path, str(error)))

@@ -74,8 +74,8 @@ class Checkpoints:
             self.restore(self.read(folder))
         elif self.state() is not None:
             raise ValueError(
-                f"the checkpoint {folder} has no {file.name}, which holds the method's state: it was written by another "
-                "method or with fewer processes. Resume with the method and the number of processes that wrote it."
+                f"the checkpoint {folder} has no {file.name}, which holds the method's state ({', '.join(self.parts)}): it was "
+                "written by another method, with fewer processes, or without a token_budget. Go on with what wrote it."
             )
 
     def restore(self, state: Mapping[str, Any]) -> None:

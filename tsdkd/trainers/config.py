@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from trl import DistillationConfig
 from tsdkd.checks import check_choice, check_count, check_weight
 from tsdkd.fused import ENGINES
 from tsdkd.methods import Method, resolve_method
+from tsdkd.provenance import BLANK, redacted
 from tsdkd.teachers.placing import PLACEMENTS
 from tsdkd.teachers.sources import loading_options
 from tsdkd.teachers.zero3 import zero3_config
@@ -205,6 +207,21 @@ class TokenDistillConfig(DistillationConfig):
         check_count("sample_completions", self.sample_completions, smallest=0)
         trace_steps(self.trace_steps)  # refuses what are no steps
         self.build_method()  # refuses unknown options before any model is loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled of the options, by transformers beside every model: no secrets."""
+        blank = {name: redacted(value, name) for name, value in self.__dict__.items() if isinstance(value, (str, dict, list))}
+        return {**self.__dict__, **{name: None if value == BLANK else value for name, value in blank.items()}}
+
+    def __copy__(self) -> Any:
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def build_method(self) -> Method:
         """The method that these options name."""

@@ -173,18 +173,25 @@ torch.serialization.register_package(
 )
 
 
-def take_learning_rate(optimizer: Any, scheduler: Any, args: Any) -> None:
-    """Have a run that goes on take the learning rate that it was given, where the checkpoint's is another: an optimizer and a
-    schedule come back with the one that they were saved with."""
+_ASKED = ("weight_decay", "betas", "eps")
+
+
+@contextmanager
+def asked_of_optimizer(optimizer: Any, scheduler: Any, args: Any, checkpoint: Any) -> Iterator[None]:
+    """Have a run that goes on keep what it asks of its optimizer: learning rate, schedule, weight decay, betas. A checkpoint
+    brings back those that it was saved with; where they are the same, nothing changes by a bit."""
+    groups = [] if checkpoint is None else getattr(optimizer, "param_groups", [])
+    kept = [{name: group[name] for name in _ASKED if name in group} for group in groups]
+    yield
     inner = getattr(scheduler, "scheduler", scheduler)
-    if not isinstance(inner, torch.optim.lr_scheduler.LambdaLR) or set(inner.base_lrs) == {args.learning_rate}:
+    if checkpoint is None or not isinstance(inner, torch.optim.lr_scheduler.LambdaLR):
         return
-    if len(set(inner.base_lrs)) != 1:
-        return  # groups of a user's own
-    inner.base_lrs = [args.learning_rate] * len(inner.base_lrs)
-    for group, factor in zip(inner.optimizer.param_groups, inner.lr_lambdas, strict=True):
-        group["initial_lr"] = args.learning_rate
-        group["lr"] = args.learning_rate * factor(inner.last_epoch)
+    for group, asked in zip(inner.optimizer.param_groups, kept, strict=False):
+        group.update(asked)
+    if len(set(inner.base_lrs)) == 1:  # several rates are groups of a user's own
+        inner.base_lrs = [args.learning_rate] * len(inner.base_lrs)
+    for group, rate, factor in zip(inner.optimizer.param_groups, inner.base_lrs, inner.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * factor(inner.last_epoch)
     inner._last_lr = [group["lr"] for group in inner.optimizer.param_groups]
 
 

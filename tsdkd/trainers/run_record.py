@@ -128,11 +128,13 @@ def summary(trainer: Any) -> dict[str, str]:
     return table
 
 
-def planned_steps(trainer: Any) -> int:
-    """The optimizer steps of a run, before it starts, too."""
+def planned_steps(trainer: Any, begun: bool = True) -> int:
+    """The optimizer steps of a run, before it starts, too; of one that is to begin, whatever an earlier one planned."""
     args, data = trainer.args, trainer.train_dataset
-    if trainer.state.max_steps > 0 or args.max_steps > 0:
-        return trainer.state.max_steps if trainer.state.max_steps > 0 else args.max_steps
+    if begun and trainer.state.max_steps > 0:
+        return trainer.state.max_steps
+    if args.max_steps > 0:
+        return args.max_steps
     batches = len(data) // (batch_rows(args) * trainer.accelerator.num_processes)
     return math.ceil(args.num_train_epochs * max(1, batches))
 
@@ -169,6 +171,7 @@ class RunRecord(TrainerCallback):
         return Path(self.trainer.args.output_dir)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.saving.resuming.find_best()
         if not state.is_world_process_zero:
             return
         table = summary(self.trainer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator
@@ -11,36 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
-from transformers import TrainerState
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from tsdkd.data import commits
-from tsdkd.provenance import BLANK, redacted
 from tsdkd.trainers.guard import NonFiniteError
 from tsdkd.trainers.health import Health
-from tsdkd.trainers.identity import identity, refuse_another_run
-from tsdkd.trainers.run_record import planned_steps
+from tsdkd.trainers.resuming import Resuming
 
 logger = logging.getLogger(__name__)
-LATEST = "latest"  # the newest whole checkpoint, or a start where there is none
-
-
-@contextmanager
-def without_secrets(args: Any) -> Iterator[None]:
-    """A run's options without secrets, as long as they are saved: transformers pickles them beside every model."""
-    kept = {}
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        blank = redacted(value, field.name) if isinstance(value, (str, dict, list)) else value
-        if blank != value:
-            kept[field.name] = value
-            setattr(args, field.name, None if blank == BLANK else blank)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(args, name, value)
 
 
 class Saving:
@@ -52,19 +29,12 @@ class Saving:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self.resuming = Resuming(trainer)
         self.temporary: Path | None = None  # where a checkpoint is being written
-        self._identity: dict[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
         return Path(self.trainer.args.output_dir)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """This run's; worked out once."""
-        if self._identity is None:
-            self._identity = identity(self.trainer)
-        return self._identity
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
@@ -73,15 +43,14 @@ class Saving:
         accelerator, state = trainer.accelerator, trainer.state
         root, place = self.folder / commits.SAVING, self.folder / f"checkpoint-{step}"
         self._refuse_unsound(step)
-        identity = self.identity  # on every process
+        identity = self.resuming.identity  # on every process
         if accelerator.is_main_process:
             shutil.rmtree(root, ignore_errors=True)
             root.mkdir(parents=True)
         accelerator.wait_for_everyone()
         self.temporary = root
         try:
-            with without_secrets(trainer.args):
-                yield root / place.name
+            yield root / place.name
         finally:
             self.temporary = None
         accelerator.wait_for_everyone()
@@ -94,7 +63,7 @@ class Saving:
             commits.write_manifest(root / place.name, {"step": step, "run": identity})
             commits.put(root / place.name, place)
             shutil.rmtree(root, ignore_errors=True)
-            self._rotate()
+            self._rotate(place)
         accelerator.wait_for_everyone()
 
     def _refuse_unsound(self, step: int) -> None:
@@ -114,9 +83,18 @@ class Saving:
                 "learning rate, or train in float32."
             )
 
-    def _rotate(self) -> None:
+    def _rotate(self, written: Path) -> None:
+        """Take older checkpoints away: the one just written stays, and the best, and of the others the newest (those of later
+        steps are what this run does not go on with)."""
         limit, best = self.trainer.args.save_total_limit, self.trainer.state.best_model_checkpoint
-        rotate_checkpoints(output_dir=str(self.folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False)
+        if not limit or limit < 1:
+            return
+        kept = {written.name, *([Path(best).name] if best else [])}
+        others = [path for path in commits.checkpoints(self.folder) if path.name not in kept]
+        number = lambda path: int(path.name.rsplit("-", 1)[1])  # noqa: E731
+        others.sort(key=lambda path: (number(path) < number(written), number(path)), reverse=True)
+        for path in others[max(0, limit - len(kept)) :]:
+            shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
     def student(self, folder: str) -> Iterator[str]:
@@ -127,8 +105,7 @@ class Saving:
         if accelerator.is_main_process:
             shutil.rmtree(written, ignore_errors=True)
         accelerator.wait_for_everyone()
-        with without_secrets(self.trainer.args):
-            yield str(written)
+        yield str(written)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and written.is_dir():
             commits.put_files(written, place, {"step": self.trainer.state.global_step})
@@ -144,100 +121,8 @@ class Saving:
         """
         first = self.trainer.accelerator.is_main_process
         with commits.locked(self.folder, "a run trains into it") if first else nullcontext():
-            checkpoint = self.found(wanted)
-            yield None if checkpoint is None else str(checkpoint), self.finished(checkpoint)
+            checkpoint = self.resuming.found(wanted)
+            yield None if checkpoint is None else str(checkpoint), self.resuming.finished(checkpoint)
             health = next((c for c in self.trainer.callback_handler.callbacks if isinstance(c, Health)), None)
             if health is not None and health.signs and health.action == "back":
-                self.back(health.signs)
-
-    # ------------------------------------------------------------------ going on
-
-    def finished(self, checkpoint: Path | None) -> TrainOutput | None:
-        """What `train` gives of a run that its checkpoint has ended, whose student this one then is; None of any other."""
-        trainer = self.trainer
-        if checkpoint is None:
-            return None
-        step, wanted = commits.read_manifest(checkpoint)["step"], planned_steps(trainer)
-        budget, spent = trainer.args.token_budget, trainer.loop.checkpoints.read(checkpoint).get("trained_tokens", 0)
-        if step < wanted and (budget is None or spent < budget):
-            return None
-        logger.warning("%s is of the run's end (%d of %d steps): nothing is left to train.", checkpoint, step, wanted)
-        if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-            trainer.load_weights(str(checkpoint))
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        return TrainOutput(step, 0.0, {})
-
-    def found(self, wanted: Any) -> Path | None:
-        """The checkpoint that a run goes on with: a path, or with True the newest whole one, with `"latest"` likewise, or none
-        where there is none yet; None is none.
-
-        Raises:
-            ValueError: the path's is not whole, or is of another run; with True, there is none.
-        """
-        if wanted is None or wanted is False:
-            return None
-        answer: list[Any] = [None, None]
-        if self.trainer.accelerator.is_main_process:
-            try:
-                path = self._found(wanted)
-                answer[0] = None if path is None else str(path)
-            except ValueError as error:
-                answer[1] = str(error)
-        name, failure = broadcast_object_list(answer)
-        if failure is not None:
-            raise ValueError(failure)
-        return None if name is None else Path(name)
-
-    def back(self, signs: list[int]) -> None:
-        """Give the trainer the student of its best checkpoint, or of the last whole one before the first of some steps."""
-        best = self.trainer.state.best_model_checkpoint
-        before = [path for path in commits.checkpoints(self.folder) if int(path.name.split("-")[-1]) < signs[0]]
-        for path in [*([Path(best)] if best else []), *before]:
-            try:
-                commits.check(path)
-            except ValueError as error:
-                logger.warning("%s is passed over: %s.", path, error)
-                continue
-            self.trainer.load_weights(str(path))
-            logger.warning("the student is that of %s again.", path)
-            return
-        logger.warning("no checkpoint from before step %d is there to go back to: the student is the last step's.", signs[0])
-
-    def _found(self, wanted: Any) -> Path | None:
-        if wanted is True or wanted == LATEST:
-            commits.recover(self.folder)
-            path, skipped = commits.newest(self.folder)
-            for torn, why in skipped:
-                logger.warning("%s is passed over: %s.", torn, why)
-            if path is None and wanted == LATEST:
-                logger.warning("%s holds no whole checkpoint yet: the run starts.", self.folder)
-                return None
-            if path is None:
-                there = f", and of {len(skipped)} none is whole" if skipped else ""
-                raise ValueError(
-                    f"No valid checkpoint found in output directory ({self.folder}){there}: leave resume_from_checkpoint out "
-                    "to start a run."
-                )
-        else:
-            path = Path(wanted).expanduser()
-            try:
-                if not path.is_dir():
-                    raise ValueError("there is no such folder")
-                commits.check(path)
-            except ValueError as error:
-                raise ValueError(f"the checkpoint {path} cannot be gone on with: {error}. {self._others(path)}") from error
-        changed = refuse_another_run(path, commits.read_manifest(path).get("run") or {}, self.identity)
-        if changed:
-            logger.warning("going on with %s, changed: %s.", path, "; ".join(changed))
-        return path
-
-    def _others(self, path: Path) -> str:
-        """The whole checkpoints beside one that is none."""
-        whole = []
-        for other in commits.checkpoints(path.parent if path.parent.is_dir() else self.folder):
-            try:
-                commits.check(other)
-                whole.append(other.name)
-            except ValueError:
-                continue
-        return f"Whole ones are there: {', '.join(whole)}." if whole else "No whole one is there: start the run again."
+                self.resuming.back(health.signs)

@@ -48,7 +48,8 @@ class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.loop.stop_asked and state.global_step < state.max_steps:
             self.trainer.stopped_by = self.asked or signal.SIGTERM  # another process's
-            control.should_save = control.should_training_stop = True
+            self.trainer.save_now()  # an evaluation of this step may take should_save back
+            control.should_save, control.should_training_stop = False, True
 
     def release(self) -> None:
         """Let signals do what they did before."""

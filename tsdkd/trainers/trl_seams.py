@@ -17,7 +17,7 @@ from tsdkd.data.prompts import COLUMNS
 from tsdkd.data.rendering import Rendering
 from tsdkd.rollouts import as_asked
 from tsdkd.teachers import gathered
-from tsdkd.trainers.engines import EpochSampler, Generation, InHand, take_learning_rate, without_repeats
+from tsdkd.trainers.engines import EpochSampler, Generation, InHand, asked_of_optimizer, without_repeats
 from tsdkd.trainers.loop import Loop
 from tsdkd.trainers.random_state import random_state_kept
 from tsdkd.trainers.saving import Saving
@@ -231,17 +231,19 @@ class TRLTrainer(DistillationTrainer):
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with asked_of_optimizer(self.optimizer, self.lr_scheduler, self.args, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.loop.checkpoints.load(checkpoint)
-            take_learning_rate(self.optimizer, self.lr_scheduler, self.args)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call:
             return super().save_model(output_dir, _internal_call)
         kept = self.args.output_dir
         with self.saving.student(output_dir or kept) as folder:
-            super().save_model(folder, _internal_call)
+            super().save_model(folder, _internal_call=True)
             self.args.output_dir = folder  # where TRL writes the card
             self.create_model_card(model_name=Path(output_dir or kept).name)
             self.args.output_dir = kept
+        if self.args.push_to_hub:  # once it is whole
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
