@@ -41,7 +41,8 @@ def _hardware() -> str:
 # Names whose values are secrets, and texts that are some whatever they are called.
 _SECRET = re.compile(r"(^|[_\-.])(token|api_?key|password|passwd|secret)$", re.IGNORECASE)
 _NO_SECRET = re.compile(r"(^|_)(eos|bos|pad|unk|cls|sep|mask|image|audio|video|start|end|stop|special|extra)_token$", re.I)
-_LOOKS = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_LOOKS = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|(?<=://)[^/\s@]*:[^/\s@]+(?=@)")
+_IN_QUERY = re.compile(r"([?&](?:token|access_token|api_?key|password|secret|key)=)[^&\s#]+", re.IGNORECASE)
 BLANK = "<secret>"
 
 
@@ -69,7 +70,7 @@ def redacted(value: Any, name: str = "") -> Any:
         blank = redacted(held)
         if blank != held:
             return json.dumps(blank)
-    return _LOOKS.sub(BLANK, value)
+    return _IN_QUERY.sub(rf"\1{BLANK}", _LOOKS.sub(BLANK, value))
 
 
 def redacted_words(words: Sequence[str]) -> list[str]:

@@ -31,8 +31,11 @@ def main(arguments: list[str]) -> int:
     from tsdkd.preflight.doctor import RED, Finding, examine
     from tsdkd.trainers.setup_checks import problems
 
-    data, config, model = parse(rest)
-    loaded = inputs(data, config, model, say=lambda text: None)
+    try:
+        data, config, model = parse(rest)
+        loaded = inputs(data, config, model, say=lambda text: None)
+    except ValueError as error:
+        return _told([Finding(RED, "set-up", str(error))], own.json)
     found = [Finding(RED, "set-up", problem.what + (f": {problem.why}" if problem.why else ""), problem.do or "")
              for problem in problems(setup_of(config, loaded))]  # fmt: skip
     if not found:
@@ -40,10 +43,15 @@ def main(arguments: list[str]) -> int:
             with no_empty_folder(Path(config.output_dir)):
                 trainer = build(data, config, model, loaded)
                 rows = _rows(trainer, own.rows)
-                found = examine(trainer, rows, _rights(trainer, rows, _answers(data, len(rows))), seed=config.seed)
+                found = examine(trainer, rows, _rights(trainer, rows, _answers(data, rows)), seed=config.seed)
         except ValueError as error:
             found = [Finding(RED, "set-up", str(error))]
-    if own.json:
+    return _told(found, own.json)
+
+
+def _told(found: list[Any], as_json: bool) -> int:
+    """Print the findings; the exit status."""
+    if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in found], ensure_ascii=False, indent=1))
     else:
         width = max(len(finding.name) for finding in found)
@@ -52,7 +60,7 @@ def main(arguments: list[str]) -> int:
             print(f"{_MARKS[finding.level]} {finding.name:<{width}}  {finding.said}{more}")
         counts = {level: sum(finding.level == level for finding in found) for level in _MARKS}
         print(f"{counts['green']} ok, {counts['yellow']} to look at, {counts['red']} that stop a run")
-    return 2 if any(finding.level == RED for finding in found) else 0
+    return 2 if any(finding.level == "red" for finding in found) else 0
 
 
 def setup_of(config: Any, loaded: dict[str, Any]) -> Any:
@@ -76,15 +84,26 @@ def _rows(trainer: Any, count: int) -> list[dict[str, Any]]:
     return [dict(row) for _, row in zip(range(count), data, strict=False)]
 
 
-def _answers(data: Any, count: int) -> list[Any]:
-    """The answers that stand beside the first prompts of a local file; None where there is none."""
+def _answers(data: Any, rows: list[dict[str, Any]]) -> list[Any]:
+    """The answers that stand beside these prompts in a local file; None where there is none, or two that differ."""
     from tsdkd.data.files import load_rows
 
     path = Path(data.dataset_name or "").expanduser()
-    if data.dataset_name is None or not path.exists() or data.drop_duplicate_prompts:
-        return [None] * count
-    rows = load_rows(data.dataset_name)
-    return [rows[i].get("answer") if i < len(rows) else None for i in range(count)]
+    if data.dataset_name is None or not path.exists():
+        return [None] * len(rows)
+    known: dict[str, set[str]] = {}
+    for row in load_rows(data.dataset_name, split=data.dataset_train_split):
+        if isinstance(row.get("answer"), str):
+            known.setdefault(_text(row.get(data.prompt_column or "prompt")), set()).add(row["answer"])
+    found = [known.get(_text(row["prompt"]), set()) for row in rows]
+    return [next(iter(answers)) if len(answers) == 1 else None for answers in found]
+
+
+def _text(prompt: Any) -> str:
+    """A prompt's text, of a chat its last turn's."""
+    if isinstance(prompt, list) and prompt:
+        return str(prompt[-1].get("content"))
+    return str(prompt)
 
 
 def _rights(trainer: Any, rows: list[dict[str, Any]], answers: list[Any]) -> Any:

@@ -26,6 +26,7 @@ import httpx
 import torch
 from safetensors import safe_open
 
+from tsdkd.provenance import redacted
 from tsdkd.teachers.heads import head_from
 from tsdkd.types import Head, Rollouts
 
@@ -135,14 +136,14 @@ class ServerTeacher:
             raise ValueError("teacher_placement=server needs teacher_urls, the servers' addresses: http://127.0.0.1:8000")
         for url in self.urls:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-                raise ValueError(f"teacher_urls holds {url!r}: an address is http://HOST:PORT.")
+                raise ValueError(f"teacher_urls holds {redacted(url)!r}: an address is http://HOST:PORT.")
         key = os.environ.get(_KEY)
         for url in self.urls:
             if urlsplit(url).hostname not in _LOOPBACK:
                 logger.warning(
                     "the teacher at %s is not on this machine: anybody who reaches it can use it%s. vLLM asks for no key at "
                     "/pooling, so keep the address inside a private network, or behind a proxy that asks for one or a tunnel.",
-                    url,
+                    redacted(url),
                     "" if key else f", and {_KEY} is not set",
                 )
         self._head, self.rows, self.dtype, self.retries, self.pause = head, rows, dtype, retries, pause
@@ -150,6 +151,7 @@ class ServerTeacher:
         self._jitter = random.Random(os.getpid())  # processes that failed together ask again apart
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx.Timeout(read_timeout, connect=connect_timeout)
+        self.shown = [redacted(url) for url in self.urls]  # in messages
         self._clients = [httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False) for url in self.urls]
         self._names: list[str | None] = [None] * len(self.urls)
 
@@ -179,7 +181,7 @@ class ServerTeacher:
             ValueError: naming the server and what is wrong.
             TeacherUnavailable: a server that does not answer.
         """
-        for number, url in enumerate(self.urls):
+        for number, url in enumerate(self.shown):
             found = self._json(number, "tokenize", {"prompt": text, "add_special_tokens": False})
             theirs = found.get("tokens") if isinstance(found, dict) else None
             if not isinstance(theirs, list):
@@ -244,7 +246,7 @@ class ServerTeacher:
                 if attempt < self.retries:
                     time.sleep(self.pause * 2**attempt * self._jitter.uniform(0.5, 1.5))
         raise TeacherUnavailable(
-            f"the teacher's servers ({', '.join(self.urls)}) did not answer {self.retries + 1} times; the last: "
+            f"the teacher's servers ({', '.join(self.shown)}) did not answer {self.retries + 1} times; the last: "
             f"{failures[-1]} Start them again and resume from the last checkpoint: no step was lost."
         )
 
@@ -261,8 +263,8 @@ class ServerTeacher:
         wanted = sum(map(len, sequences)) * self._head.hidden_size * _DTYPES[self.dtype].itemsize
         headers, content = self._ask(server, "pooling", body, most=4 * wanted + _MOST)
         if "metadata" not in headers:
-            raise ValueError(f"the server {self.urls[server]} gave no pooling metadata: {_START}.")
-        return self._states(self.urls[server], headers["metadata"], content, sequences)
+            raise ValueError(f"the server {self.shown[server]} gave no pooling metadata: {_START}.")
+        return self._states(self.shown[server], headers["metadata"], content, sequences)
 
     def _states(self, url: str, metadata: str, content: bytes, sequences: list[list[int]]) -> list[torch.Tensor]:
         """A reply's hidden states, looked at before anything is trained on them.
@@ -304,7 +306,7 @@ class ServerTeacher:
             try:
                 known = str(found["data"][0]["id"])
             except (KeyError, IndexError, TypeError) as error:
-                raise TeacherUnavailable(f"the server {self.urls[server]} names no model at /v1/models.") from error
+                raise TeacherUnavailable(f"the server {self.shown[server]} names no model at /v1/models.") from error
             self._names[server] = known
         return known
 
@@ -315,12 +317,12 @@ class ServerTeacher:
             return json.loads(content)
         except ValueError as error:
             raise TeacherUnavailable(
-                f"the server {self.urls[server]} gave no JSON at /{path} ({content[:80]!r}): is it vLLM's?"
+                f"the server {self.shown[server]} gave no JSON at /{path} ({content[:80]!r}): is it vLLM's?"
             ) from error
 
     def _ask(self, server: int, path: str, body: Any, most: int) -> tuple[httpx.Headers, bytes]:
         """A reply's headers and content, of `most` bytes at most, whole before `read_timeout` has passed."""
-        client, url = self._clients[server], self.urls[server]
+        client, url = self._clients[server], self.shown[server]
         ends, content = time.monotonic() + self.read_timeout, bytearray()
         try:
             with client.stream("GET" if body is None else "POST", path, json=body) as reply:

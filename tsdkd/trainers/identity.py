@@ -9,37 +9,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tsdkd.provenance import redacted
 from tsdkd.trainers.host import batch_rows
-from tsdkd.trainers.models import fingerprint_of
 
 # What a run that goes on may change, and is told of.
 CHANGES = (
     "max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate", "warmup_steps",
-    "weight_decay", "max_grad_norm", "optim", "processes",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "disable_dropout",
+    "model_init_kwargs", "processes",
 )  # fmt: skip
-_LOOKED_AT = 2000  # rows of a data set that tell it from another
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "max_completion_length", "max_length",
+    "chat_template_kwargs", "shuffle_dataset",
+)  # fmt: skip
+_LOOKED_AT = 2000  # rows of a data set, at least, that tell it from another
 
 
 def identity(trainer: Any) -> dict[str, dict[str, Any]]:
     """What a checkpoint says of its run: `same`, which a run that goes on shares, and `listed`, which it may change."""
     args, method = trainer.args, trainer.method
     options = qualified(method)
-    rollouts = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "max_completion_length", "max_length")}
+    sampling = {name: getattr(args, name, None) for name in _SAMPLING}
     data = None if trainer.train_dataset is None else digest_of_rows(trainer.train_dataset)
+    corpus = trainer.setup.pretraining_dataset if method.pretraining_weight else None
+    student = trainer.accelerator.unwrap_model(trainer.model)
     same = {
         "method": method.name,
         "method's options": options,
-        "student": shape_of(trainer.accelerator.unwrap_model(trainer.model)),
+        "student": shape_of(student),
+        "adapter": _adapter_of(student),
         "teacher": _teacher_of(trainer),
         "prompts": data,
+        "corpus": None if corpus is None else digest_of_rows(corpus),
         "seed": args.seed,
         "prompts a step": batch_rows(args) * trainer.accelerator.num_processes,
-        "sampling": rollouts,
+        "sampling": sampling,
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
     }
     listed = {name: getattr(args, name, None) for name in CHANGES if name != "processes"}
     listed["processes"] = trainer.accelerator.num_processes
-    plain = json.loads(json.dumps({"same": same, "listed": listed}, default=str))
-    return plain
+    return json.loads(json.dumps(redacted({"same": same, "listed": listed}), default=_stable))
 
 
 def qualified(value: Any) -> Any:
@@ -63,19 +72,56 @@ def shape_of(model: Any) -> str:
     return f"{config.model_type}, {getattr(config, 'vocab_size', '?')} ids, {count:,} parameters"
 
 
+def _adapter_of(student: Any) -> Any:
+    """A student's adapters and a digest of the weights under them, which no checkpoint holds; None of a whole model."""
+    found = getattr(student, "peft_config", None)
+    if not isinstance(found, dict):
+        return None
+    left = ("inference_mode", "base_model_name_or_path", "revision", "peft_version")
+    plain = {
+        name: {key: qualified(value) for key, value in sorted(vars(config).items()) if key not in left and value is not None}
+        for name, config in found.items()
+    }
+    return {"under": digest_of_weights(student, trained=False), **json.loads(json.dumps(plain, default=_stable))}
+
+
+def digest_of_weights(model: Any, trained: bool | None = None) -> str:
+    """A digest of some weights of every parameter, of those that are trained or not, or of all."""
+    made = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if trained is not None and parameter.requires_grad != trained:
+            continue
+        share = getattr(parameter, "ds_tensor", parameter).detach().flatten()
+        some = share[:: max(1, share.numel() // 32)][:32].float().cpu()
+        made.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return made.hexdigest()[:16]
+
+
+def _stable(value: Any) -> str:
+    """What JSON cannot hold, as a text that two processes agree on."""
+    if isinstance(value, (set, frozenset)):
+        return str(sorted(map(str, value)))
+    if hasattr(value, "tobytes"):  # an image, an array
+        return f"{type(value).__name__} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    text = str(value)
+    return type(value).__name__ if " at 0x" in text else text
+
+
 def _teacher_of(trainer: Any) -> str:
     if trainer.teacher_model is not None and trainer.args.teacher_placement == "local":
-        return f"{shape_of(trainer.teacher_model)}, {fingerprint_of(trainer.teacher_model)}"
+        return f"{shape_of(trainer.teacher_model)}, {digest_of_weights(trainer.teacher_model)}"
     return trainer.loop.names["teacher"] if trainer.teacher is not None else "none"
 
 
 def digest_of_rows(rows: Any) -> str:
-    """A data set's number of rows and a digest of the first; of a stream its kind alone."""
+    """A data set's number of rows and a digest of some thousand of them, from all over it; of a stream its kind alone."""
     if not hasattr(rows, "__len__"):
         return "a stream"
     made = hashlib.sha256()
-    for start in range(0, min(len(rows), _LOOKED_AT), 200):
-        made.update(json.dumps(rows[start : start + 200], sort_keys=True, default=str).encode())
+    for number in range(0, len(rows), max(1, len(rows) // _LOOKED_AT)):
+        made.update(json.dumps(rows[number], sort_keys=True, default=_stable).encode())
     return f"{len(rows)} rows, {made.hexdigest()[:16]}"
 
 
@@ -94,6 +140,12 @@ def refuse_another_run(checkpoint: Path, written: Mapping[str, Any], now: Mappin
             "another output_dir."
         )
     before, after = written.get("listed") or {}, now["listed"]
+    plateau, names = "reduce_lr_on_plateau", [str(each.get("lr_scheduler_type")) for each in (before, after)]
+    if before and names[0] != names[1] and any(plateau in name for name in names):
+        raise ValueError(
+            f"the checkpoint {checkpoint} was made with lr_scheduler_type={names[0]}, here {names[1]}: {plateau} keeps a state "
+            "that no other schedule has. Go on with the one that it was made with."
+        )
     return [f"{name} {before[name]} → {after[name]}" for name in after if before.get(name) != after[name] and name in before]
 
 
