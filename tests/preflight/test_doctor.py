@@ -182,3 +182,28 @@ def test_what_the_trainer_refuses_later_is_red_too(tmp_path, capsys):
     (student / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert main(command(tmp_path, student=str(student))) == 2
     assert "STOP" in capsys.readouterr().out
+
+
+def test_answers_stand_beside_their_own_prompts(tmp_path):
+    from tsdkd.cli.doctor import _answers
+    from tsdkd.cli.parsing import DataArguments
+
+    file = tmp_path / "a.jsonl"
+    rows = [{"prompt": f"q{i}", "answer": str(i)} for i in range(6)] + [{"prompt": "q1", "answer": "9"}, {"prompt": "q7"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [{"prompt": "q4"}, {"prompt": [{"role": "user", "content": "q3"}]}, {"prompt": "q1"}, {"prompt": "q7"}]
+    assert _answers(DataArguments(dataset_name=str(file)), asked) == ["4", "3", None, None]
+    assert _answers(DataArguments(dataset_name=str(file), dataset_train_split="train[4:]"), asked)[:2] == ["4", None]
+
+
+@pytest.mark.parametrize("words", [["--student", "nowhere/s"], ["--method", "gdk"], ["--dataset_name", "nope.jsonl"]])
+def test_json_is_json_also_of_what_cannot_begin(tmp_path, capsys, words):
+    command_ = command(tmp_path, "--json")
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        if name in command_:
+            command_[command_.index(name) + 1] = value
+        else:
+            command_ += [name, value]
+    assert main(command_) == 2
+    (finding,) = json.loads(capsys.readouterr().out)
+    assert finding["level"] == RED and finding["said"]

@@ -75,6 +75,8 @@ def test_what_is_taken_for_a_secret():
     }
     assert redacted('{"token": "x", "b": 1}') == '{"token": "<secret>", "b": 1}' and redacted('{"b":1}') == '{"b":1}'
     assert redacted(["http://u:pw@h:1/x", PLANTED]) == ["http://<secret>@h:1/x", "<secret>"]
+    assert redacted("redis://:pw@h") == "redis://<secret>@h"
+    assert redacted("https://h/x?api_key=pw&b=1#c") == "https://h/x?api_key=<secret>&b=1#c"
     words = ["train", "--hub_token=x", "--model_init_kwargs", '{"token": "y"}', "--max_steps", "3"]
     assert redacted_words(words) == [
         "train", "--hub_token=<secret>", "--model_init_kwargs", '{"token": "<secret>"}', "--max_steps", "3",

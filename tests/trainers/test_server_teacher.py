@@ -287,6 +287,18 @@ def scaled(model):
     return model
 
 
+def test_a_password_in_an_address_is_in_no_message(served, caplog):
+    path, _, servers = served
+    servers[0].stop()
+    head, _ = head_of_checkpoint(path, torch.float32, torch.device("cpu"))
+    address = servers[0].url.replace("http://", "http://me:PASSWORD@")
+    with caplog.at_level(logging.WARNING, logger="tsdkd"):
+        teacher = ServerTeacher([address], head, dtype="float32", pause=0.01, retries=1)
+        with pytest.raises(TeacherUnavailable) as told:
+            teacher.hidden(ROLLOUTS, ROLLOUTS.lengths)
+    assert "PASSWORD" not in str(told.value) and "PASSWORD" not in caplog.text and "<secret>@127.0.0.1" in str(told.value)
+
+
 def test_addresses_and_keys(served, caplog, monkeypatch):
     path, _, servers = served
     with pytest.raises(ValueError, match="needs teacher_urls"):
