@@ -6,8 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-# Links within the repository lead nowhere from a package's page: their text stays.
-readme = re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]*\)", r"\1", (here / "README.md").read_text())
+# Pictures and links within the repository lead nowhere from a package's page: the links' text stays.
+readme = re.sub(r"!\[[^\]]*\]\((?!https?://)[^)]*\)\n?", "", (here / "README.md").read_text())
+readme = re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]*\)", r"\1", readme)
 version = re.search(r'^__version__ = "(.+)"$', (here / "tsdkd/__init__.py").read_text(), re.MULTILINE).group(1)
 
 extras = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,10 @@ def test_wheel_and_sdist_work_outside_of_the_checkout(tmp_path):
     ):
         assert f"tsdkd/{needed}" in names, needed
     assert not [name for name in names if name.startswith("tests")]
+    (about,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+    page = zipfile.ZipFile(wheel).read(about).decode()
+    links = re.findall(r"\]\(([^)]*)\)", page)  # on a package's page those within the repository lead nowhere
+    assert links and all(link.startswith("https://") for link in links)
     models = sum(i.file_size for i in zipfile.ZipFile(wheel).infolist() if i.filename.startswith("tsdkd/demo/models/"))
     assert models <= 8 * 2**20
     assert any(name.endswith("tsdkd/selection/masks.py") for name in tarfile.open(sdist).getnames())
