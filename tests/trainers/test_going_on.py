@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from tsdkd.data import commits
 from tsdkd.methods import METHODS, TSDKD
 from tsdkd.trainers.identity import digest_of_rows, qualified
+from tsdkd.trainers.saving import Saving
 
 
 class Seen(TrainerCallback):
@@ -252,9 +253,9 @@ def test_a_second_run_into_a_folder_is_refused_while_the_first_trains(tmp_path):
 
 def test_older_checkpoints_go_after_the_new_one_is_whole_and_the_best_never(tmp_path, monkeypatch):
     order = []
-    put, rotate = commits.put, __import__("tsdkd.trainers.saving", fromlist=["rotate_checkpoints"]).rotate_checkpoints
+    put, rotate = commits.put, Saving._rotate
     monkeypatch.setattr(commits, "put", lambda *args: order.append("put") or put(*args))
-    monkeypatch.setattr("tsdkd.trainers.saving.rotate_checkpoints", lambda **kw: order.append("rotate") or rotate(**kw))
+    monkeypatch.setattr(Saving, "_rotate", lambda *args: order.append("rotate") or rotate(*args))
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "eval_strategy": "steps", "eval_steps": 1}
     trainer = make(tmp_path, max_steps=4, eval_dataset=prompts(4), load_best_model_at_end=False, metric_for_best_model="loss",
                    greater_is_better=True, **options)  # fmt: skip
