@@ -264,7 +264,7 @@ def test_what_is_missing_or_damaged_is_named_before_a_model_is_loaded(tmp_path, 
     command = ["train", "--student", student, "--teacher", student, "--dataset_name", str(data), "--use_cpu"]
     command += ["--output_dir", str(tmp_path / "out")]
     found = importlib.util.find_spec
-    absent = lambda name, *more: None if name in ("bitsandbytes", "peft") else found(name, *more)  # noqa: E731
+    absent = lambda name, *more: None if name in ("bitsandbytes", "peft", "lm_eval") else found(name, *more)  # noqa: E731
     monkeypatch.setattr(setup_checks, "find_spec", absent)
     monkeypatch.setattr("tsdkd.cli.train.find_spec", absent)
     loaded = []
@@ -274,6 +274,7 @@ def test_what_is_missing_or_damaged_is_named_before_a_model_is_loaded(tmp_path, 
         (["--report_to", "wanbd"], "report_to=wanbd is unknown (did you mean wandb?)"),
         (["--load_in_4bit"], "bitsandbytes is not installed"),
         (["--use_peft"], "--use_peft needs peft, which is not installed: pip install 'tsdkd[peft]'"),
+        (["--eval_tasks", "gsm8k"], "is not installed: pip install 'tsdkd[eval]'"),
     ):
         assert main([*command, *words]) == 2
         said = capsys.readouterr().err
@@ -285,6 +286,16 @@ def test_what_is_missing_or_damaged_is_named_before_a_model_is_loaded(tmp_path, 
     assert main(command) == 2
     said = capsys.readouterr().err
     assert "the student's file" in said and "model.safetensors is damaged" in said and "copy or save it again" in said
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    recipe = tmp_path / "c.yaml"
+    recipe.write_text("student: nowhere\n")
+    assert main(["compare", "--config", str(recipe), "--png", str(tmp_path / "c.png")]) == 2
+    assert "--png needs matplotlib, which is not installed: pip install 'tsdkd[report]'" in capsys.readouterr().err
 
 
 def test_the_package_runs_as_a_module():

@@ -248,3 +248,11 @@ def test_the_phones_panel_opens_by_a_touch_and_closes(opened):
     assert page.locator("#panel").is_visible()
     page.locator("#panel .close").click()
     assert not page.locator("#panel").is_visible()
+
+
+def test_the_panel_rounds_no_number_coarser_than_the_data(opened):
+    table = view()
+    table["columns"]["student_entropy"][4] = 1.2345678
+    page = opened(token_page([[table]]))
+    page.locator(".token").nth(4).hover()
+    assert figure(page, "student_entropy") == "1.2345678"

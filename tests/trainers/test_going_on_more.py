@@ -196,7 +196,7 @@ def test_an_edited_manifest_is_damaged(run, edit, caplog):
     file = run / "checkpoint-4" / commits.MANIFEST
     made = json.loads(file.read_text())
     edited = {k: v for k, v in {**made, **edit}.items() if v is not None}
-    file.write_text(json.dumps({**edited, "digest": commits._own_digest(edited)}))  # by somebody who knows how
+    file.write_text(json.dumps({**edited, "digest": commits.manifest_digest(edited)}))  # by somebody who knows how
     trainer = of(run, max_steps=4)
     with pytest.raises(ValueError, match=r"checkpoint-4 cannot be gone on with: it"):
         trainer.saving.resuming.found(str(run / "checkpoint-4"))

@@ -14,10 +14,11 @@ from running import answered, general, rows, student
 from tiny import config, prompts
 
 from tsdkd import TSDKD, TokenDistillConfig, TokenDistillTrainer
+from tsdkd.data.commits import manifest_digest
 from tsdkd.demo.recreate import make_tokenizer
 from tsdkd.methods import GKD, DistiLLM, MiniLLM, SeqKD, SupervisedKD
 from tsdkd.rollouts import RolloutSource
-from tsdkd.teachers.recorded import Recording, _digest_of
+from tsdkd.teachers.recorded import Recording
 from tsdkd.types import Rollouts, RolloutSpec
 
 
@@ -95,7 +96,7 @@ def test_a_recording_of_something_else_or_damaged_is_refused_before_training(tmp
     (changed / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="it was changed since it was written"):
         from_recording(tmp_path, changed, GKD())
-    manifest["digest"] = _digest_of(manifest)  # another recording's, whole
+    manifest["digest"] = manifest_digest(manifest)  # another recording's, whole
     (changed / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="the tokenizers disagree"):
         from_recording(tmp_path, changed, GKD())
@@ -201,7 +202,7 @@ def test_a_changed_manifest_is_told_and_never_a_traceback_of_ours(recording, dat
     holder[place[-1]] = other
     anew = data.draw(st.booleans())
     if anew:
-        manifest["digest"] = _digest_of(manifest)
+        manifest["digest"] = manifest_digest(manifest)
     folder = recording.parent / "changed"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(recording, folder)

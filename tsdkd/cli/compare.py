@@ -59,6 +59,10 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--seeds {own.seeds}: it must be 1 or more.")
     check_writable("out", own.out)
     check_writable("png", own.png)
+    if own.png is not None:
+        from tsdkd.reporting.figures import pyplot
+
+        pyplot("--png")  # refuses before anything is trained
     if own.answer_pattern is not None:
         try:
             re.compile(own.answer_pattern)

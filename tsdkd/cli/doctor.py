@@ -65,16 +65,11 @@ def _told(found: list[Any], as_json: bool) -> int:
 
 def setup_of(config: Any, loaded: dict[str, Any]) -> Any:
     """The set-up as the trainer would see it."""
-    from tsdkd.data.files import as_data_set
-    from tsdkd.teachers import Recording
     from tsdkd.trainers.setup import Setup, chosen_method
 
-    recording = Recording.open(config.recording) if config.recording is not None else None
-    names = ("train_dataset", "eval_dataset", "pretraining_dataset")
-    sets = {name: as_data_set(loaded.get(name), name) for name in names}
-    sets["quantization"] = loaded.get("quantization_config")
-    teacher = config.teacher_model_name_or_path
-    return Setup(config, chosen_method(config, None), loaded["model"], teacher, recording, **sets)
+    sets = {name: loaded[name] for name in ("train_dataset", "eval_dataset", "pretraining_dataset")}
+    quantization = loaded["quantization_config"]
+    return Setup.of(config, chosen_method(config, None), loaded["model"], **sets, quantization=quantization)
 
 
 def _rows(trainer: Any, count: int) -> list[dict[str, Any]]:

@@ -11,8 +11,6 @@ from typing import Any
 
 from tsdkd.checks import check_writable
 
-_EIGHT = 8
-
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
@@ -25,7 +23,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--prompt", action="append", help="a prompt's text; several times for several")
     parser.add_argument("--completion", action="append", help="a completion's text, one for each --prompt; read, not written")
-    parser.add_argument("--limit", type=int, default=_EIGHT, help="the first rows of --dataset_name (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=8, help="the first rows of --dataset_name (default: %(default)s)")
     parser.add_argument("--given", action="store_true", help="read the data set's completions in place of having them written")
     parser.add_argument("--out", type=Path, default=Path("inspect.html"), help="the page (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the tables into this file, too")
@@ -105,19 +103,11 @@ def main(arguments: list[str]) -> int:
 
 def _rows(own: argparse.Namespace, data: Any, model: Any, config: Any) -> list[dict[str, Any]]:
     """The prompts as rows; of --prompt as the model is talked to."""
-    from tsdkd.data.prompts import load_prompts
+    from tsdkd.cli.train import prompts_of
     from tsdkd.teachers.sources import has_chat_template
 
     if data.dataset_name:
-        found = load_prompts(
-            data.dataset_name,
-            config=data.dataset_config,
-            split=data.dataset_train_split,
-            prompt_column=data.prompt_column,
-            completion_column=data.completion_column,
-            drop_duplicates=data.drop_duplicate_prompts,
-            as_chat=data.prompt_as_chat,
-        )
+        found = prompts_of(data, data.dataset_name, data.dataset_train_split)
         return [dict(found[i]) for i in range(min(own.limit, len(found)))]
     name = model.model_name_or_path
     as_chat = data.prompt_as_chat or bool(name and has_chat_template(name, model.model_revision, config.trust_remote_code))

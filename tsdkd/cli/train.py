@@ -36,23 +36,17 @@ def inputs(
     if model.use_peft and find_spec("peft") is None:
         raise ValueError("--use_peft needs peft, which is not installed: pip install 'tsdkd[peft]'.")
 
+    if data.eval_tasks and find_spec("lm_eval") is None:
+        raise ValueError("--eval_tasks needs lm-evaluation-harness, which is not installed: pip install 'tsdkd[eval]'.")
+
     from trl import get_peft_config, get_quantization_config
 
     from tsdkd.data.files import load_rows
-    from tsdkd.data.prompts import load_prompts
 
     def load(name: str | None, split: str):
         if name is None:
             return None
-        rows = load_prompts(
-            name,
-            config=data.dataset_config,
-            split=split,
-            prompt_column=data.prompt_column,
-            completion_column=data.completion_column,
-            drop_duplicates=data.drop_duplicate_prompts,
-            as_chat=data.prompt_as_chat,
-        )
+        rows = prompts_of(data, name, split)
         if config.process_index == 0:
             say(f"{len(rows)} prompts from {name}{' after dropping duplicates' if data.drop_duplicate_prompts else ''}")
         return rows
@@ -69,6 +63,21 @@ def inputs(
         "quantization_config": get_quantization_config(model),
         "peft_config": get_peft_config(model),
     }
+
+
+def prompts_of(data: DataArguments, name: str, split: str) -> Any:
+    """A data set's prompts, with the columns that the options name."""
+    from tsdkd.data.prompts import load_prompts
+
+    return load_prompts(
+        name,
+        config=data.dataset_config,
+        split=split,
+        prompt_column=data.prompt_column,
+        completion_column=data.completion_column,
+        drop_duplicates=data.drop_duplicate_prompts,
+        as_chat=data.prompt_as_chat,
+    )
 
 
 def build(data: DataArguments, config: Any, model: Any, loaded: dict[str, Any] | None = None) -> Any:

@@ -46,7 +46,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
-def _own_digest(made: Mapping[str, Any]) -> str:
+def manifest_digest(made: Mapping[str, Any]) -> str:
     """Of a manifest without its digest."""
     stated = {name: value for name, value in made.items() if name != "digest"}
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
@@ -63,7 +63,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any] | None = None) -> None
         sync(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest_of(path)}
     made: dict[str, Any] = {"schema": SCHEMA, **(about or {}), "files": files}
-    made["digest"] = _own_digest(made)
+    made["digest"] = manifest_digest(made)
     scratch = folder / f"{MANIFEST}.part"
     scratch.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(scratch)
@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         made = json.loads(file.read_text(encoding="utf-8"))
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in made["files"].items()}
-        if made["digest"] != _own_digest(made):
+        if made["digest"] != manifest_digest(made):
             raise ValueError("it was changed since it was written")
         if not isinstance(made["step"], int) or not isinstance(made.get("run", {}), dict) or made["schema"] > SCHEMA:
             raise ValueError("a part of it is of another type, or of a later version")

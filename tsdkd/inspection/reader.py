@@ -120,15 +120,13 @@ class Reader:
         Raises:
             ValueError: a completion without trained tokens.
         """
-        trainer, (length,) = self.trainer, rollout.lengths
+        trainer = self.trainer
         loop, method = trainer.loop, trainer.method
-        if not length:
+        if rollout.lengths == [0]:
             raise ValueError("the completion has no tokens that are trained on: there is nothing to look at.")
         objective = method.objective()
         with trainer.student() as student, trainer.gathered_heads(student, *self._models()):
-            plan = ReadPlan.whole([length])
-            hidden = None if trainer.teacher is None else trainer.teacher.hidden(rollout, plan.teacher)
-            step = Step(rollout, method.counts([length]), [0], plan, hidden)
+            step = step_of(trainer, rollout)
             with loop.loss.autocast():
                 batch = loop.loss.batch_of(student, step)
                 terms = method.loss(batch, head_of(student), self._teacher_head(), counts=step.counts, **loop.loss.engine)
@@ -219,6 +217,13 @@ class Reader:
         shown = [read["ids"].ravel(), *([read["teacher_best"]] if "teacher_best" in read else [])]
         ids = sorted({int(i) for column in shown for i in column})
         return dict(zip(ids, token_texts(self.trainer.tokenizer, ids), strict=True))
+
+
+def step_of(trainer: Any, rollout: Rollouts) -> Step:
+    """A step that holds one completion alone, as the teacher reads it."""
+    plan = ReadPlan.whole(rollout.lengths)
+    hidden = None if trainer.teacher is None else trainer.teacher.hidden(rollout, plan.teacher)
+    return Step(rollout, trainer.method.counts(rollout.lengths), [0], plan, hidden)
 
 
 def _column(value: torch.Tensor | None, scored: torch.Tensor | None = None) -> np.ndarray | None:

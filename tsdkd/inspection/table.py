@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class TokenTable:
     teacher: str = ""
     temperature: float = 1.0
     note: str = ""
-    label: str = field(default="")
+    label: str = ""
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tsdkd.inspection import Reader
+from tsdkd.inspection.reader import step_of
 from tsdkd.teachers.heads import head_of, vocabulary_size
 from tsdkd.trainers.run_record import planned_steps
 from tsdkd.types import DivergenceTerm, Rollouts, TokenBatch
@@ -275,17 +276,9 @@ def pass_rates(rights: tuple[Sequence[bool], Sequence[bool]] | None) -> Iterator
 
 def batches_of(trainer: Any, rollouts: Rollouts) -> list[TokenBatch]:
     """The hidden states of some rollouts, by both models, as a step would read them."""
-    from tsdkd.trainers.step import Step
-    from tsdkd.types import ReadPlan
-
-    made = []
     with trainer.student() as student:
-        for row in range(len(rollouts)):
-            one = rollouts.rows([row])
-            plan = ReadPlan.whole(one.lengths)
-            hidden = None if trainer.teacher is None else trainer.teacher.hidden(one, plan.teacher)
-            made.append(trainer.loop.loss.batch_of(student, Step(one, trainer.method.counts(one.lengths), [0], plan, hidden)))
-    return made
+        steps = (step_of(trainer, rollouts.rows([row])) for row in range(len(rollouts)))
+        return [trainer.loop.loss.batch_of(student, step) for step in steps]
 
 
 def examine(

@@ -33,13 +33,11 @@ def as_bytes(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def page(template: str, styles: list[str], script: str | None = None, **values: Any) -> str:
+def page(template: str, **values: Any) -> str:
     """A template's page; texts in `values` are escaped.
 
     Args:
-        template: a file of `templates/`.
-        styles: files of it, which the template has as `css`.
-        script: a file of it, as `script`.
+        template: the name of a page's HTML, style and script in `templates/`; `page.css` and `page.js` precede the last two.
     """
-    made = {"css": Markup("\n".join(map(_file, styles))), "script": Markup(_file(script)) if script else ""}
-    return _environment().get_template(template).render(**made, **values)
+    css, script = (Markup("\n".join(_file(f"{name}.{kind}") for name in ("page", template))) for kind in ("css", "js"))
+    return _environment().get_template(f"{template}.html").render(css=css, script=script, **values)

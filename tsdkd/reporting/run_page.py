@@ -13,7 +13,6 @@ from tsdkd.reporting.pages import as_bytes, in_script, page
 from tsdkd.reporting.panels import as_json, differences, labels, panels, rest
 
 logger = logging.getLogger(__name__)
-_COLUMNS = ("student_entropy", "teacher_entropy")
 
 
 def run_page(runs: Sequence[Run], title: str = "", scores: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -37,9 +36,7 @@ def run_page(runs: Sequence[Run], title: str = "", scores: Sequence[Mapping[str,
         "samples": [_samples(run) for run in runs],
     }
     return page(
-        "run_page.html",
-        ["page.css", "run_page.css"],
-        "run_page.js",
+        "run_page",
         title=title or (f"Run {named[0]}" if len(runs) == 1 else f"{len(runs)} runs"),
         runs=[_facts(run, label) for run, label in zip(runs, named, strict=True)],
         differing=differences(runs) if len(runs) > 1 else {},

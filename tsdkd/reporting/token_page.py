@@ -36,9 +36,7 @@ def token_page(completions: Sequence[Sequence[Mapping[str, Any]]], title: str = 
     slim = [[_slim(view, places) for view in views] for views in completions]
     data = {"completions": slim, "meanings": meanings, "ids": steps, "texts": [texts[id] for id in places]}
     return page(
-        "token_page.html",
-        ["page.css", "token_page.css"],
-        "token_page.js",
+        "token_page",
         title=title or f"{first['method']}: {first['student']}{against}",
         origin=origin,
         completions=completions,

@@ -13,25 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tsdkd.data.commits import digest_of, manifest_digest
 from tsdkd.types import Head, Rollouts
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _key(prompt: Sequence[int], completion: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([list(prompt), list(completion)]).encode()).hexdigest()
-
-
-def _digest_of(manifest: dict[str, Any]) -> str:
-    """Of a manifest without its own digest."""
-    stated = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
 
 def write_shard(
@@ -58,7 +48,7 @@ def shard_entry(folder: Path, name: str) -> dict[str, Any]:
     """A written shard's entry in the manifest."""
     rows, states = folder / f"{name}.jsonl", folder / f"{name}.safetensors"
     count = len(rows.read_text().splitlines())
-    return {"name": name, "rows": count, "sha256": {path.name: _digest(path) for path in (rows, states)}}
+    return {"name": name, "rows": count, "sha256": {path.name: digest_of(path) for path in (rows, states)}}
 
 
 def write_manifest(
@@ -77,11 +67,11 @@ def write_manifest(
     manifest = {
         "format": _FORMAT,
         "shards": shards,
-        "head": {"logit_scale": head.logit_scale, "softcap": head.softcap, "sha256": _digest(folder / "head.safetensors")},
+        "head": {"logit_scale": head.logit_scale, "softcap": head.softcap, "sha256": digest_of(folder / "head.safetensors")},
         "vocabulary": vocabulary,
         "about": about,
     }
-    manifest["digest"] = _digest_of(manifest)
+    manifest["digest"] = manifest_digest(manifest)
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest))
     partial.rename(folder / MANIFEST)
@@ -124,7 +114,7 @@ class Recording:
             raise ValueError(damaged.format("it holds no mapping"))
         if manifest.get("format") != _FORMAT:
             raise ValueError(f"{folder} is a recording of format {manifest.get('format')}; this version reads {_FORMAT}.")
-        if "digest" in manifest and manifest["digest"] != _digest_of(manifest):
+        if "digest" in manifest and manifest["digest"] != manifest_digest(manifest):
             raise ValueError(damaged.format("it was changed since it was written"))
         try:
             sums = {"head.safetensors": str(manifest["head"]["sha256"])}
@@ -141,7 +131,7 @@ class Recording:
         if outside:
             raise ValueError(damaged.format(f"it names {outside[0]!r}, which is no file of the folder"))
         for name, expected in sums.items():
-            if not (folder / name).is_file() or _digest(folder / name) != expected:
+            if not (folder / name).is_file() or digest_of(folder / name) != expected:
                 raise ValueError(
                     f"{folder / name} is missing or damaged (its checksum is not the manifest's): record again, or restore it."
                 )

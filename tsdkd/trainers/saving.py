@@ -1,8 +1,7 @@
-"""Saves of a run: checkpoints that are whole or not there, and the one that a run goes on with."""
+"""Saves of a run: checkpoints that are whole or not there, and students beside them."""
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,8 +15,6 @@ from tsdkd.data import commits
 from tsdkd.trainers.guard import NonFiniteError
 from tsdkd.trainers.health import Health
 from tsdkd.trainers.resuming import Resuming
-
-logger = logging.getLogger(__name__)
 
 
 class Saving:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
+from tsdkd.data.files import as_data_set
 from tsdkd.data.prompts import are_chats
 from tsdkd.methods import TSDKD, Method, resolve_method
 from tsdkd.teachers import Recording
@@ -40,6 +42,23 @@ class Setup:
     pretraining_dataset: Any = None
     has_tools: bool = False
     quantization: Any = None
+
+    @classmethod
+    def of(
+        cls, args: TokenDistillConfig, method: Method, student: Any, teacher: Any = None, train_dataset: Any = None,
+        eval_dataset: Any = None, pretraining_dataset: Any = None, **more: Any,
+    ) -> Setup:  # fmt: skip
+        """As a trainer's caller asks for it: paths as names, the options' teacher and recording, rows as data sets.
+
+        Raises:
+            ValueError: a recording that cannot be opened, or rows that are no data set.
+        """
+        teacher = args.teacher_model_name_or_path if teacher is None else teacher
+        student, teacher = (str(m) if isinstance(m, os.PathLike) else m for m in (student, teacher))
+        recording = Recording.open(args.recording) if args.recording is not None else None
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "pretraining_dataset": pretraining_dataset}
+        sets = {role: as_data_set(rows, role) for role, rows in given.items()}
+        return cls(args, method, student, teacher, recording, **sets, **more)
 
     @property
     def rollouts(self) -> RolloutSpec:

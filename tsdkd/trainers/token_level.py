@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tsdkd.checks import refuse
 from tsdkd.data.files import as_data_set
 from tsdkd.methods import Method
 from tsdkd.provenance import provenance
-from tsdkd.teachers import RecordedTeacher, Recording, Teacher, gathered, vocabulary_size
+from tsdkd.teachers import RecordedTeacher, Teacher, gathered, vocabulary_size
 from tsdkd.teachers.heads import check_head
 from tsdkd.teachers.placing import Request, place
 from tsdkd.trainers.callbacks import callbacks_of
@@ -95,15 +94,12 @@ class TokenDistillTrainer(TRLTrainer):
                 "DistillationConfig and the method's beside them."
             )
         self.method = chosen_method(args, method)
-        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-        model, teacher_model = (str(m) if isinstance(m, os.PathLike) else m for m in (model, teacher_model))
-        recording = Recording.open(args.recording) if args.recording is not None else None
-        train_dataset, eval_dataset = as_data_set(train_dataset, "train_dataset"), as_data_set(eval_dataset, "eval_dataset")
-        data = train_dataset, eval_dataset, as_data_set(pretraining_dataset, "pretraining_dataset")
         more: dict[str, Any] = {"has_tools": bool(kwargs.get("tools")), "quantization": kwargs.get("quantization_config")}
-        setup = Setup(args, self.method, model, teacher_model, recording, *data, **more)
+        data = train_dataset, eval_dataset, pretraining_dataset
+        setup = Setup.of(args, self.method, model, teacher_model, *data, **more)
         refuse(problems(setup))
         self.setup, self.saving = setup, Saving(self)
+        recording, train_dataset, eval_dataset = setup.recording, setup.train_dataset, setup.eval_dataset
         if recording is not None:
             train_dataset = Dataset.from_list(recording.rows)
 
@@ -111,7 +107,7 @@ class TokenDistillTrainer(TRLTrainer):
         args.logging_nan_inf_filter = False
         self._name, self._paper = self.method.title or self.method.name, dict(self.method.paper)
         self._tag_names = ["trl", "tsdkd", self.method.name]
-        student, given = student_of(model, args, kwargs)
+        student, given = student_of(setup.student, args, kwargs)
         give_end(kwargs.get("processing_class"), student)
         super().__init__(with_whole_path(student), None, args, train_dataset, eval_dataset, **kwargs)
         args.model_init_kwargs = given

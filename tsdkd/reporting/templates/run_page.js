@@ -1,20 +1,4 @@
-"use strict";
 (() => {
-const data = JSON.parse(document.getElementById("data").textContent);
-const $ = id => document.getElementById(id);
-const SVG = "http://www.w3.org/2000/svg";
-const make = (name, text, attributes = {}) => {
-  const node = document.createElement(name);
-  if (text !== null && text !== undefined) node.textContent = text;
-  for (const key in attributes) node.setAttribute(key, attributes[key]);
-  return node;
-};
-const draw = (name, attributes, text) => {
-  const node = document.createElementNS(SVG, name);
-  for (const key in attributes) node.setAttribute(key, attributes[key]);
-  if (text !== undefined) node.textContent = text;
-  return node;
-};
 const number = value => typeof value !== "number" ? String(value) : value === 0 ? "0" : Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6 ? value.toExponential(2) : String(+value.toPrecision(4));
 const colour = i => `var(--c${i % 8})`, dash = i => ["", "7 3", "2 3"][Math.floor(i / 8) % 3];
 
@@ -114,18 +98,6 @@ if ($("panels")) {
   else $("others").remove();
 }
 
-// Characters that would not be seen, or would turn the page's order around.
-const hidden = /[\u0000-\u0008\u000b-\u001f\u007f-\u00a0\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164\ufe00-\ufe0f\ufeff\ufff9-\ufffb\u{1d173}-\u{1d17a}\u{e0000}-\u{e0fff}]/u, mark = /\p{M}/u;
-function visible(node, text) {
-  if (/^⟨([0-9A-F]{2}( [0-9A-F]{2})*|#\d+)⟩$/.test(text)) return node.append(text);
-  for (const c of text) {
-    if (c === " ") node.append(make("i", "·"));
-    else if (c === "\n") node.append(make("i", "↵"), "\n");
-    else if (c === "\t") node.append(make("i", "⇥"));
-    else if (hidden.test(c)) node.append(make("i", "⟨U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "⟩"));
-    else node.append(mark.test(c) && !node.textContent ? "◌" + c : c);
-  }
-}
 function strip(sample, high) {
   const box = make("div", null, {class: "strip", role: "img", "aria-label": `The completion of step ${sample.step}`});
   const entropy = sample.columns.student_entropy || [], opener = sample.columns.opener || [], top = sample.columns.top_entropy || [];

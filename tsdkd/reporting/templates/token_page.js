@@ -1,7 +1,4 @@
-"use strict";
 (() => {
-const began = performance.now();
-const data = JSON.parse(document.getElementById("data").textContent);
 // What was packed for the file's size: ids as places in one list, which holds differences, and what follows from other columns.
 let last = 0;
 const idAt = data.ids.map(step => last += step), texts = new Map(idAt.map((id, i) => [id, data.texts[i]]));
@@ -12,44 +9,16 @@ for (const view of data.completions.flat()) {
   if (view.columns.teacher_log_prob)
     view.columns.log_ratio = view.columns.teacher_log_prob.map((value, t) => value === null ? null : value - view.columns.student_log_prob[t]);
 }
-const $ = id => document.getElementById(id);
-const SVG = "http://www.w3.org/2000/svg";
 const state = {which: 0, quantity: null, at: 0, threshold: 0};
 let spans = [], heres = [];
 
-const make = (name, text, attributes = {}) => {
-  const node = document.createElement(name);
-  if (text !== null && text !== undefined) node.textContent = text;
-  for (const key in attributes) node.setAttribute(key, attributes[key]);
-  return node;
-};
-const draw = (name, attributes, text) => {
-  const node = document.createElementNS(SVG, name);
-  for (const key in attributes) node.setAttribute(key, attributes[key]);
-  if (text !== undefined) node.textContent = text;
-  return node;
-};
 const largest = values => values.reduce((most, value) => value > most ? value : most, -Infinity);
+const exact = value => value === null || value === undefined ? "–" : String(+value.toPrecision(9));
 const number = value => value === null || value === undefined ? "–" :
   value === 0 ? "0" : Math.abs(value) < 1e-4 || Math.abs(value) >= 1e5 ? value.toExponential(3) : String(+value.toPrecision(6));
 const share = value => value === null || value === undefined ? "" : value >= 0.0995 ? (100 * value).toFixed(1) + " %" :
   value === 0 ? "0 %" : (value >= 1e-5 ? String(+(100 * value).toPrecision(2)) : (100 * value).toExponential(1)) + " %";
 
-// Characters that would not be seen, or would turn the page's order around.
-const hidden = /[\u0000-\u0008\u000b-\u001f\u007f-\u00a0\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164\ufe00-\ufe0f\ufeff\ufff9-\ufffb\u{1d173}-\u{1d17a}\u{e0000}-\u{e0fff}]/u, mark = /\p{M}/u;
-function visible(node, text) {
-  if (/^⟨([0-9A-F]{2}( [0-9A-F]{2})*|#\d+)⟩$/.test(text)) return node.append(text);
-  let plain = "";
-  const flush = () => { if (plain) node.append(plain); plain = ""; };
-  for (const c of text) {
-    if (c === " ") { flush(); node.append(make("i", "·")); }
-    else if (c === "\n") { flush(); node.append(make("i", "↵"), "\n"); }
-    else if (c === "\t") { flush(); node.append(make("i", "⇥")); }
-    else if (hidden.test(c)) { flush(); node.append(make("i", "⟨U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "⟩")); }
-    else plain += !plain && mark.test(c) ? "◌" + c : c;
-  }
-  flush();
-}
 const shown = text => { const node = make("span"); visible(node, text); return node.textContent.replace(/\n/g, ""); };
 
 const views = () => data.completions[state.which];
@@ -271,7 +240,7 @@ function figures(view, t) {
   const table = make("table", null, {class: "figures"});
   const row = (name, value) => {
     const [told, unit] = meaning(name), line = make("tr", null, {"data-column": name});
-    line.append(make("td", told), make("td", number(value), {class: "number"}), make("td", unit, {class: "soft"}));
+    line.append(make("td", told), make("td", exact(value), {class: "number"}), make("td", unit, {class: "soft"}));
     table.append(line);
   };
   for (const name in view.columns) {
