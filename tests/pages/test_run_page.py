@@ -12,7 +12,7 @@ from tsdkd.cli import main
 from tsdkd.data.intervals import wilson_interval
 from tsdkd.data.runs import SCHEMA, read_run, runs_in
 from tsdkd.methods import GKD
-from tsdkd.reporting.figures import PALETTE
+from tsdkd.reporting.figures import PALETTE, look, plot, pyplot
 from tsdkd.reporting.panels import differences, labels, panels, rest
 from tsdkd.reporting.run_page import run_page
 
@@ -192,6 +192,29 @@ def test_the_page_in_a_browser(opened, tmp_path):
     page.keyboard.press("Enter")
     page.wait_for_selector("#rest figure")
     assert "tsdkd train --x <y>" in page.locator("pre", has_text="tsdkd train").first.inner_text()
+
+
+def test_a_run_has_one_colour_in_every_panel_also_where_another_has_no_curve(opened, tmp_path):
+    one, two = made_up(tmp_path / "a", 1e-3), made_up(tmp_path / "b", 2e-3)
+    rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    write(one, [{name: value for name, value in row.items() if name != "loss/indirect"} for row in rows])
+    runs = [read_run(one), read_run(two)]
+    page = opened(run_page(runs))
+    alone = page.locator("#panels figure", has_text="Terms of the loss: loss/indirect").locator("path")
+    both = page.locator("#panels figure", has_text="Terms of the loss: loss/direct").locator("path")
+    assert alone.count() == 1 and both.count() == 2
+    assert alone.first.get_attribute("stroke") == both.nth(1).get_attribute("stroke") != both.nth(0).get_attribute("stroke")
+    axis = pyplot().figure().subplots()
+    plot(axis, next(panel for panel in panels(runs) if panel.title.endswith("loss/indirect")))
+    assert axis.get_lines()[0].get_color() == look(1)["color"]
+
+
+def test_a_score_stands_once_in_the_table(tmp_path):
+    runs = [read_run(made_up(tmp_path / name, rate)) for name, rate in (("a", 1e-3), ("b", 2e-3))]
+    given = [{"label": name, "name": "accuracy", "step": 30, "score": 0.6, "low": 0.5, "high": 0.7, "n": 50} for name in "ab"]
+    table = run_page(runs, scores=given).split("<h2>Scores</h2>")[1].split("</table>")[0]
+    assert table.count("<tr>") == 1 + 2 + 2  # the head, what was given, and of each run its first score
+    assert table.count("0.6</td>") == 2
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

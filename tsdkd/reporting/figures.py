@@ -47,8 +47,8 @@ def save(figure: Any, path: Path) -> Path:
 
 def plot(axis: Any, panel: Panel) -> None:
     """A panel's curves; scores with their intervals, curves that stay above 0 from there."""
-    for number, line in enumerate(panel.lines):
-        own = look(number)
+    for line in panel.lines:
+        own = look(line.look)
         steps, values = [point[0] for point in line.points], [point[1] for point in line.points]
         if any(len(point) == 4 for point in line.points):
             lows = [max(0.0, point[1] - point[2]) if len(point) == 4 else 0.0 for point in line.points]

@@ -17,12 +17,12 @@ class Line:
 
     Attributes:
         label: in the legend.
-        run: whose it is, a place among the runs.
+        look: the place of its colour and stroke: of several runs the run's, so that a run looks the same in every panel.
         points: (step, value), or (step, value, low, high) of a score.
     """
 
     label: str
-    run: int
+    look: int
     points: list[tuple[float, ...]]
 
 
@@ -110,7 +110,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     for title, unit, wanted in _LAYOUT:
         names = _matching(runs, wanted)
         if len(runs) == 1:
-            lines = [Line(_spoken(runs[0], name), 0, _points(runs[0], name)) for name in names]
+            lines = [Line(_spoken(runs[0], name), place, _points(runs[0], name)) for place, name in enumerate(names)]
             made.append(Panel(title, unit, [line for line in lines if line.points]))
             continue
         for name in names:

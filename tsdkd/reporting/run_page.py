@@ -21,14 +21,16 @@ def run_page(runs: Sequence[Run], title: str = "", scores: Sequence[Mapping[str,
     Args:
         runs: what `data.runs.read_run` gave, also of broken and unfinished ones.
         title: of the page.
-        scores: rows of final scores, `label`, `score`, `low`, `high`, `n`, for a table of their own.
+        scores: rows of final scores, `label`, `score`, `low`, `high`, `n`, for a table of their own, in which they stand in
+            place of the runs' equal ones.
 
     Raises:
         ValueError: no run.
     """
     if not runs:
         raise ValueError("there is no run to show: pass the folder of one.")
-    named = labels(runs)
+    named, given = labels(runs), {(score["name"], score["step"], score["score"]) for score in scores}
+    own = [score for score in _last_scores(runs, named) if (score["name"], score["step"], score["score"]) not in given]
     data = {
         "panels": [as_json(panel) for panel in panels(runs)],
         "rest": [as_json(panel) for panel in rest(runs)],
@@ -40,7 +42,7 @@ def run_page(runs: Sequence[Run], title: str = "", scores: Sequence[Mapping[str,
         title=title or (f"Run {named[0]}" if len(runs) == 1 else f"{len(runs)} runs"),
         runs=[_facts(run, label) for run, label in zip(runs, named, strict=True)],
         differing=differences(runs) if len(runs) > 1 else {},
-        scores=[*scores, *_last_scores(runs, named)],
+        scores=[*scores, *own],
         data=in_script(data),
         drawn=bool(data["panels"] or data["rest"]),
     )

@@ -1,6 +1,6 @@
 (() => {
 const number = value => typeof value !== "number" ? String(value) : value === 0 ? "0" : Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6 ? value.toExponential(2) : String(+value.toPrecision(4));
-const colour = i => `var(--c${i % 8})`, dash = i => ["", "7 3", "2 3"][Math.floor(i / 8) % 3];
+const colour = line => `var(--c${line.look % 8})`, dash = line => ["", "7 3", "2 3"][Math.floor(line.look / 8) % 3];
 
 const ends = values => values.reduce(([low, high], v) => [v < low ? v : low, v > high ? v : high], [Infinity, -Infinity]);
 
@@ -21,7 +21,7 @@ function chart(panel) {
   figure.append(title, value, holder, legend);
   panel.lines.forEach((line, i) => {
     const button = make("button", null, {type: "button", "aria-pressed": "true"});
-    button.append(make("span", null, {class: "key", style: `border-color: ${colour(i)}; border-top-style: ${dash(i) ? "dashed" : "solid"}`}), line.label);
+    button.append(make("span", null, {class: "key", style: `border-color: ${colour(line)}; border-top-style: ${dash(line) ? "dashed" : "solid"}`}), line.label);
     button.addEventListener("click", () => {
       off.has(i) ? off.delete(i) : off.add(i);
       button.setAttribute("aria-pressed", String(!off.has(i)));
@@ -52,10 +52,10 @@ function chart(panel) {
     for (const [line, i] of shown) {
       const there = line.points.filter(p => p[1] !== null);
       const d = line.points.map((p, n) => p[1] === null ? "" : `${n && line.points[n - 1][1] !== null ? "L" : "M"}${x(p[0]).toFixed(1)} ${y(p[1]).toFixed(1)}`).join("");
-      svg.append(draw("path", {d, fill: "none", stroke: colour(i), "stroke-width": 1.6, "stroke-dasharray": dash(i), "data-line": i}));
+      svg.append(draw("path", {d, fill: "none", stroke: colour(line), "stroke-width": 1.6, "stroke-dasharray": dash(line), "data-line": i}));
       for (const p of there) {
-        if (p.length === 4) svg.append(draw("line", {x1: x(p[0]), x2: x(p[0]), y1: y(p[2]), y2: y(p[3]), stroke: colour(i), "stroke-width": 1}));
-        if (p.length === 4 || there.length < 30) svg.append(draw("circle", {cx: x(p[0]), cy: y(p[1]), r: 2.4, fill: colour(i)}));
+        if (p.length === 4) svg.append(draw("line", {x1: x(p[0]), x2: x(p[0]), y1: y(p[2]), y2: y(p[3]), stroke: colour(line), "stroke-width": 1}));
+        if (p.length === 4 || there.length < 30) svg.append(draw("circle", {cx: x(p[0]), cy: y(p[1]), r: 2.4, fill: colour(line)}));
       }
     }
     const here = draw("line", {y1: top, y2: height - bottom, stroke: "var(--soft)", "stroke-width": .8, visibility: "hidden"});
