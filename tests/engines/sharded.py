@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -46,9 +47,15 @@ SCENARIOS: dict[str, dict] = {
     "ddp, teacher zero3, lora": TEACHER,
     "ddp, teacher zero3, recorded": TEACHER,
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
-    "zero3, poisoned": {"deepspeed": zero(3)},
 }
-SCENARIO = SCENARIOS.get(sys.argv[-1], {})
+STUDENTS = {"ddp": {}, "zero1": {"deepspeed": zero(1)}, "zero2": {"deepspeed": zero(2)}, "zero3": {"deepspeed": zero(3)}}
+STUDENTS |= {"ddp teacher zero3": TEACHER, "zero3 teacher zero3": {**TEACHER, "deepspeed": zero(3)}}
+for student, options in STUDENTS.items():
+    for more in ("", ", lora", ", checkpointing"):
+        point = {"gradient_checkpointing": True} if "checkpointing" in more else {}
+        for what in ("poisoned", "whole", "again"):
+            SCENARIOS[f"{student}{more}, {what}"] = {**options, **point}
+SCENARIO = SCENARIOS[sys.argv[-1]]
 if "deepspeed" in SCENARIO:  # accelerate picks a backend for GPUs under DeepSpeed; on a CPU it must be gloo
     state.PartialState._prepare_backend = lambda self, cpu, sagemaker_dp=False, backend=None: (
         "gloo",
@@ -67,7 +74,7 @@ def weights_of(student):
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(student.parameters())):
-        return torch.cat([p.detach().flatten().clone() for p in student.parameters()])
+        return torch.cat([p.detach().float().flatten().clone() for p in student.parameters()])
 
 
 def poisoned_run(trainer) -> dict:
@@ -78,7 +85,8 @@ def poisoned_run(trainer) -> dict:
             output.last_hidden_state.fill_(float("nan"))
 
     trainer.teacher_model.model.register_forward_hook(poison)
-    seen, result = [], {}
+    seen: list[torch.Tensor] = []
+    result: dict = {}
     prepare = trainer.loop.prepare
     trainer.loop.prepare = lambda rollouts: seen.append(weights_of(trainer.model)) or prepare(rollouts)
     try:
@@ -87,7 +95,19 @@ def poisoned_run(trainer) -> dict:
         result["stopped"] = str(error)
     result["moved"] = (seen[2] - seen[1]).abs().max().item()
     result["spoilt"] = (weights_of(trainer.model) - seen[2]).abs().max().item()
+    result["saved"] = sorted(path.name for path in Path(trainer.args.output_dir).glob("*checkpoint*"))
     return result
+
+
+def saved_run(trainer, resume: str | None) -> dict:
+    """Losses, the completions that the student wrote, and a digest of all weights at the end."""
+    written: list = []
+    prepare = trainer.loop.prepare
+    trainer.loop.prepare = lambda rollouts: written.append(rollouts.completion_ids) or prepare(rollouts)
+    trainer.train(resume_from_checkpoint=resume)
+    weights = weights_of(trainer.model).numpy().tobytes()
+    losses = [row["loss"].hex() for row in trainer.state.log_history if "loss" in row]
+    return {"losses": losses, "written": written, "weights": hashlib.sha256(weights).hexdigest()}
 
 
 def loaded_in_shares(folder: Path) -> dict:
@@ -124,12 +144,18 @@ def main(folder: Path, name: str) -> dict:
         from peft import LoraConfig
 
         adapters["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
+    saved = name.endswith((", whole", ", again"))
+    if saved:
+        adapters.update(save_strategy="steps", save_steps=1, disable_dropout=False)
+        adapters.update(model_init_kwargs={"attention_dropout": 0.1})
+    if name.endswith("poisoned"):
+        adapters.update(save_strategy="steps", save_steps=1)
     trainer = make(
         folder,
         student=str(folder.parent / "student"),
         teacher=str(folder.parent / "teacher"),
-        data=prompts(8),
-        rollouts=(lambda ids: []) if empty else by_prompt,
+        data=prompts(24 if saved else 8),  # three steps an epoch, or one
+        rollouts=None if saved else (lambda ids: []) if empty else by_prompt,
         processing_class=None,
         per_device_train_batch_size=4 // world,
         per_device_eval_batch_size=2,
@@ -148,6 +174,8 @@ def main(folder: Path, name: str) -> dict:
         return {**result, "files": sorted(file.name for file in (folder / "recording").iterdir())}
     if "poisoned" in name:
         return {**result, **poisoned_run(trainer)}
+    if saved:
+        return {**result, **saved_run(trainer, str(folder / "checkpoint-2") if name.endswith("again") else None)}
     inside: list[tuple[int, int]] = []
     method_loss = type(trainer.method).loss
 

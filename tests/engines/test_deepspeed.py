@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def models(tmp_path_factory):
 def launch(models: Path, scenario: str) -> list[dict]:
     world = 1 if scenario.startswith("plain") else 2
     folder = models / scenario.replace(", ", "-").replace(" ", "-")
-    folder.mkdir()
+    folder.mkdir(exist_ok=scenario.endswith("again"))
     command = [sys.executable, str(Path(__file__).parent / "sharded.py"), str(folder), scenario]
     if world > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"]
@@ -116,7 +117,28 @@ def test_a_rank_without_answers_does_not_hold_a_sharded_teacher_up(models):
     assert all(row["completions/empty"] == 4 and row["loss"] > 0 for row in first["rows"])
 
 
-def test_a_nan_stops_every_process_before_deepspeed_changes_the_weights(models):
-    for result in launch(models, "zero3, poisoned"):
+@pytest.mark.parametrize(
+    "student",
+    ["ddp, checkpointing", "ddp teacher zero3, lora", "zero2", "zero2, lora", "zero3", "zero3 teacher zero3, checkpointing"],
+)
+def test_a_nan_stops_every_process_before_the_weights_change(models, student):
+    """It is in the third step of one process; the second is made and saved (the first warms up)."""
+    for result in launch(models, f"{student}, poisoned"):
         assert "step 3: NaN or Inf in the teacher's hidden states" in result["stopped"]
-        assert result["moved"] > 0 and result["spoilt"] == 0  # the second step was made (the first warms up), the third was not
+        assert result["moved"] > 0 and result["spoilt"] == 0
+        assert result["saved"] == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("student", ["zero2", "zero3", "zero3, lora", "ddp teacher zero3"])
+def test_a_sharded_run_goes_on_bit_for_bit(models, student):
+    """Inside an epoch and past it, with dropout and accumulation, its completions drawn by the sharded student."""
+    whole = launch(models, f"{student}, whole")
+    name = student.replace(", ", "-").replace(" ", "-")
+    folder = models / f"{name}-again"
+    shutil.copytree(models / f"{name}-whole", folder, ignore=shutil.ignore_patterns("rank*.json", ".lock"))
+    again = launch(models, f"{student}, again")
+    for first, second in zip(whole, again, strict=True):
+        assert len(first["losses"]) == 5 and len({tuple(map(tuple, step)) for step in first["written"]}) == 5
+        assert second["losses"][-3:] == first["losses"][-3:]
+        assert second["written"] == first["written"][2:]
+        assert second["weights"] == first["weights"]

@@ -51,6 +51,23 @@ def test_vllm_writes_with_the_students_weights_of_each_step(tmp_path, kind):
     assert distance(result["moved"], first["vllm"]) > 0.3
 
 
+def test_vllm_draws_by_the_seed_of_each_request_and_a_run_goes_on_with_them(tmp_path):
+    """Two rows of one prompt draw apart. What is promised are the seeds; on this engine, a CPU's, the ids are equal, too."""
+    whole, again = run("seeded", tmp_path), run("again", tmp_path)
+    assert len(whole["written"]) == 4 and len(again["written"]) == 2
+    pairs = [(step[i], step[i + 1]) for step in whole["written"] for i in range(0, 8, 2)]
+    assert sum(one != other for one, other in pairs) > len(pairs) // 2
+    assert again["written"] == whole["written"][2:]
+    assert again["losses"][-2:] == whole["losses"][2:]
+
+
+def test_the_doctor_compares_vllm_with_the_trainer(tmp_path):
+    result = run("examined", tmp_path)
+    print(result)
+    assert result["as it is"][0] == "green" and "KL(vLLM, trainer)" in result["as it is"][1]
+    assert result["left behind"][0] == "red"
+
+
 def test_answers_by_vllm_teach_as_much_as_those_by_transformers(tmp_path):
     """Sixty steps of the demo; the two draw other answers, so they are compared like two seeds."""
     result = run("learn", tmp_path)

@@ -107,6 +107,49 @@ def rollouts(folder: Path, lora: bool) -> dict:
     return {"written": written, "moved": moved, "ends": trainer.eos_token_ids, "vocab_size": trainer.vocab_size}
 
 
+def seeded(folder: Path, resume: bool = False, probe: bool = False) -> dict:
+    """Four steps, each prompt twice, saved at each; or gone on with from the second. What the engine wrote."""
+    from tiny import config, prompts
+
+    from tsdkd import TSDKDConfig, TSDKDTrainer
+    from tsdkd.demo.run import shipped
+
+    options = dict(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=128, max_length=128, max_steps=4)
+    options.update(
+        max_completion_length=MAX_NEW, learning_rate=1e-3, save_strategy="steps", save_steps=1, shuffle_dataset=False
+    )
+    rows = prompts(8, chat=True)
+    data = rows.select([i // 2 for i in range(16)])
+    args = config(folder / "out", TSDKDConfig, per_device_train_batch_size=8, **options)
+    trainer = TSDKDTrainer(shipped("student"), shipped("teacher"), args, data)
+    if probe:
+        return examined(trainer)
+    written = []
+    prepare = trainer.loop.prepare
+    trainer.loop.prepare = lambda rollouts: written.append(rollouts.completion_ids) or prepare(rollouts)
+    trainer.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-2") if resume else None)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {"written": written, "losses": losses}
+
+
+def examined(trainer) -> dict:
+    """The doctor's finding of the engine as it is, and where its weights have not followed the student's."""
+    from tsdkd.preflight.doctor import batches_of
+    from tsdkd.preflight.engine import engine
+
+    prompt_ids = trainer.tokenize([dict(trainer.train_dataset[i]) for i in range(8)])
+    result = {}
+    for name in ("as it is", "left behind"):
+        if name == "left behind":
+            trainer.generation.vllm.sync_weights = lambda: None
+            with torch.no_grad():
+                for parameter in trainer.model.parameters():
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        (finding,) = engine(trainer, prompt_ids, batches_of)
+        result[name] = [finding.level, finding.said]
+    return result
+
+
 def teacher_writes(folder: Path) -> dict:
     from tiny import config, prompts
 
@@ -302,6 +345,9 @@ if __name__ == "__main__":
             "learn": learnt,
             "evaluate": evaluated,
             "scored": scored_while_training,
+            "seeded": seeded,
+            "again": lambda folder: seeded(folder, resume=True),
+            "examined": lambda folder: seeded(folder, probe=True),
         }[kind](folder)
     (folder / "result.json").write_text(json.dumps(result))
     os._exit(0)  # vLLM's threads have nothing left to do

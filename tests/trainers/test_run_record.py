@@ -109,6 +109,7 @@ def told(caplog, series, quiet=()):
         ("completions/mean_length", (17, 30), (17, 45), "more than twice as long"),
         ("completions/mean_length", (17, 12), (17, 7), "less than half as long"),
         ("completions/repetition", (0.1, 0.3), (0.1, 0.5), "repeat themselves"),
+        ("completions/end_probability", (0.9, 0.4), (0.9, 0.3), "they will grow"),
         ("student/entropy", (0.5, 0.1), (0.5, 0.01), "entropy has collapsed"),
         ("candidates/top1_agreement", (0.86, 0.8), (0.86, 0.51), "agree less and less"),
     ],

@@ -164,6 +164,21 @@ def test_the_head_comes_from_its_shard_alone(tmp_path):
     torch.testing.assert_close((hidden / norm).square().mean(-1), torch.ones(1, 3), rtol=1e-3, atol=1e-3)
 
 
+def test_a_checkpoint_with_code_of_its_own_is_read_only_where_that_is_allowed(served, tmp_path):
+    path, _, servers = served
+    file = tmp_path / "teacher" / "config.json"
+    stated = json.loads(file.read_text())
+    stated.update(model_type="odd_llama", auto_map={"AutoConfig": "odd_llama.OddConfig"})
+    file.write_text(json.dumps(stated))
+    code = "from transformers import LlamaConfig\n\nclass OddConfig(LlamaConfig):\n    model_type = 'odd_llama'\n"
+    (tmp_path / "teacher" / "odd_llama.py").write_text(code)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        run(tmp_path / "r", path, servers)
+    trainer = run(tmp_path / "s", path, servers, trust_remote_code=True, max_steps=1)
+    trainer.train()
+    assert trainer.teacher.head.weight.shape == (64, 48)
+
+
 def run(folder, teacher, servers=None, sampled=False, **options):
     extra = dict(teacher_placement="server", teacher_urls=[s.url for s in servers]) if servers else {}
     settings = config(folder, **{**extra, **options})

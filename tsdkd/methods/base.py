@@ -141,6 +141,21 @@ class Method(abc.ABC):
         """The loss of packed tokens; `engine` is handed to `fused.evaluate` (`impl`, `chunk_tokens`)."""
         return fused.evaluate(self.objective(batch, state), batch, student_head, teacher_head, counts=counts, **engine)
 
+    def check_given(self, terms: LossTerms, state: State | None = None) -> None:
+        """Refuse a loss that gives other terms than the method states.
+
+        Raises:
+            ValueError: naming them.
+        """
+        stated = {name for name, weight in self.terms(state).items() if weight}
+        lost = sorted(stated ^ terms.terms.keys())
+        if lost:
+            raise ValueError(
+                f"the method {self.name} states the terms {', '.join(sorted(stated)) or 'none'}, but its loss gave "
+                f"{', '.join(sorted(terms.terms)) or 'none'}: {', '.join(lost)} would be counted or logged by nobody. Let "
+                "terms(), and objective() with and without a batch, name the same."
+            )
+
 
 class _OneTerm(Method):
     """A method with one of its terms on."""

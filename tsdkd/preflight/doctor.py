@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,14 @@ import torch
 
 from tsdkd.inspection import Reader
 from tsdkd.inspection.reader import step_of
+from tsdkd.preflight.engine import engine
+from tsdkd.preflight.findings import GREEN, RED, YELLOW, Finding
 from tsdkd.teachers.heads import head_of, vocabulary_size
 from tsdkd.trainers.run_record import planned_steps
 from tsdkd.types import DivergenceTerm, Rollouts, TokenBatch
 
-GREEN, YELLOW, RED = "green", "yellow", "red"
 FLAT = 1e-4  # relative change of a term's value that is none
 MASS = 1e-3  # of the student's probability on ids that the teacher lacks, above which more than rounding is lost
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found.
-
-    Attributes:
-        level: `"green"`, `"yellow"` (look at it) or `"red"` (do not start).
-        name: what was looked at.
-        said: what was found, with its numbers.
-        do: what to do about it; empty where nothing is.
-    """
-
-    level: str
-    name: str
-    said: str
-    do: str = ""
-
 
 # ---------------------------------------------------------------------- the texts' ends
 
@@ -301,5 +283,5 @@ def examine(
     limit = trainer.loop.prompts.limits.completion
     found += [*probe(tables, rollouts, limit, set(trainer.eos_ids)), *pass_rates(rights)]
     if trainer.args.use_vllm:
-        found.append(Finding(YELLOW, "vLLM", "its probabilities were not compared with the trainer's", "score with both once"))
+        found += engine(trainer, rollouts.prompt_ids, batches_of)
     return found

@@ -49,6 +49,7 @@ _LAYOUT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "share",
         ("completions/clipped_ratio", "completions/empty", "completions/repetition"),
     ),
+    ("An end where completions stop", "probability", ("completions/end_probability",)),
     ("Time of a step", "seconds", ("time/rollout", "time/teacher", "time/student", "time/loss")),
     ("Speed", "tokens/s", ("tokens_per_second",)),
     ("Speed by part", "tokens/s of that part", ("speed/",)),

@@ -29,7 +29,7 @@ class Request:
         autocast: the mixed-precision context of its forward pass.
         student_dtype: of the student's head.
         low_precision: whether the run computes in less than float32.
-        urls, revision: of a served teacher.
+        urls, revision, trust_remote_code: of a served teacher.
     """
 
     model: Any
@@ -42,6 +42,7 @@ class Request:
     low_precision: bool = False
     urls: tuple[str, ...] = ()
     revision: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -114,7 +115,8 @@ def server(request: Request) -> Placed:
             f"teacher_placement=server takes teacher_model as the name or folder of the served checkpoint, not a "
             f"{type(name).__name__}: its head is read from there."
         )
-    head, norm = head_of_checkpoint(name, request.student_dtype, request.device, request.revision)
+    where = request.revision, request.trust_remote_code
+    head, norm = head_of_checkpoint(name, request.student_dtype, request.device, *where)
     exact = request.student_dtype == torch.float32 and not request.low_precision
     teacher = ServerTeacher(list(request.urls), head, rows=request.batch_size, dtype="float32" if exact else "bfloat16")
 

@@ -46,7 +46,7 @@ class TeacherUnavailable(ConnectionError):
 
 
 def head_of_checkpoint(
-    name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None
+    name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Head, torch.Tensor | None]:
     """A checkpoint's head, read from the one safetensors file that holds it, and its last norm's factors.
 
@@ -55,6 +55,7 @@ def head_of_checkpoint(
         dtype: of the head.
         device: where the loss is computed.
         revision: the model's revision on the Hub.
+        trust_remote_code: let the configuration's own code run.
 
     Returns:
         the head, and what a final RMS norm multiplies by, `[hidden]`, in float32 (None of another norm).
@@ -77,7 +78,7 @@ def head_of_checkpoint(
 
     index = file("model.safetensors.index.json")
     where = json.loads(index.read_text())["weight_map"] if index else None
-    config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code).get_text_config()
 
     def tensor(key: str) -> torch.Tensor | None:
         part = "model.safetensors" if where is None else where.get(key)

@@ -72,6 +72,7 @@ class TokenDistillConfig(DistillationConfig):
             `back`, end it with the student of the best checkpoint, or of the last one before the sign.
         stop_on_signals: end the run after the step in hand, with a checkpoint, when SIGINT or SIGTERM comes to any process;
             `trainer.stopped_by` says so. `tsdkd train` does by itself.
+        vllm_request_seeds: with a colocated vLLM, give each request a seed of its own (see docs/trust.md).
         trace_steps: steps, comma-separated, of which a Chrome trace is written (`trace-STEP.json`, which Perfetto reads).
     """
 
@@ -164,6 +165,7 @@ class TokenDistillConfig(DistillationConfig):
         default=False,
         metadata={"help": "On SIGINT and SIGTERM stop after the step in hand, with a checkpoint; on here by default."},
     )
+    vllm_request_seeds: bool = field(default=True, metadata={"help": "Colocated vLLM: a seed for each request, from `seed`."})
     trace_steps: str | None = field(
         default=None, metadata={"help": "Steps, comma-separated, of which a Chrome trace is written, e.g. 10,20."}
     )

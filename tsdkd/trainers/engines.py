@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from trl.trainer.utils import RepeatSampler
 
 from tsdkd.rollouts.by_vllm import forbidden
 from tsdkd.trainers.completions import Batch
+from tsdkd.trainers.request_seeds import RequestSeeds
 from tsdkd.trainers.step import Step
 from tsdkd.types import Rollouts
 
@@ -49,6 +50,19 @@ class Generation:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.vllm: Any = trainer.vllm_generation if trainer.use_vllm else None
+        self.seeds: RequestSeeds | None = None
+        if self.vllm is not None:
+            args, process = trainer.args, trainer.accelerator.process_index
+            self.seeds = RequestSeeds(self.vllm, args.seed, process, args.vllm_request_seeds)
+
+    def seeded(self, mode: str, step: int) -> AbstractContextManager[None]:
+        """A context in which what vLLM writes has seeds; transformers draws from the run's own random state."""
+        return nullcontext() if self.seeds is None else self.seeds.during(mode, step)
+
+    def constants(self) -> dict[str, Callable[[], float]]:
+        """What is logged of it: the seed of the last call to a server that is given one."""
+        seeds = self.seeds
+        return {"rollout/seed": lambda: seeds.last} if seeds is not None and seeds.served and seeds.asked else {}
 
     def set_max_completion_length(self, tokens: int) -> None:
         """The longest completion."""

@@ -61,6 +61,12 @@ SIGNS = (
         f"{_LESS}; minimising the entropy makes a student repeat itself (entropy_weight)",
     ),
     Sign(
+        "completions/end_probability",
+        lambda start, now: start >= 0.05 and now < 0.4 * start,
+        "the student holds an end to be less and less likely where its completions stop: they will grow",
+        f"{_LESS}, and look at the ends that student and teacher were trained with (tsdkd doctor)",
+    ),
+    Sign(
         "student/entropy",
         lambda start, now: now < 0.1 * start,
         "the student's entropy has collapsed: it hardly samples anything but its first choice",

@@ -80,6 +80,7 @@ class Loop:
             autocast=accelerator.autocast,
             gathered=lambda student: host.gathered_heads(student, *models),
             router=router_of(host),
+            ends=host.eos_ids,
             scale=accelerator.num_processes,  # counts are the whole step's, while DDP averages gradients over processes
         )
         self._remote = reader is not None and reader.is_remote

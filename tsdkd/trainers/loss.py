@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from tsdkd import fused
 from tsdkd.methods import Method, State, Summary
 from tsdkd.methods.base import PRETRAINING
 from tsdkd.teachers.heads import head_of, last_hidden_state
+from tsdkd.trainers.endings import end_probability
 from tsdkd.trainers.guard import Guard
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.routers import RouterLoss
@@ -36,6 +37,7 @@ class StepLoss:
         gathered: makes the heads of models whole (ZeRO-3).
         scale: what the loss of a training step is multiplied by.
         router: the load-balancing loss of a mixture's routers; None is none.
+        ends: the ids that end a completion, whose probability is logged.
 
     Example:
         >>> step = StepLoss.step_of(method, rollouts, teacher_hidden)  # doctest: +SKIP
@@ -57,12 +59,14 @@ class StepLoss:
         gathered: Callable[..., AbstractContextManager] = lambda *models: nullcontext(),
         scale: float = 1.0,
         router: RouterLoss | None = None,
+        ends: Sequence[int] = (),
     ) -> None:
         self.method, self.state = method, method.start(None) if state is None else state
         self.teacher_head, self.device, self.pad_id = teacher_head, torch.device(device), pad_id
         self.engine = dict(engine or {})
         self.metrics, self.guard = metrics, guard
         self.autocast, self.gathered, self.scale, self.router = autocast, gathered, scale, router
+        self.ends = ends
         self.seen: Callable[[Step, LossTerms], None] | None = None  # is told of each micro-batch that is trained on
         self.norms: dict[str, torch.Tensor] = {}  # each term's gradient, of when it was computed last
         self._observed: list[tuple[list[int], torch.Tensor]] = []
@@ -89,12 +93,14 @@ class StepLoss:
             batch = self.batch_of(student, step)
             with self._time(mode), self.gathered(student):
                 terms = self._terms(self.method, batch, head_of(student), step)
+                lengths = batch.lengths, step.rollouts.lengths
+                self._add(mode, end_probability(batch.student_hidden, *lengths, head_of(student), self.ends))
                 if term_norms is not None:
                     self._term_norms(batch, head_of(student), step, log=term_norms)
         self._add(mode, terms.sums)
         if mode == "eval":
             return terms.loss
-        self._refuse_lost_terms(terms)
+        self.method.check_given(terms, self.state)
         if self.seen is not None:
             self.seen(step, terms)
         loss = terms.loss
@@ -140,16 +146,6 @@ class StepLoss:
 
     def _terms(self, method: Method, batch: TokenBatch, head: Head, step: Step) -> LossTerms:
         return method.loss(batch, head, self.teacher_head(), counts=step.counts, state=self.state, **self.engine)
-
-    def _refuse_lost_terms(self, terms: LossTerms) -> None:
-        stated = {name for name, weight in self.method.terms(self.state).items() if weight}
-        lost = sorted(stated ^ terms.terms.keys())
-        if lost:
-            raise ValueError(
-                f"the method {self.method.name} states the terms {', '.join(sorted(stated)) or 'none'}, but its loss gave "
-                f"{', '.join(sorted(terms.terms)) or 'none'}: {', '.join(lost)} would be counted or logged by nobody. Let "
-                "terms(), and objective() with and without a batch, name the same."
-            )
 
     def _corpus(self, student: nn.Module, step: Step) -> torch.Tensor:
         """The weighted loss of a micro-batch's texts, every token but the first predicted."""

@@ -159,6 +159,7 @@ class TokenDistillTrainer(TRLTrainer):
                 low_precision=bool(args.bf16),
                 urls=tuple(args.teacher_urls or ()),
                 revision=args.teacher_model_revision,
+                trust_remote_code=args.trust_remote_code,
             )
             placed = place(args.teacher_placement, request)
             self.teacher, self.teacher_model = placed.teacher, placed.model
@@ -179,6 +180,7 @@ class TokenDistillTrainer(TRLTrainer):
         change_data(self, prompts.fit)
         constants = self.loop.metrics.constants
         constants["prompts/dropped"] = lambda: prompts.dropped  # a stream's are counted as they come
+        constants.update(self.generation.constants())
         left_out = 0 if self.train_dataset is None else prompts.left_out_of_epoch(self.train_dataset)
         if left_out:
             constants["prompts/left_out_of_epoch"] = lambda: left_out

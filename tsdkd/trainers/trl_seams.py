@@ -114,7 +114,7 @@ class TRLTrainer(DistillationTrainer):
 
     def write(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         """The student's own completions, by transformers or vLLM."""
-        with as_asked(self.accelerator.unwrap_model(self.model)):
+        with as_asked(self.accelerator.unwrap_model(self.model)), self.generation.seeded(self.mode, self.step):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
