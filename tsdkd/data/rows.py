@@ -7,6 +7,8 @@ import codecs
 import dataclasses
 import gzip
 import json
+import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +101,46 @@ def replace_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     whole = path.with_suffix(".partial")
     whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole.replace(path)
+
+
+class RowFile:
+    """A file of rows, each forced to the disk as it comes; opened again it goes on behind the last whole one. For threads, too.
+
+    Args:
+        path: of the file; its folder is made.
+        advice: what is said of a damaged line before the last.
+
+    Attributes:
+        rows: those that were there when it was opened.
+
+    Raises:
+        ValueError: a damaged line before the last.
+    """
+
+    def __init__(self, path: Path, advice: str = "remove it, what it held is then made again") -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.rows = path, read_rows(path, advice)
+        mend_rows(path, self.rows)
+        self._file = path.open("a", encoding="utf-8")
+        self._lock = threading.Lock()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+        text = json.dumps(row, ensure_ascii=False) + "\n"
+        with self._lock:
+            self._file.write(text)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Nothing more is appended."""
+        self._file.close()
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from tsdkd.data.answers import is_correct
 from tsdkd.data.intervals import wilson_interval
 from tsdkd.data.rendering import Rendering
 from tsdkd.demo.problems import Problem
-from tsdkd.rollouts import as_asked
+from tsdkd.rollouts.greedily import written_greedily
 
 MAX_NEW_TOKENS = 48
 
 
-@torch.no_grad()
 def answers(
     model,
     tokenizer,
@@ -26,19 +23,11 @@ def answers(
     rendering: Rendering | None = None,
 ) -> list[str]:
     """The model's greedy answers, in the problems' order; questions are put as chats, or as plain text, as `rendering` does."""
-    texts: list[str] = []
     rendering = rendering or Rendering(tokenizer, tokenizer)
-    for start in range(0, len(problems), batch_size):
-        questions = [p.question for p in problems[start : start + batch_size]]
-        asked = [[{"role": "user", "content": question}] for question in questions] if as_chat else questions
-        ids = {"input_ids": rendering.prompts(asked)}
-        inputs = tokenizer.pad(ids, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-        with as_asked(model):
-            output = model.generate(
-                **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
-            )
-        texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts
+    questions = [p.question for p in problems]
+    asked = [[{"role": "user", "content": question}] for question in questions] if as_chat else questions
+    ids = written_greedily(model, tokenizer, rendering.prompts(asked), max_new_tokens, batch_size)
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def graded(

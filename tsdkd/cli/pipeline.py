@@ -1,0 +1,53 @@
+"""`tsdkd pipeline`: systems of several stages; a rerun does only what has changed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+PIPELINES = {"twt": "TwT: several teachers behind an API, rationales that become shorter until none is left (arXiv 2503.24198)"}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tsdkd pipeline",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run a system of several stages, each of which reads files and writes one. Started again it does what is "
+        "missing or has changed.\n\n" + "\n".join(f"{name}  {what}" for name, what in PIPELINES.items()),
+        epilog="Example: tsdkd pipeline twt --config twt.yaml --dry_run",
+    )
+    parser.add_argument("name", choices=list(PIPELINES), help="the pipeline")
+    parser.add_argument(
+        "--config", type=Path, action="append", required=True, help="a YAML file; of several the last word stands"
+    )
+    parser.add_argument("--output_dir", help="in place of the file's")
+    parser.add_argument("--from_stage", help="begin here, and make this stage and those behind it again")
+    parser.add_argument("--until_stage", help="end after this one")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done, how many calls and at what price")
+    own = parser.parse_args(arguments)
+
+    from tsdkd.cli.recipes import read_recipes
+    from tsdkd.pipelines.twt import TwTConfig, pipeline
+    from tsdkd.pipelines.twt.report import report
+
+    recipe: dict[str, Any] = read_recipes(own.config)
+    if own.output_dir:
+        recipe["output_dir"] = own.output_dir
+    made = pipeline(TwTConfig.of(recipe))
+    _quiet()
+    made.run(own.from_stage, own.until_stage, own.dry_run)
+    scores = made.stages[-1]
+    if not own.dry_run and scores.name == "scores" and scores.about is not None:
+        print(f"\n{report(scores.output, made.folder)}")
+    return 0
+
+
+def _quiet() -> None:
+    """Without the bars of other libraries: a stage says how far it is."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    disable_progress_bar()

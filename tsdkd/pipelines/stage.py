@@ -1,0 +1,333 @@
+"""Stages: each reads files and writes one file or folder, and a rerun does only what has changed.
+
+A stage's key is a hash of its settings and of its inputs' contents. Beside what it has made stands a `….stage.json` with key,
+settings and a summary; while it works, rows are appended to `….part` one by one, so that an interruption loses the row in hand
+at most. What a change of settings replaces is kept in `replaced/`.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tsdkd.data import commits
+from tsdkd.data.rows import RowFile, read_rows
+from tsdkd.provenance import provenance, redacted
+
+ABOUT = "pipeline.json"
+REPLACED = "replaced"
+EVERY = 10.0  # seconds between two lines of progress
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a stage would do.
+
+    Attributes:
+        calls: to models behind an API, or None where that depends on stages that are not made yet.
+        cost: what they may cost, in the currency of the price list; None: no prices are known.
+        said: the rest, in words.
+    """
+
+    calls: int | None = 0
+    cost: float | None = None
+    said: str = ""
+
+
+class Work:
+    """What a stage writes to while it works: rows, or files in a folder.
+
+    Attributes:
+        done: rows that an interrupted making left, by their `id`.
+        folder: of a stage that makes a folder.
+        counts: what came of it, by reason; the stage's summary.
+    """
+
+    def __init__(self, name: str, rows: RowFile | None, folder: Path | None, say: Callable[[str], None]) -> None:
+        self.name, self.folder, self.say = name, folder, say
+        self._rows = rows
+        self.done = {row["id"]: row for row in (rows.rows if rows else [])}
+        self.counts: dict[str, Any] = {}
+        self._began, self._spoken, self._fresh = time.monotonic(), time.monotonic(), 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row, which has an `id` that no other has; one that is there already stays."""
+        if row["id"] in self.done:
+            return
+        assert self._rows is not None
+        self._rows.add(row)
+        self.done[row["id"]] = dict(row)
+        self._fresh += 1
+
+    def count(self, reason: str, number: int | float = 1) -> None:
+        """Add to a count of the summary."""
+        self.counts[reason] = self.counts.get(reason, 0) + number
+
+    def progress(self, done: int, of: int) -> None:
+        """Say how far it is, and the time left, every now and then."""
+        now = time.monotonic()
+        if now - self._spoken < EVERY or not done:
+            return
+        self._spoken = now
+        left = (now - self._began) / done * (of - done)
+        self.say(f"{self.name}: {done:,} of {of:,}, {spoken_time(left)} left")
+
+
+def spoken_time(seconds: float) -> str:
+    """Seconds as people say them.
+
+    Example:
+        >>> spoken_time(48), spoken_time(600), spoken_time(9000)
+        ('48 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass
+class Stage(abc.ABC):
+    """A step of a pipeline.
+
+    Args:
+        name: of the stage and, behind its number, of its output.
+        after: the stages whose outputs it reads.
+        settings: what its output depends on beside those and `files`.
+        files: further files that it reads.
+
+    A subclass has `make`, and `plan` where it calls models; `is_folder` says what it writes.
+    """
+
+    name: str
+    after: Sequence[Stage] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    files: Sequence[Path] = ()
+    is_folder = False
+    output: Path = field(default=Path(), init=False)
+
+    @abc.abstractmethod
+    def make(self, work: Work) -> None:
+        """Add the rows, or write the folder's files; whatever `work.done` holds is not made again."""
+
+    def plan(self) -> Planned:
+        """What `make` would do, without doing it; stages before it may not have been made."""
+        return Planned()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What it made; none yet where it has not."""
+        return read_rows(self.output, "remove it, it is then made again") if self.output.is_file() else []
+
+    @property
+    def about(self) -> dict[str, Any] | None:
+        """Its `….stage.json`; None where it has not been made, or is not whole."""
+        try:
+            made = json.loads(_about_path(self.output).read_text())
+            return made if isinstance(made, dict) and made["digest"] == digest_of(self.output) else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    @property
+    def key(self) -> str:
+        """Of its settings and its inputs as they are now."""
+        inputs = [digest_of(stage.output) for stage in self.after] + [commits.digest_of(path) for path in self.files]
+        text = json.dumps([self.name, redacted(self.settings), inputs], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_of(path: Path) -> str:
+    """Of a stage's file, or of its folder's manifest; empty where it is not there."""
+    if path.is_dir():
+        try:
+            return str(json.loads((path / commits.MANIFEST).read_text())["digest"])
+        except (OSError, ValueError, KeyError):
+            return ""
+    return commits.digest_of(path) if path.is_file() else ""
+
+
+def _about_path(output: Path) -> Path:
+    return output.parent / f"{output.name.removesuffix('.jsonl')}.stage.json"
+
+
+class Pipeline:
+    """Stages in their order, in a folder.
+
+    Args:
+        kind: the pipeline's name; a folder of another is refused.
+        stages: in order.
+        folder: where they write.
+        say: what tells the progress.
+
+    Raises:
+        ValueError: two stages of one name.
+    """
+
+    def __init__(self, kind: str, stages: Sequence[Stage], folder: Path, say: Callable[[str], None] = print) -> None:
+        self.kind, self.stages, self.folder, self.say = kind, list(stages), Path(folder), say
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two stages have one name: {', '.join(names)}.")
+        for number, stage in enumerate(self.stages, 1):
+            stage.output = self.folder / f"{number:02d}-{stage.name}{'' if stage.is_folder else '.jsonl'}"
+
+    def run(self, first: str | None = None, until: str | None = None, dry_run: bool = False) -> None:
+        """Make what is missing or has changed.
+
+        Args:
+            first: begin at this stage, and make it and those behind it again whether they have changed or not.
+            until: end after this one.
+            dry_run: say what would be done, and do nothing.
+
+        Raises:
+            ValueError: an unknown stage, one before `first` that is not made, a folder of something else.
+        """
+        begin, end = self._place(first, 0), self._place(until, len(self.stages) - 1)
+        if end < begin:
+            raise ValueError(f"until_stage {until} comes before from_stage {first}: the order is {self._order()}.")
+        self._refuse_other()
+        if dry_run:
+            return self._planned(begin, end, forced=first is not None)
+        with commits.locked(self.folder, f"tsdkd pipeline {self.kind} writes there"):
+            self._mark()
+            for number, stage in enumerate(self.stages[: end + 1]):
+                self._step(stage, number >= begin, forced=first is not None and number >= begin)
+
+    def _step(self, stage: Stage, wanted: bool, forced: bool) -> None:
+        about = stage.about
+        if about is not None and about["key"] == stage.key and not forced:
+            self.say(f"{stage.name}: as it was made ({_said(about['summary'])})")
+            return
+        if not wanted:
+            state = "not made yet" if about is None else f"made with other settings ({self._change(stage, about)})"
+            raise ValueError(f"{stage.name} is {state}: leave from_stage out, or name it.")
+        if about is not None or stage.output.exists():
+            why = "from_stage" if forced else self._change(stage, about)
+            self.say(f"{stage.name}: made again ({why}); the earlier {stage.output.name} goes to {REPLACED}/")
+            _put_aside(stage.output, self.folder)
+        self._make(stage)
+
+    def _make(self, stage: Stage) -> None:
+        began, key, part = time.monotonic(), stage.key, stage.output.with_name(f"{stage.output.name}.part")
+        mark = part.with_name(f"{part.name}.key")
+        if part.exists() and (not mark.is_file() or mark.read_text() != key):
+            self.say(f"{stage.name}: what an interrupted making with other settings or inputs left goes to {REPLACED}/")
+            _put_aside(part, self.folder)
+        mark.write_text(key)
+        if stage.is_folder:
+            part.mkdir(exist_ok=True)
+            work = Work(stage.name, None, part, self.say)
+            stage.make(work)
+            commits.write_manifest(part, {"step": 0, "stage": stage.name})
+        else:
+            with RowFile(part) as rows:
+                if rows.rows:
+                    self.say(f"{stage.name}: goes on behind {len(rows.rows):,} rows")
+                work = Work(stage.name, rows, None, self.say)
+                stage.make(work)
+        summary = {**work.counts, "seconds": round(time.monotonic() - began, 1)}
+        about = {
+            "stage": stage.name, "key": key, "digest": digest_of(part), "settings": redacted(stage.settings),
+            "summary": summary, "provenance": provenance(),
+        }  # fmt: skip
+        path = _about_path(stage.output)  # first: it holds once the output is in its place
+        path.write_text(json.dumps(about, indent=1, ensure_ascii=False, default=str) + "\n")
+        commits.sync(path)
+        os.replace(part, stage.output)
+        commits.sync(self.folder)
+        mark.unlink(missing_ok=True)
+        self.say(f"{stage.name}: {_said(summary)}")
+
+    def _planned(self, begin: int, end: int, forced: bool) -> None:
+        fresh: set[str] = set()
+        calls, cost, priced, open_ = 0, 0.0, False, False
+        for number, stage in enumerate(self.stages[: end + 1]):
+            about = stage.about
+            again = (forced and number >= begin) or any(before.name in fresh for before in stage.after)
+            if about is not None and about["key"] == stage.key and not again:
+                self.say(f"{stage.name}: as it was made")
+                continue
+            fresh.add(stage.name)
+            plan = stage.plan()
+            told = [plan.said] if plan.said else []
+            if plan.calls is None:
+                open_ = True
+                told.append("as many calls as the stages before it leave")
+            elif plan.calls:
+                told.append(f"{plan.calls:,} calls" + (f", about {plan.cost:.2f}" if plan.cost is not None else ""))
+                calls, priced, cost = calls + plan.calls, priced or plan.cost is not None, cost + (plan.cost or 0.0)
+            self.say(f"{stage.name}: would be made{': ' + ', '.join(told) if told else ''}")
+        money = f", about {cost:.2f} in the price list's currency" if priced else ""
+        self.say(f"{calls:,} calls{money}{', and those that are not known yet' if open_ else ''}; nothing was done")
+
+    # ------------------------------------------------------------------ what it is told
+
+    def _place(self, name: str | None, default: int) -> int:
+        if name is None:
+            return default
+        names = [stage.name for stage in self.stages]
+        if name not in names:
+            import difflib
+
+            near = difflib.get_close_matches(name, names, n=1)
+            raise ValueError(
+                f"there is no stage {name!r}; the order is {self._order()}.{f' Did you mean {near[0]}?' if near else ''}"
+            )
+        return names.index(name)
+
+    def _order(self) -> str:
+        return ", ".join(stage.name for stage in self.stages)
+
+    def _change(self, stage: Stage, about: dict[str, Any] | None) -> str:
+        if about is None:
+            return "it is not whole" if _about_path(stage.output).exists() else "nothing says what made it"
+        old, new = about["settings"], json.loads(json.dumps(redacted(stage.settings), default=str))
+        changed = [
+            f"{name} {_short(old.get(name))} → {_short(new.get(name))}"
+            for name in {**old, **new}
+            if old.get(name) != new.get(name)
+        ]
+        return "; ".join(changed) or "what it reads has changed"
+
+    def _refuse_other(self) -> None:
+        mark = self.folder / ABOUT
+        if mark.is_file():
+            kind = json.loads(mark.read_text()).get("pipeline")
+            if kind != self.kind:
+                raise ValueError(f"{self.folder} holds a pipeline {kind}, not {self.kind}: name another output_dir.")
+        elif self.folder.exists() and any(path.name != ".lock" for path in self.folder.iterdir()):
+            raise ValueError(
+                f"{self.folder} holds other files and no {ABOUT} of a pipeline {self.kind}: name another output_dir."
+            )
+
+    def _mark(self) -> None:
+        (self.folder / ABOUT).write_text(json.dumps({"pipeline": self.kind, "stages": [s.name for s in self.stages]}) + "\n")
+
+
+def _put_aside(path: Path, folder: Path) -> None:
+    """Move what a stage made, or was making, out of its place."""
+    aside = folder / REPLACED / f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    aside.parent.mkdir(exist_ok=True)
+    if path.exists():
+        shutil.move(path, aside)
+    about = _about_path(path)
+    if about.is_file():
+        shutil.move(about, aside.with_name(f"{aside.name}.stage.json"))
+
+
+def _said(summary: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:,}" if isinstance(value, (int, float)) else f"{name} {value}" for name, value in summary.items()
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"

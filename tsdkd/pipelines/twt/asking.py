@@ -1,0 +1,71 @@
+"""Teachers asked side by side, and what that may cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tsdkd.data.rows import read_rows
+from tsdkd.pipelines.stage import Planned, Work
+from tsdkd.rollouts.by_api import APIModel, APIWriter, Asked
+
+REPLIES = "replies"  # the folder of what was paid for
+_CHARACTERS = 4  # of a token, for what a plan says
+_UNKNOWN = 512  # tokens of a reply that nothing limits, likewise
+
+
+def ask(
+    teachers: Sequence[APIModel], asked: dict[str, list[Asked]], folder: Path, work: Work, allow_failed: float
+) -> dict[str, list[dict[str, Any]]]:
+    """Every teacher's replies, the teachers side by side; what failed is counted.
+
+    Raises:
+        APIError: a teacher is down, or refuses.
+        ValueError: a key is missing, or more requests failed than may.
+    """
+    total, done = sum(map(len, asked.values())), dict.fromkeys(asked, 0)
+
+    def of(writer: APIWriter) -> list[dict[str, Any]]:
+        def told(number: int, of: int) -> None:
+            done[writer.model.name] = number
+            work.progress(sum(done.values()), total)
+
+        with writer:
+            return writer(asked[writer.model.name], told)
+
+    writers = [APIWriter(teacher, folder, work.say) for teacher in teachers]  # a missing key is told before any call
+    with ThreadPoolExecutor(len(writers)) as pool:
+        running = {writer.model.name: pool.submit(of, writer) for writer in writers}
+        found = {name: future.result() for name, future in running.items()}
+    for writer in writers:
+        work.count("calls", writer.fresh)
+        work.count("tokens read", writer.prompt_tokens)
+        work.count("tokens written", writer.completion_tokens)
+        cost = writer.model.cost(writer.prompt_tokens, writer.completion_tokens)
+        if cost is not None:
+            work.count("cost", round(cost, 6))
+    errors = [reply["error"] for replies in found.values() for reply in replies if "error" in reply]
+    if len(errors) > allow_failed * total:
+        raise ValueError(
+            f"{len(errors):,} of {total:,} requests failed after every try ({errors[0]}); the others are kept in {folder}. "
+            "Start again and they are asked again, or let a share of them fail (sampling: allow_failed)."
+        )
+    if errors:
+        work.count("failed", len(errors))
+    return found
+
+
+def planned(teachers: Sequence[APIModel], asked: dict[str, list[Asked]], folder: Path) -> Planned:
+    """How many calls are left, and what they may cost: prompts by their characters, replies as long as they may become."""
+    calls, cost, priced = 0, 0.0, False
+    for teacher in teachers:
+        known = {row["hash"] for row in read_rows(folder / f"{teacher.name}.jsonl", "remove it")}
+        left = [each for each in asked[teacher.name] if each.hash(teacher) not in known]
+        calls += len(left)
+        read = sum(len(message["content"]) for each in left for message in each.messages) // _CHARACTERS
+        longest = teacher.options.get("max_tokens") or teacher.options.get("max_completion_tokens") or _UNKNOWN
+        price = teacher.cost(read, len(left) * int(longest))
+        priced, cost = priced or price is not None, cost + (price or 0.0)
+    return Planned(calls, cost if priced else None)

@@ -1,0 +1,202 @@
+"""What a run of TwT is told, from a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tsdkd.checks import check_choice, check_count, check_share
+from tsdkd.data.files import load_rows
+from tsdkd.pipelines.twt.prompts import Task, task_of
+from tsdkd.pipelines.twt.sampling import DIVERSITY, QUALITY, VOICES
+from tsdkd.pipelines.twt.training import Training
+from tsdkd.rollouts.by_api import APIModel
+
+RECIPES = ("twt", "standard_kd", "step_by_step", "tinyllm")
+COMPRESSION = ("teacher", "fixed_length", "compressor", "none")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Dual-criteria rejection sampling, with the paper's values.
+
+    Args:
+        samples: replies of each teacher to each question.
+        quality, threshold: which triplets are kept, see `sampling.quality`.
+        diversity, voices: which of a question's, see `sampling.diverse`.
+        embedding_model: of sentence-transformers, a name or a folder.
+        allow_failed: the share of requests that may fail, after every try, without ending the stage.
+    """
+
+    samples: int = 1
+    quality: str = "confidence"
+    threshold: float = 0.95
+    diversity: str = "embedding"
+    voices: str = "teachers"
+    embedding_model: str = "sentence-transformers/all-mpnet-base-v2"
+    allow_failed: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples)
+        check_choice("quality", self.quality, QUALITY)
+        check_choice("diversity", self.diversity, DIVERSITY)
+        check_choice("voices", self.voices, VOICES)
+        check_share("threshold", self.threshold)
+        check_share("allow_failed", self.allow_failed)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How rationales become shorter before the second stage.
+
+    Args:
+        by: `teacher`, the paper's: whoever wrote a rationale rewrites it, seeing the student's. `fixed_length`: its first
+            `share` of words. `compressor`: LLMLingua-2 keeps that share of its tokens. `none`: there is no such stage.
+        rounds: of compressing and training; the paper's Table 3 has two.
+        share: of words or tokens that are kept.
+        compressor_model: of LLMLingua-2.
+    """
+
+    by: str = "teacher"
+    rounds: int = 1
+    share: float = 0.5
+    compressor_model: str = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank"
+
+    def __post_init__(self) -> None:
+        check_choice("by", self.by, COMPRESSION)
+        check_count("rounds", self.rounds)
+        check_share("share", self.share)
+        if self.by in ("fixed_length", "compressor") and not self.share:
+            raise ValueError("compression: share: 0 keeps nothing; give the share of a rationale that stays.")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How students answer: greedily, as the paper's temperature 0 (its top-p 0.95 has no effect then).
+
+    Args:
+        max_tokens: of an answer.
+        batch_size: prompts at a time by transformers.
+        engine: `transformers`, or `vllm`.
+    """
+
+    max_tokens: int = 2048
+    batch_size: int = 64
+    engine: str = "transformers"
+
+    def __post_init__(self) -> None:
+        check_count("max_tokens", self.max_tokens)
+        check_count("batch_size", self.batch_size)
+        check_choice("engine", self.engine, ("transformers", "vllm"))
+
+
+@dataclass(frozen=True)
+class TwTConfig:
+    """A run of TwT.
+
+    Args:
+        student: the model that learns, a name or a folder.
+        problems: a file of rows with `question` and, where there are labels, `answer`.
+        teachers: models behind an API; of `step_by_step` and `standard_kd` the first alone is asked.
+        output_dir: where the stages write.
+        test: a file of rows with `question` and `answer` that students are scored on; None: they are not.
+        task: `maths`, `choice`, `code`, or a mapping of templates, see `prompts.Task`.
+        recipe: `twt`; or what the paper compares it with: `standard_kd` (the teacher's labels alone), `step_by_step`
+            (Distilling Step-by-Step: label and rationale as two tasks), `tinyllm` (the same with every teacher's rationales).
+        rationale_weight: of the rationale's task in the loss of those two, beside 1 of the label's.
+        limit: the first so many problems; None: all.
+        seed: of draws and training.
+        sampling, compression, training, inference: see their classes.
+    """
+
+    student: str
+    problems: str
+    teachers: tuple[APIModel, ...]
+    output_dir: str = "twt"
+    test: str | None = None
+    task: Task = field(default_factory=lambda: task_of("maths"))
+    recipe: str = "twt"
+    rationale_weight: float = 1.0
+    limit: int | None = None
+    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    compression: Compression = field(default_factory=Compression)
+    training: Training = field(default_factory=Training)
+    inference: Inference = field(default_factory=Inference)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> TwTConfig:
+        """From the mapping of a YAML file.
+
+        Raises:
+            ValueError: an unknown field, one that is missing, or a value that cannot work.
+        """
+        known = [member.name for member in fields(cls)]
+        missing = [name for name in ("student", "problems", "teachers") if not given.get(name)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"unknown fields: {', '.join(unknown)}; there are: {', '.join(known)}.")
+        if missing:
+            raise ValueError(f"the recipe lacks {', '.join(missing)}.")
+        own = dict(given)
+        parts = {"sampling": Sampling, "compression": Compression, "training": Training, "inference": Inference}
+        for name, part in parts.items():
+            if name in own:
+                own[name] = _part(name, part, own[name])
+        if not isinstance(own["teachers"], (list, tuple)):
+            raise ValueError("teachers is a list, each with name, base_url and model.")
+        own["teachers"] = tuple(APIModel.of(teacher) for teacher in own["teachers"])
+        own["task"] = task_of(own.get("task", "maths"))
+        return cls(**own)
+
+    def __post_init__(self) -> None:
+        names = [teacher.name for teacher in self.teachers]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two teachers are called {', '.join(twice)}: give each a name of its own.")
+        check_choice("recipe", self.recipe, RECIPES)
+        if self.limit is not None:
+            check_count("limit", self.limit)
+        if self.rationale_weight < 0:
+            raise ValueError(f"rationale_weight={self.rationale_weight} must be 0 or above.")
+        if self.sampling.quality == "log_probability" and not all(teacher.log_probs for teacher in self.asked):
+            silent = ", ".join(teacher.name for teacher in self.asked if not teacher.log_probs)
+            raise ValueError(f"quality: log_probability needs log_probs: true of every teacher; {silent} have it not.")
+
+    @property
+    def asked(self) -> tuple[APIModel, ...]:
+        """The teachers that are asked."""
+        return self.teachers[:1] if self.recipe in ("standard_kd", "step_by_step") else self.teachers
+
+
+def _part(name: str, part: Any, given: Any) -> Any:
+    known = [member.name for member in fields(part)]
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} is a mapping with {', '.join(known)}, not {given!r}.")
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"{name} has no {', '.join(unknown)}; there are: {', '.join(known)}.")
+    return part(**given)
+
+
+def problems_of(name: str, limit: int | None = None, labelled: bool = False) -> list[dict[str, Any]]:
+    """The rows of a file of problems: `question` (or `prompt`), and `label`, what it calls `answer`.
+
+    Raises:
+        ValueError: a row without a question, or without an answer where there must be one.
+    """
+    made = []
+    for number, row in enumerate(load_rows(str(Path(name).expanduser()) if Path(name).expanduser().exists() else name)):
+        if limit is not None and number >= limit:
+            break
+        question, label = row.get("question") or row.get("prompt"), row.get("answer")
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"{name}, row {number} has no question; its columns are {', '.join(row)}.")
+        if labelled and label is None:
+            raise ValueError(f"{name}, row {number} has no answer to score by; its columns are {', '.join(row)}.")
+        made.append({"problem": number, "question": question, "label": None if label is None else str(label)})
+    if not made:
+        raise ValueError(f"{name} holds no problems.")
+    return made

@@ -1,0 +1,87 @@
+"""What a run came to: accuracy and output tokens of each stage's student, beside the paper's own, and a picture of both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tsdkd.data.rows import read_scores
+
+_PAPER = Path(__file__).parent / "paper.json"
+
+
+def paper() -> dict[str, Any]:
+    """The paper's tables by number: `title`, `columns`, `rows` with `label` and `values`, and a `note` where they contradict."""
+    return json.loads(_PAPER.read_text())["tables"]
+
+
+def ours(file: Path) -> list[dict[str, Any]]:
+    """Each student's accuracy with its interval and its mean output tokens, in the order in which they were scored."""
+    made: dict[str, dict[str, Any]] = {}
+    for row in read_scores(file):
+        own = made.setdefault(row.label, {"label": row.label, "n": row.n})
+        own[row.metric] = row.score
+        own.update({name: row.more[name] for name in ("low", "high", "cut") if name in row.more})
+    return list(made.values())
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown of `ours`."""
+    lines = ["| student | accuracy | 95 % | mean output tokens | cut | n |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        right = f"{row['accuracy']:.1%} | {row['low']:.1%}-{row['high']:.1%}" if "accuracy" in row else "not scored | "
+        lines.append(f"| {row['label']} | {right} | {row['tokens']:.1f} | {row.get('cut', 0)} | {row['n']} |")
+    return "\n".join(lines)
+
+
+def paper_table(number: str) -> str:
+    """Markdown of one of the paper's tables, with its note."""
+    told = paper()[number]
+    heads = ["", *told["columns"]]
+    lines = [f"The paper's Table {number}: {told['title']}.", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in told["rows"]:
+        name = row["label"] + (f", {row['student']}" if row.get("student") else "")
+        lines.append(f"| {name} | {' | '.join('' if value is None else f'{value:g}' for value in row['values'])} |")
+    return "\n".join([*lines, *(["", told["note"]] if "note" in told else [])])
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Accuracy against mean output tokens, a mark a student, the stages joined in their order.
+
+    Raises:
+        ValueError: matplotlib is not installed, or nothing has an accuracy.
+    """
+    from tsdkd.reporting.figures import MARKS, PALETTE, pyplot, save
+
+    scored = [row for row in rows if "accuracy" in row]
+    if not scored:
+        raise ValueError("no student has an accuracy: there is nothing to draw.")
+    figure, axis = pyplot().subplots(figsize=(6.4, 4.4), constrained_layout=True)
+    stages = [row for row in scored if row["label"].startswith("student-")]
+    axis.plot([row["tokens"] for row in stages], [row["accuracy"] for row in stages], color="0.6", linewidth=1, zorder=1)
+    for number, row in enumerate(scored):
+        bars = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
+        style = {"fmt": MARKS[number % len(MARKS)], "color": PALETTE[number % len(PALETTE)]}
+        axis.errorbar(row["tokens"], row["accuracy"], yerr=bars, capsize=3, label=row["label"], zorder=2, **style)
+    axis.set(
+        xlabel="mean output tokens", ylabel=f"accuracy (bars: 95 %, n = {scored[0]['n']})", title="Accuracy against tokens"
+    )
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.grid(linewidth=0.3)
+    axis.legend(frameon=False)
+    return save(figure, path)
+
+
+def report(file: Path, folder: Path) -> str:
+    """What is printed at the end of a run and written beside it, as `report.md`, with a picture where matplotlib is installed."""
+    rows = ours(file)
+    text = "\n\n".join([table(rows), *(paper_table(number) for number in ("1", "2"))])
+    (folder / "report.md").write_text(text + "\n")
+    try:
+        draw(rows, folder / "accuracy-tokens.png")
+    except ValueError:  # no matplotlib, or a task whose answers are not graded here
+        pass
+    return text
