@@ -126,6 +126,10 @@ class APIModel:
             raise ValueError(f"the teacher {self.name!r} takes its key from ${self.api_key_env}, which is not set: export it.")
         return found.strip()
 
+    def refuse_missing_key(self) -> None:
+        """Raise a ValueError where `key` would."""
+        _ = self.key
+
     @property
     def settings(self) -> dict[str, Any]:
         """What its replies depend on; where it is reached and what it costs is not part of it."""
@@ -299,7 +303,7 @@ class APIWriter:
         def worth(error: BaseException) -> bool:
             return isinstance(error, again) and not _is_spent(error)
 
-        growing = tenacity.wait_exponential_jitter(initial=self.pause, max=60 * max(self.pause, 1e-3), jitter=self.pause)
+        growing = tenacity.wait_exponential(multiplier=self.pause, max=60 * self.pause) + tenacity.wait_random(0, self.pause)
 
         def pause(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None

@@ -27,6 +27,9 @@ def ask(
     """
     total, done = sum(map(len, asked.values())), dict.fromkeys(asked, 0)
 
+    for teacher in teachers:
+        teacher.refuse_missing_key()  # before any call
+
     def of(writer: APIWriter) -> list[dict[str, Any]]:
         def told(number: int, of: int) -> None:
             done[writer.model.name] = number
@@ -35,7 +38,7 @@ def ask(
         with writer:
             return writer(asked[writer.model.name], told)
 
-    writers = [APIWriter(teacher, folder, work.say) for teacher in teachers]  # a missing key is told before any call
+    writers = [APIWriter(teacher, folder, work.say) for teacher in teachers]
     with ThreadPoolExecutor(len(writers)) as pool:
         running = {writer.model.name: pool.submit(of, writer) for writer in writers}
         found = {name: future.result() for name, future in running.items()}

@@ -17,7 +17,7 @@ _SCORE = re.compile(
     rf"(?im)^[ \t>*_#(]*(?:\d\)[ \t]*)?(?:(?:final|confidence|total|overall)[ \t]+)*score[*_]*[ \t]*[:=][*_ \t]*{_NUMBER}"
 )
 _CODE = re.compile(r"(?s)```[ \t]*(?:python|py)?[ \t]*\n(.*?)```")
-_FENCE = re.compile(r"(?m)^[ \t]*```[a-zA-Z]*[ \t]*$\n?")
+_FENCE = re.compile(r"(?m)^[ \t]*```[a-zA-Z]*[ \t]*$\n?|```[ \t]*$")
 _THOUGHT = re.compile(r"(?s)^\s*<think>(.*?)</think>\s*")
 CLOSE = 0.015  # between a stated score and the sum of points that are weighted already
 
@@ -84,7 +84,7 @@ def parsed(text: str, task: Task, finish: str | None = None) -> Triplet | Unread
         answer, ends = _bare(found[-1].group(1)), found[-1].start()
         if len({_bare(match.group(1)) for match in found}) > 1 and not scores:
             return Unreadable("several answers")
-    rationale = _without_scores(text[begins.end() : ends], task).strip()
+    rationale = _behind_headings(_without_scores(text[begins.end() : ends], task)).strip()
     if not answer.strip():
         return Unreadable("no answer")
     if not rationale:
@@ -107,15 +107,19 @@ def rewritten(text: str, finish: str | None = None) -> str | Unreadable:
     if finish == "length":
         return Unreadable("cut")
     text = _FENCE.sub("", _CODE.split(text)[0])
-    begins = list(_THINKING.finditer(text))
-    while begins and (
-        again := _THINKING.match(text, begins[0].end() + len(text[begins[0].end() :]) - len(text[begins[0].end() :].lstrip()))
-    ):
-        begins = [again]  # the paper's own Figure 9 has the heading twice
-    text = text[begins[0].end() :] if begins else text
+    begins = _THINKING.search(text)
+    text = text if begins is None else _behind_headings(text[begins.end() :])
     stops = [match.start() for pattern in (_ANSWER, _SCORE) for match in [pattern.search(text)] if match]
     text = text[: min(stops)] if stops else text
     return text.strip() or Unreadable("empty")
+
+
+def _behind_headings(text: str) -> str:
+    """A text without headings at its start: the paper's own Figure 9 has it twice."""
+    text = text.lstrip()
+    while (again := _THINKING.match(text)) is not None:
+        text = text[again.end() :].lstrip()
+    return text
 
 
 def _bare(text: str) -> str:

@@ -13,7 +13,7 @@ _PAPER = Path(__file__).parent / "paper.json"
 
 
 def paper() -> dict[str, Any]:
-    """The paper's tables by number: `title`, `columns`, `rows` with `label` and `values`, and a `note` where they contradict."""
+    """The paper's tables by number: `title`, `columns`, `rows` (`label`, `values`) and a `note` where they contradict."""
     return json.loads(_PAPER.read_text())["tables"]
 
 
@@ -76,7 +76,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def report(file: Path, folder: Path) -> str:
-    """What is printed at the end of a run and written beside it, as `report.md`, with a picture where matplotlib is installed."""
+    """What is printed at the end of a run and written beside it, `report.md`, with a picture where there is matplotlib."""
     rows = ours(file)
     text = "\n\n".join([table(rows), *(paper_table(number) for number in ("1", "2"))])
     (folder / "report.md").write_text(text + "\n")
