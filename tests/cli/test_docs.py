@@ -153,6 +153,24 @@ def test_example_04_compares_and_goes_on_where_it_was(tmp_path):
     assert made == ["untrained", "untrained", "gkd", "minillm", "seq_kd"]
 
 
+def test_example_06_is_twt_from_questions_to_a_table(tmp_path):
+    said = run_example("06_twt.py", tmp_path, "24")
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    labels = [row.split(" | ")[0].removeprefix("| ") for row in rows[1:]]
+    assert labels == ["start", "student-1", "student-2", "student-3", "Standard KD", "student-1, then TSD-KD"]
+    assert (tmp_path / "out" / "table.md").is_file() and "labels: calls 72," in said
+
+
+def test_the_recipe_of_twt_is_one(tmp_path):
+    from tsdkd.cli.recipes import read_recipes
+    from tsdkd.pipelines.twt import TwTConfig, stages
+
+    (recipe,) = (ROOT / "examples" / "pipelines").glob("*.yaml")
+    made = TwTConfig.of(read_recipes([recipe]))
+    assert made.sampling.threshold == 0.95 and made.training.lora_r == 8 and made.inference.max_tokens == 2048
+    assert [stage.name for stage in stages(made)][-2:] == ["student-3", "scores"]
+
+
 YOUR_OWN = sorted((ROOT / "examples" / "your_own").glob("*.py"))
 
 

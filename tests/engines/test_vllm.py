@@ -63,7 +63,6 @@ def test_vllm_draws_by_the_seed_of_each_request_and_a_run_goes_on_with_them(tmp_
 
 def test_the_doctor_compares_vllm_with_the_trainer(tmp_path):
     result = run("examined", tmp_path)
-    print(result)
     assert result["as it is"][0] == "green" and "KL(vLLM, trainer)" in result["as it is"][1]
     assert result["left behind"][0] == "red"
 
@@ -92,6 +91,18 @@ def test_a_teacher_behind_a_real_server_is_the_local_teacher(tmp_path):
     for ours, theirs in zip(result["server"], result["local"], strict=True):
         for name in ("loss", "loss/direct", "loss/indirect", "loss/entropy", "teacher/entropy", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+
+
+def test_a_real_server_is_asked_by_its_api(tmp_path):
+    """vLLM's OpenAI server gives the texts, their log-probabilities and their sizes as transformers has them."""
+    result = run("api", tmp_path)
+    equal = [reply["text"] == text for reply, text in zip(result["replies"], result["texts"], strict=True)]
+    assert len(equal) == 24 and sum(equal) >= 22  # rounding may turn a near tie
+    for reply, same, size, value in zip(result["replies"], equal, result["sizes"], result["log_probs"], strict=True):
+        if same:
+            assert [reply["prompt_tokens"], reply["completion_tokens"]] == size and reply["finish"] == "stop"
+            assert abs(reply["mean_log_prob"] - value) < 1e-3
+    assert result["again"] and "has no model 'u'" in result["unknown"] and result["cut"] == "length"
 
 
 def test_vllm_and_transformers_score_alike_and_where_they_part_is_a_tie(tmp_path):

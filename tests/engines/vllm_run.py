@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -176,27 +177,62 @@ def teacher_writes(folder: Path) -> dict:
     return texts
 
 
-def served(folder: Path) -> dict:
-    """Three steps with the demo's teacher here, and three with it behind a vLLM server."""
+def by_api(folder: Path) -> dict:
+    """The demo's teacher behind vLLM's OpenAI API: greedy replies with log-probabilities, beside transformers'; and faults."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tsdkd.demo.problems import make_problems
+    from tsdkd.demo.run import shipped
+    from tsdkd.rollouts.by_api import APIError, APIModel, APIWriter, Asked
+    from tsdkd.rollouts.greedily import written_greedily
+
+    questions = [p.question for p in make_problems(24, 3, (1, 2))]
+    asked = [Asked([{"role": "user", "content": question}]) for question in questions]
+    with vllm_server(folder, shipped("teacher"), "--served-model-name", "t") as url:
+        known = dict(name="t", base_url=f"{url}/v1", model="t", log_probs=True, concurrency=8)
+        spec = APIModel(**known, options={"temperature": 0, "max_tokens": 40})
+        with APIWriter(spec, folder / "replies") as writer:
+            replies = writer(asked)
+        with APIWriter(spec, folder / "replies") as writer:
+            again, fresh = writer(asked), writer.fresh
+        try:
+            with APIWriter(APIModel(**{**known, "model": "u"}), folder / "other") as writer:
+                writer(asked[:1])
+        except APIError as error:
+            unknown = str(error)
+        short = APIModel(**{**known, "options": {"temperature": 0, "max_tokens": 3}})
+        with APIWriter(short, folder / "short") as writer:
+            cut = writer(asked[:1])[0]["finish"]
+    tokenizer = AutoTokenizer.from_pretrained(shipped("teacher"))
+    model = AutoModelForCausalLM.from_pretrained(shipped("teacher"), dtype=torch.float32)
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False)
+        for question in questions
+    ]
+    ids = written_greedily(model, tokenizer, prompts, 40)
+    log_probs = [sum(row) / len(row) for row in student_log_probs(model, prompts, ids)]
+    return {
+        "replies": replies, "again": again == replies and fresh == 0, "unknown": unknown, "cut": cut,
+        "texts": tokenizer.batch_decode(ids, skip_special_tokens=True), "log_probs": log_probs,
+        "sizes": [[len(prompt), len(row)] for prompt, row in zip(prompts, ids, strict=True)],
+    }  # fmt: skip
+
+
+@contextmanager
+def vllm_server(folder: Path, model: str, *more: str):
+    """The address of a stock vLLM server, as long as the context lasts."""
     import socket
     import subprocess
     import time
 
     import httpx
-    from tiny import config, prompts
-    from transformers import AutoModelForCausalLM
-
-    from tsdkd import TSDKDConfig, TSDKDTrainer
-    from tsdkd.demo.run import shipped
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pooler = json.dumps({"task": "token_embed", "use_activation": False})
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", shipped("teacher"), "--runner", "pooling"]
-    command += ["--convert", "embed", "--pooler-config", pooler, "--no-enable-prefix-caching", "--dtype", "float32"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
-    url, result = f"http://127.0.0.1:{port}", {}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256", *more]
+    url = f"http://127.0.0.1:{port}"
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -207,6 +243,24 @@ def served(folder: Path) -> dict:
             except httpx.HTTPError:
                 assert server.poll() is None, (folder / "server.log").read_text()[-3000:]
             time.sleep(1)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def served(folder: Path) -> dict:
+    """Three steps with the demo's teacher here, and three with it behind a vLLM server."""
+    from tiny import config, prompts
+    from transformers import AutoModelForCausalLM
+
+    from tsdkd import TSDKDConfig, TSDKDTrainer
+    from tsdkd.demo.run import shipped
+
+    pooler = json.dumps({"task": "token_embed", "use_activation": False})
+    pooling = ["--runner", "pooling", "--convert", "embed", "--pooler-config", pooler, "--no-enable-prefix-caching"]
+    result = {}
+    with vllm_server(folder, shipped("teacher"), *pooling) as url:
         for name in ("local", "server"):
             placed = dict(teacher_placement="server", teacher_urls=[url]) if name == "server" else {}
             local = AutoModelForCausalLM.from_pretrained(shipped("teacher"), dtype=torch.float32)
@@ -219,9 +273,6 @@ def served(folder: Path) -> dict:
             trainer.write = lambda prompt_ids, *a, **k: [[7 + (sum(ids) + t) % 40 for t in range(20)] for ids in prompt_ids]
             trainer.train()
             result[name] = [row for row in trainer.state.log_history if "loss" in row]
-    finally:
-        server.terminate()
-        server.wait(60)
     return result
 
 
@@ -346,6 +397,7 @@ if __name__ == "__main__":
             "evaluate": evaluated,
             "scored": scored_while_training,
             "seeded": seeded,
+            "api": by_api,
             "again": lambda folder: seeded(folder, resume=True),
             "examined": lambda folder: seeded(folder, probe=True),
         }[kind](folder)
