@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -180,10 +179,12 @@ def teacher_writes(folder: Path) -> dict:
 def by_api(folder: Path) -> dict:
     """The demo's teacher behind vLLM's OpenAI API: greedy replies with log-probabilities, beside transformers'; and faults."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from vllm_server import vllm_server
 
     from tsdkd.demo.problems import make_problems
     from tsdkd.demo.run import shipped
-    from tsdkd.rollouts.by_api import APIError, APIModel, APIWriter, Asked
+    from tsdkd.rollouts.api_models import APIModel, Asked
+    from tsdkd.rollouts.by_api import APIError, APIWriter
     from tsdkd.rollouts.greedily import written_greedily
 
     questions = [p.question for p in make_problems(24, 3, (1, 2))]
@@ -218,41 +219,11 @@ def by_api(folder: Path) -> dict:
     }  # fmt: skip
 
 
-@contextmanager
-def vllm_server(folder: Path, model: str, *more: str):
-    """The address of a stock vLLM server, as long as the context lasts."""
-    import socket
-    import subprocess
-    import time
-
-    import httpx
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "float32"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256", *more]
-    url = f"http://127.0.0.1:{port}"
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        for _ in range(240):
-            try:
-                if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                assert server.poll() is None, (folder / "server.log").read_text()[-3000:]
-            time.sleep(1)
-        yield url
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
 def served(folder: Path) -> dict:
     """Three steps with the demo's teacher here, and three with it behind a vLLM server."""
     from tiny import config, prompts
     from transformers import AutoModelForCausalLM
+    from vllm_server import vllm_server
 
     from tsdkd import TSDKDConfig, TSDKDTrainer
     from tsdkd.demo.run import shipped

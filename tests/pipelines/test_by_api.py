@@ -10,7 +10,8 @@ import pytest
 from api import Stub, reply
 from werkzeug import Response
 
-from tsdkd.rollouts.by_api import APIError, APIModel, APIWriter, Asked
+from tsdkd.rollouts.api_models import APIModel, Asked
+from tsdkd.rollouts.by_api import APIError, APIWriter
 
 
 def model(stub, **more):
@@ -80,11 +81,11 @@ def test_what_failed_is_kept_apart_and_asked_again_by_the_next_run(httpserver, t
     found, said = ask(stub, tmp_path, ["a", "b", "c"])
     assert [("error" in row) for row in found] == [False, True, False] and stub.asked["b"] == 1  # 400 is not tried again
     assert "1 requests failed" in said[0] and "status 400" in said[0]
-    assert len((tmp_path / "t.failed.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "failed" / "t.jsonl").read_text().splitlines()) == 1
     broken[0] = False
     found, _ = ask(stub, tmp_path, ["a", "b", "c"])
     assert all(row["text"] == "x" for row in found) and stub.asked == {"a": 1, "b": 2, "c": 1}
-    assert not (tmp_path / "t.failed.jsonl").read_text()
+    assert not (tmp_path / "failed" / "t.jsonl").read_text()
 
 
 def test_a_teacher_that_is_down_is_named_and_what_came_is_kept(httpserver, tmp_path):
@@ -98,16 +99,62 @@ def test_a_teacher_that_is_down_is_named_and_what_came_is_kept(httpserver, tmp_p
     with pytest.raises(APIError) as caught:
         ask(stub, tmp_path, [str(i) for i in range(40)], concurrency=1)
     text = str(caught.value)
-    assert "'t'" in text and stub.url in text and "after 3 tries of each of 3 requests" in text and "2 replies are kept" in text
+    assert (
+        "'t'" in text
+        and stub.url in text
+        and "after 3 failed requests in a row, the last one tried 3 times" in text
+        and "2 replies are kept" in text
+    )
     assert stub.calls == 2 + 3 * 3  # the rest was never asked
     alive[0] = 100
     found, _ = ask(stub, tmp_path, [str(i) for i in range(40)])
     assert len(found) == 40 and stub.asked["0"] == stub.asked["1"] == 1
 
 
+def test_a_request_that_stands_twice_is_asked_once_and_a_failure_says_what_was_asked(httpserver, tmp_path):
+    stub = Stub(httpserver, lambda body, times: 400 if "bad" in body["messages"][-1]["content"] else reply("x"))
+    found, _ = ask(stub, tmp_path, ["a", "bad", "a", "a", "bad"])
+    assert stub.asked == {"a": 1, "bad": 1} and [row.get("text") for row in found] == ["x", None, "x", "x", None]
+    (row,) = [json.loads(line) for line in (tmp_path / "failed" / "t.jsonl").read_text().splitlines()]
+    assert row["tries"] == 1 and row["messages"] == [{"role": "user", "content": "bad"}] and len(row["hash"]) == 64
+
+
+def test_a_teacher_that_refuses_everything_is_given_up(httpserver, tmp_path):
+    for status, most in ((400, 20), (429, 3 * 3)):
+        stub = Stub(httpserver, lambda body, times, status=status: status)
+        with pytest.raises(APIError, match="gives no more replies"):
+            ask(stub, tmp_path / str(status), [str(i) for i in range(100)], concurrency=1)
+        assert stub.calls == most
+        httpserver.clear()
+
+
+def test_a_server_that_asks_for_a_day_is_not_waited_for(httpserver, tmp_path):
+    day = (429, {"error": {"message": "slow"}}, ("Retry-After", "86400"))
+    stub = Stub(httpserver, lambda body, times: day)
+    with pytest.raises(APIError, match="slow"):
+        ask(stub, tmp_path, ["a"], concurrency=1)
+    assert stub.calls == 1
+
+
+def test_retry_after_as_a_date():
+    from email.utils import formatdate
+    from types import SimpleNamespace
+
+    from tsdkd.rollouts.by_api import _wait_asked_for
+
+    def stated(text):
+        return _wait_asked_for(SimpleNamespace(response=SimpleNamespace(headers={"retry-after": text})))
+
+    assert 20 < stated(formatdate(time.time() + 30, usegmt=True)) <= 30 and stated(formatdate(0, usegmt=True)) == 0
+    assert stated("2.5") == 2.5 and stated("-3") == 0 and stated("soon") == 0 and stated("") == 0
+
+
 def test_nobody_there_at_all(tmp_path):
     spec = APIModel("t", "http://127.0.0.1:9/v1", "m", tries=2, timeout=1.0)
-    with APIWriter(spec, tmp_path, print, pause=0.01) as writer, pytest.raises(APIError, match=r"127\.0\.0\.1:9.*2 tries"):
+    with (
+        APIWriter(spec, tmp_path, print, pause=0.01) as writer,
+        pytest.raises(APIError, match=r"127\.0\.0\.1:9.*tried 2 times"),
+    ):
         writer([Asked([{"role": "user", "content": str(i)}]) for i in range(5)])
 
 
@@ -139,7 +186,7 @@ def test_a_planted_key_is_in_no_file(httpserver, tmp_path, monkeypatch):
     faults = iter([500, 400, 429])
     stub = Stub(httpserver, lambda body, times: next(faults, None) or reply("x"))
     ask(stub, tmp_path, ["a", "b", "c"], api_key_env="SOME_KEY", concurrency=1)
-    for file in tmp_path.rglob("*"):
+    for file in [path for path in tmp_path.rglob("*") if path.is_file()]:
         assert b"planted" not in file.read_bytes(), file
 
 
@@ -184,6 +231,9 @@ def test_log_probabilities_are_kept_as_their_mean(httpserver, tmp_path):
         ({"n": 4}, "samples"),
         ({"price": 3}, "price=3"),
         ({"name": "../x"}, "a name is that of a file"),
+        ({"name": 3}, "name=3 must be a text"),
+        ({"timeout": True}, "timeout=True"),
+        ({"price": {"input": "x", "output": 1}}, "price="),
     ],
 )
 def test_bad_teachers_are_told(given, told):

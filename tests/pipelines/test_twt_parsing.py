@@ -34,6 +34,11 @@ MATHS, CHOICE, CODE = TASKS["maths"], TASKS["choice"], TASKS["code"]
         ("Thinking: first\nThe answer is: 5\nno,\nThe answer is: 4\nscore: 0.9", "first\nThe answer is: 5\nno,", "4", 0.9),
         ("Thinking: Thinking: a\nThe answer is: 4\nscore: 0.9", "a", "4", 0.9),
         ("Thinking: a\nThe answer is: 3.5\nscore: 1", "a", "3.5", 1.0),
+        ("1. Thinking: a\n(2) Answer: 4\n3. Score: 0.95", "a", "4", 0.95),
+        ("Thinking: a\nThe answer is 4\n- score: [0.95]", "a", "4", 0.95),
+        ("Thinking: a\nThe answer is:\n4\n\nScore:\n`0.95`", "a", "4", 0.95),
+        ("Thinking: a\nThe answer is: $\\boxed{17}$\nConfidence: 0.95", "a", "17", 0.95),
+        ("Thinking: a\nThe answer is: $17$\nscore: 0.95.", "a", "17", 0.95),
         ("Sure! Here it is.\n\nThinking: a\nThe answer is: 4\n\nscore: 0.97\n\nLet me know!", "a", "4", 0.97),
     ],
 )
@@ -55,6 +60,7 @@ def test_odd_but_readable_replies(text, rationale, answer, confidence):
         ("Thinking: a\nThe answer is:\nscore: 0.9", "stop", "no answer"),
         ("Thinking: a\nThe answer is: 4", "stop", "no score"),
         ("Thinking: a\nThe answer is: 4\nscore: high", "stop", "no score"),
+        ("Thinking: a\nThe answer is: 4\nscore: 0,95", "stop", "no score"),
         ("Thinking: a\nThe answer is: 4\nscore: 95", "stop", "a score outside of [0, 1]"),
         ("Thinking: a\nThe answer is: 4\nscore: -0.2", "stop", "a score outside of [0, 1]"),
         ("I'm sorry, but I can't help with that.", "stop", "no thinking"),
@@ -69,7 +75,14 @@ def test_code():
     assert parsed(text, CODE) == Triplet("use a loop", "def f(x):\n    # score: none\n    return {x: 1}", 0.95, "stated")
     assert parsed("Thinking: a\nscore: 0.9", CODE) == Unreadable("no code")
     two = "Thinking: first\n```python\nold\n```\nbetter:\n```\nnew\n```\nscore: 0.9"
-    assert parsed(two, CODE).answer == "new"
+    assert parsed(two, CODE).answer == "old"  # the labelled one
+    figure = "```\nThinking: use a loop\n\n```\npython\ndef f(): pass\n\n```\n\nscore: 0.85```"
+    assert parsed(figure, CODE) == Triplet("use a loop", "def f(): pass", 0.85, "stated")  # Figure 4's own layout
+    inside = "Thinking: a\n```\npython\ndef f():\n    return 1\n\nscore: 0.95\n\n```"
+    assert parsed(inside, CODE) == Triplet("a", "def f():\n    return 1", 0.95, "stated")  # Figure 6's
+    usage = "Thinking: a\n```Python\ndef f(): pass\n```\nUse it:\n```python\nf()\n```\n```\nscore: 0.95\n```"
+    assert parsed(usage, CODE) == Triplet("a", "def f(): pass", 0.95, "stated")
+    assert parsed("Thinking: a\n```\nscore: 0.9\n```", CODE) == Unreadable("no code")
 
 
 def test_equation_1_where_the_reply_gives_the_factors():
@@ -117,6 +130,8 @@ def test_rewritten_rationales():
     assert rewritten("Thinking: Thinking: short") == "short"  # the paper's Figure 9
     assert rewritten("just a text\nof two lines") == "just a text\nof two lines"
     assert rewritten("Thinking: a\n```python\nx\n```\nscore: 1") == "a"
+    assert rewritten("```\nThinking: short\n```") == "short" and rewritten("```\nThinking: b```\n\n```\nscore: 1```") == "b"
+    assert rewritten("```\nThinking: short\n\n```\npython\nx = 1\n```") == "short"
     assert rewritten("") == Unreadable("empty") and rewritten("x", "length") == Unreadable("cut")
     assert rewritten("Thinking:") == Unreadable("empty")
 

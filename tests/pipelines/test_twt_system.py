@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -335,6 +336,50 @@ def test_requests_that_fail_end_the_stage_unless_they_may(made):
         run(mapping())
     line, said = run(mapping(sampling={"allow_failed": 0.05, "diversity": "random"}), until="labels")
     assert len(rows(line, "labels")) == 23 and "failed 1" in said[-1]
+
+
+def test_a_teacher_that_is_down_stops_the_others_soon(made, tmp_path):
+    stub, mapping = made
+
+    def answer(body, times):
+        if body["model"] == "two":
+            return 503
+        time.sleep(0.05)
+        return teacher(body, times)
+
+    stub.answer = answer
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps({"question": f"{n} and 3"}) + "\n" for n in range(300)))
+    recipe = mapping(problems=str(tmp_path / "many.jsonl"))
+    for spec in recipe["teachers"]:
+        spec.update(tries=1)
+    with pytest.raises(ConnectionError, match=r"'two'.*gives no more replies"):
+        run(recipe)
+    assert stub.calls < 150  # of 900
+    kept = sum(
+        len(path.read_text().splitlines())
+        for path in (tmp_path / "out" / "replies").glob("*.jsonl")
+        if "failed" not in path.name
+    )
+    assert kept >= stub.calls - 12
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_in_a_line_and_what_was_asked_is_kept(made, tmp_path, number, status):
+    stub, mapping = made
+    stub.answer = lambda body, times: time.sleep(0.1) or teacher(body, times)
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps({"question": f"{n} and 3"}) + "\n" for n in range(400)))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(mapping(problems=str(tmp_path / "many.jsonl"))))
+    command = [sys.executable, "-m", "tsdkd", "pipeline", "twt", "--config", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while stub.calls < 5:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == status and "Traceback" not in err and "The same command goes on" in err, (out, err)
+    assert stub.calls < 400
+    kept = sum(len(path.read_text().splitlines()) for path in (tmp_path / "out" / "replies").glob("*.jsonl"))
+    assert kept == stub.calls  # nothing that was on its way is lost
 
 
 def test_files_of_problems(made, tmp_path):

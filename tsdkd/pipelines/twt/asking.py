@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from tsdkd.data.rows import read_rows
 from tsdkd.pipelines.stage import Planned, Work
-from tsdkd.rollouts.by_api import APIModel, APIWriter, Asked
+from tsdkd.rollouts.api_models import APIModel, Asked
+from tsdkd.rollouts.by_api import APIWriter
 
 REPLIES = "replies"  # the folder of what was paid for
 _CHARACTERS = 4  # of a token, for what a plan says
@@ -41,7 +42,16 @@ def ask(
     writers = [APIWriter(teacher, folder, work.say) for teacher in teachers]
     with ThreadPoolExecutor(len(writers)) as pool:
         running = {writer.model.name: pool.submit(of, writer) for writer in writers}
-        found = {name: future.result() for name, future in running.items()}
+        try:
+            for future in wait(running.values(), return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException as error:
+            for writer in writers:
+                writer.stop()
+            if isinstance(error, KeyboardInterrupt):
+                work.say(f"{work.name}: stops once the replies that are on their way are here")
+            raise
+    found = {name: future.result() for name, future in running.items()}
     for writer in writers:
         work.count("calls", writer.fresh)
         work.count("tokens read", writer.prompt_tokens)

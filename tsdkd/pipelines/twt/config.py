@@ -12,7 +12,7 @@ from tsdkd.data.files import load_rows
 from tsdkd.pipelines.twt.prompts import Task, task_of
 from tsdkd.pipelines.twt.sampling import DIVERSITY, QUALITY, VOICES
 from tsdkd.pipelines.twt.training import Training
-from tsdkd.rollouts.by_api import APIModel
+from tsdkd.rollouts.api_models import APIModel
 
 RECIPES = ("twt", "standard_kd", "step_by_step", "tinyllm")
 COMPRESSION = ("teacher", "fixed_length", "compressor", "none")

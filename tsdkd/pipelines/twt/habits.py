@@ -18,7 +18,7 @@ from tsdkd.pipelines.twt.parsing import Unreadable, rewritten
 from tsdkd.pipelines.twt.training import train, weighted
 from tsdkd.pipelines.twt.writing import marks, rationale_of, student_answers
 from tsdkd.provenance import provenance
-from tsdkd.rollouts.by_api import Asked
+from tsdkd.rollouts.api_models import Asked
 
 
 class Student(OfTwT):

@@ -12,7 +12,7 @@ from tsdkd.pipelines.twt.asking import REPLIES, ask, planned
 from tsdkd.pipelines.twt.config import TwTConfig, problems_of
 from tsdkd.pipelines.twt.parsing import Unreadable, parsed
 from tsdkd.pipelines.twt.sampling import Embedder, diverse, label_accuracy, quality, shares
-from tsdkd.rollouts.by_api import Asked
+from tsdkd.rollouts.api_models import Asked
 
 
 class OfTwT(Stage):

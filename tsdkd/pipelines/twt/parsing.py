@@ -8,17 +8,21 @@ from dataclasses import dataclass
 
 from tsdkd.pipelines.twt.prompts import Task
 
-_THINKING = re.compile(r"(?im)^[ \t>*_#\-]*\(?1?\)?[ \t]*(?:thinking|rationale|reasoning)[*_]*[ \t]*:[*_]*")
+_MARK = r"(?im)^[ \t>*_#(\-]*(?:\d[.)][ \t]*)?[*_]*"  # what may stand before a heading: quotes, bullets, numbers
+_THINKING = re.compile(_MARK + r"(?:thinking|rationale|reasoning)[*_]*[ \t]*:[*_]*")
 _ANSWER = re.compile(
-    r"(?im)^[ \t>*_#]*(?:the[ \t]+(?:final[ \t]+)?answer[ \t]+is|(?:final[ \t]+)?answer)[*_]*[ \t]*:[*_]*[ \t]*(.*)$"
+    _MARK + r"(?:the[ \t]+(?:final[ \t]+)?answer[ \t]+is[ \t]*:?|(?:final[ \t]+)?answer[*_]*[ \t]*:)[*_]*[ \t]*"
+    r"(?:\n(?![ \t>*_#(\-]*(?:\w+[ \t]+)?(?:score|confidence)\b)[ \t]*(?=\S))?(.*)$"
 )
-_NUMBER = r"([-+]?\d*\.?\d+)[ \t]*(%)?(?:[ \t]*/[ \t]*(\d+(?:\.\d+)?))?"
+_NUMBER = r"[*_`\[(]*[ \t]*([-+]?\d*\.?\d+)(?![\d,])[ \t]*(%)?(?:[ \t]*/[ \t]*(\d+(?:\.\d+)?))?"
 _SCORE = re.compile(
-    rf"(?im)^[ \t>*_#(]*(?:\d\)[ \t]*)?(?:(?:final|confidence|total|overall)[ \t]+)*score[*_]*[ \t]*[:=][*_ \t]*{_NUMBER}"
+    _MARK + r"(?:(?:(?:final|confidence|total|overall)[ \t]+)*score|confidence)[*_]*[ \t]*[:=][*_ \t]*\n?[ \t]*" + _NUMBER
 )
-_CODE = re.compile(r"(?s)```[ \t]*(?:python|py)?[ \t]*\n(.*?)```")
+_CODE = re.compile(r"```[ \t]*\n?[ \t]*(?i:python|py)\b[0-9.]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_BLOCK = re.compile(r"```[ \t]*\n(.*?)```", re.DOTALL)
 _FENCE = re.compile(r"(?m)^[ \t]*```[a-zA-Z]*[ \t]*$\n?|```[ \t]*$")
 _THOUGHT = re.compile(r"(?s)^\s*<think>(.*?)</think>\s*")
+_BOXED = re.compile(r"^\$*\\boxed\{(.*)\}\$*$")
 CLOSE = 0.015  # between a stated score and the sum of points that are weighted already
 
 
@@ -65,7 +69,6 @@ def parsed(text: str, task: Task, finish: str | None = None) -> Triplet | Unread
         return Unreadable("empty")
     if finish == "length":
         return Unreadable("cut")
-    code = _CODE.findall(text) if task.is_code else []
     if not task.is_code:
         text = _FENCE.sub("", text)  # the paper's example shows its parts between fences
     begins = _THINKING.search(text)
@@ -73,18 +76,18 @@ def parsed(text: str, task: Task, finish: str | None = None) -> Triplet | Unread
         return Unreadable("no thinking")
     scores = list(_SCORE.finditer(text, begins.end()))
     if task.is_code:
-        if not code:
+        block = _function(text[begins.end() :])
+        if block is None:
             return Unreadable("no code")
-        at = list(_CODE.finditer(text))[-1]
-        answer, ends = code[-1].strip("\n"), at.start()
+        answer, ends = _without_scores(block.group(1), task).strip("\n").rstrip(), begins.end() + block.start()
     else:
-        found = [match for match in _ANSWER.finditer(text, begins.end())]
+        found = [match for match in _ANSWER.finditer(text, begins.end()) if _bare(match.group(1))]
         if not found:
             return Unreadable("no answer")
         answer, ends = _bare(found[-1].group(1)), found[-1].start()
         if len({_bare(match.group(1)) for match in found}) > 1 and not scores:
             return Unreadable("several answers")
-    rationale = _behind_headings(_without_scores(text[begins.end() : ends], task)).strip()
+    rationale = _behind_headings(_FENCE.sub("", _without_scores(text[begins.end() : ends], task))).strip()
     if not answer.strip():
         return Unreadable("no answer")
     if not rationale:
@@ -122,9 +125,21 @@ def _behind_headings(text: str) -> str:
     return text
 
 
+def _function(text: str) -> re.Match | None:
+    """The block of code that is the answer: the last that defines something, else the last; one that only scores is none."""
+    labelled = list(_CODE.finditer(text))
+    blocks = labelled or [match for match in _BLOCK.finditer(text) if not _SCORE.match(match.group(1).strip())]
+    defines = [match for match in blocks if re.search(r"(?m)^[ \t]*(?:def|class|async def) ", match.group(1))]
+    return (defines or blocks or [None])[-1]
+
+
 def _bare(text: str) -> str:
     """An answer without marks around it."""
     text = text.strip().strip("*_`").strip()
+    boxed = _BOXED.match(text)
+    text = boxed[1].strip() if boxed else text
+    if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
+        text = text[1:-1].strip()
     if len(text) > 1 and text[0] == "[" and text[-1] == "]":
         text = text[1:-1].strip()
     return text.removesuffix(".").strip() if not re.fullmatch(r"\d+\.\d*", text) else text
