@@ -18,7 +18,12 @@ extras = {
     "peft": ["peft>=0.18"],  # TRL 1.16 refuses older ones with transformers 5
     "eval": ["lm-eval[hf,math,ifeval]>=0.4.13"],  # the release whose task names the suite uses
     "report": ["matplotlib>=3.9"],  # the first with numpy 2 wheels for Python 3.11 to 3.13
-    "pipelines": ["openai>=2.0", "tenacity>=9.0", "sentence-transformers>=5.0"],  # teachers behind an API; rationales compared
+    "pipelines": [
+        "openai>=2.0",
+        "tenacity>=9.0",
+        "sentence-transformers>=5.0",
+        "peft>=0.18",
+    ],  # teachers behind an API; rationales compared
 }
 extras["dev"] = [
     *extras["eval"],

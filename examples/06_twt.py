@@ -6,6 +6,7 @@ any OpenAI-compatible address. `a` is the demo's teacher, `b` the same at temper
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -58,6 +59,7 @@ with served(models, tokenizer) as urls:
     twt = pipeline(TwTConfig.of({**recipe, "output_dir": str(out / "twt")}))
     twt.run()
     # What TwT is compared with: the best teacher's answers alone.
+    del recipe["sampling"]
     standard = pipeline(TwTConfig.of({**recipe, "output_dir": str(out / "standard-kd"), "recipe": "standard_kd"}))
     standard.run()
 
@@ -66,12 +68,12 @@ rows += [{**row, "label": "Standard KD"} for row in ours(standard.stages[-1].out
 
 # The hand-over: the first stage's student as the start of on-policy TSD-KD, with the teacher in this process.
 first = next(stage for stage in twt.stages if stage.name == "student-1").output
+shutil.rmtree(out / "tsd-kd", ignore_errors=True)
 trainer = TSDKDTrainer(
     str(first),
     shipped("teacher"),
     TSDKDConfig(
         output_dir=str(out / "tsd-kd"),
-        overwrite_output_dir=True,
         max_steps=max(1, questions // 10),
         per_device_train_batch_size=32,
         max_length=128,
@@ -87,7 +89,7 @@ trainer = TSDKDTrainer(
 )
 trainer.train()
 trainer.save_model()
-answers = student_answers(str(out / "tsd-kd"), [p.question for p in test], Inference(max_tokens=48, batch_size=250))
+answers = list(student_answers(str(out / "tsd-kd"), [p.question for p in test], Inference(max_tokens=48)))
 right = sum(marks(answers, [p.answer for p in test], TASKS["maths"]))
 low, high = wilson_interval(right, len(test))
 tokens = sum(row["tokens"] for row in answers) / len(test)

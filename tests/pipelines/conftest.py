@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import twt
 from pytest_httpserver import HTTPServer
 
 
@@ -14,3 +15,9 @@ def make_httpserver():
     server.clear()
     if server.is_running():
         server.stop()
+
+
+@pytest.fixture
+def made(httpserver, tmp_path):
+    """A stub server of teachers, and what makes a configuration's mapping."""
+    return twt.make(httpserver, tmp_path)

@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output_dir", help="in place of the file's")
     parser.add_argument("--from_stage", help="begin here, and make this stage and those behind it again")
     parser.add_argument("--until_stage", help="end after this one")
+    parser.add_argument("--accept_stage", action="append", default=[], help="take this stage's output as it stands there")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, how many calls and at what price")
     own = parser.parse_args(arguments)
 
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
         recipe["output_dir"] = own.output_dir
     made = pipeline(TwTConfig.of(recipe))
     _quiet()
-    made.run(own.from_stage, own.until_stage, own.dry_run)
+    made.run(own.from_stage, own.until_stage, own.dry_run, own.accept_stage)
     scores = made.stages[-1]
     if not own.dry_run and scores.name == "scores" and scores.about is not None:
         print(f"\n{report(scores.output, made.folder)}")

@@ -24,6 +24,7 @@ from tsdkd.provenance import provenance, redacted
 
 ABOUT = "pipeline.json"
 REPLACED = "replaced"
+OWN = (REPLACED, "replies")  # further folders of a pipeline's
 EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -56,7 +57,8 @@ class Work:
         self._rows = rows
         self.done = {row["id"]: row for row in (rows.rows if rows else [])}
         self.counts: dict[str, Any] = {}
-        self._began, self._spoken, self._fresh = time.monotonic(), time.monotonic(), 0
+        self._began = self._spoken = time.monotonic()
+        self._base: int | None = None  # what was done when progress was told of first: no time went into it now
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row, which has an `id` that no other has; one that is there already stays."""
@@ -65,7 +67,6 @@ class Work:
         assert self._rows is not None
         self._rows.add(row)
         self.done[row["id"]] = dict(row)
-        self._fresh += 1
 
     def count(self, reason: str, number: int | float = 1) -> None:
         """Add to a count of the summary."""
@@ -74,10 +75,12 @@ class Work:
     def progress(self, done: int, of: int) -> None:
         """Say how far it is, and the time left, every now and then."""
         now = time.monotonic()
-        if now - self._spoken < EVERY or not done:
+        if self._base is None:
+            self._base, self._began = done, now
+        if now - self._spoken < EVERY or done <= self._base:
             return
         self._spoken = now
-        left = (now - self._began) / done * (of - done)
+        left = (now - self._began) / (done - self._base) * (of - done)
         self.say(f"{self.name}: {done:,} of {of:,}, {spoken_time(left)} left")
 
 
@@ -117,6 +120,9 @@ class Stage(abc.ABC):
     def make(self, work: Work) -> None:
         """Add the rows, or write the folder's files; whatever `work.done` holds is not made again."""
 
+    def check(self) -> None:  # noqa: B027
+        """Raise a ValueError of what `make` could not do; asked before any stage is made, so that nothing is spent in vain."""
+
     def plan(self) -> Planned:
         """What `make` would do, without doing it; stages before it may not have been made."""
         return Planned()
@@ -144,13 +150,27 @@ class Stage(abc.ABC):
 
 
 def digest_of(path: Path) -> str:
-    """Of a stage's file, or of its folder's manifest; empty where it is not there."""
+    """Of a stage's file, or of its folder's manifest; empty where it is not there, or is not what the manifest says."""
     if path.is_dir():
         try:
-            return str(json.loads((path / commits.MANIFEST).read_text())["digest"])
+            manifest = commits.read_manifest(path)
+            written = (path / commits.MANIFEST).stat().st_mtime_ns
+            for name, (size, digest) in manifest["files"].items():
+                found = (path / name).stat()
+                if found.st_size != size or (found.st_mtime_ns > written and commits.digest_of(path / name) != digest):
+                    return ""
+            return str(manifest["digest"])
         except (OSError, ValueError, KeyError):
             return ""
     return commits.digest_of(path) if path.is_file() else ""
+
+
+def contents_of(name: str) -> str:
+    """What tells a model's folder, or a file, from another in its place: names, sizes, times; empty of what is not here."""
+    path = Path(name).expanduser()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    told = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] if told else ""
 
 
 def _about_path(output: Path) -> Path:
@@ -178,13 +198,20 @@ class Pipeline:
         for number, stage in enumerate(self.stages, 1):
             stage.output = self.folder / f"{number:02d}-{stage.name}{'' if stage.is_folder else '.jsonl'}"
 
-    def run(self, first: str | None = None, until: str | None = None, dry_run: bool = False) -> None:
+    def run(
+        self,
+        first: str | None = None,
+        until: str | None = None,
+        dry_run: bool = False,
+        accepted: Sequence[str] = (),
+    ) -> None:
         """Make what is missing or has changed.
 
         Args:
             first: begin at this stage, and make it and those behind it again whether they have changed or not.
             until: end after this one.
             dry_run: say what would be done, and do nothing.
+            accepted: stages whose outputs, as they stand there now, are taken for theirs: written or changed by hand.
 
         Raises:
             ValueError: an unknown stage, one before `first` that is not made, a folder of something else.
@@ -195,10 +222,18 @@ class Pipeline:
         self._refuse_other()
         if dry_run:
             return self._planned(begin, end, forced=first is not None)
+        for name in accepted:
+            self._place(name, 0)
+        for stage in self.stages[begin : end + 1]:
+            if first is not None or stage.about is None or stage.about["key"] != stage.key:
+                stage.check()
         with commits.locked(self.folder, f"tsdkd pipeline {self.kind} writes there"):
             self._mark()
+            self._put_strangers_aside()
             for number, stage in enumerate(self.stages[: end + 1]):
-                self._step(stage, number >= begin, forced=first is not None and number >= begin)
+                if stage.name in accepted:
+                    self._accept(stage)
+                self._step(stage, number >= begin, forced=first is not None and number >= begin and stage.name not in accepted)
 
     def _step(self, stage: Stage, wanted: bool, forced: bool) -> None:
         about = stage.about
@@ -213,6 +248,22 @@ class Pipeline:
             self.say(f"{stage.name}: made again ({why}); the earlier {stage.output.name} goes to {REPLACED}/")
             _put_aside(stage.output, self.folder)
         self._make(stage)
+
+    def _accept(self, stage: Stage) -> None:
+        """Take an output as it stands there."""
+        if stage.is_folder and stage.output.is_dir():
+            commits.write_manifest(stage.output, {"step": 0, "stage": stage.name})
+        rows = stage.rows  # refuses a damaged file
+        if not stage.output.exists() or (not stage.is_folder and not all("id" in row for row in rows)):
+            raise ValueError(f"{stage.output} cannot be accepted: it is not there, or rows of it have no id.")
+        self._write_about(stage, stage.output, stage.key, {"accepted as it stands": len(rows) or "a folder"})
+
+    def _write_about(self, stage: Stage, output: Path, key: str, summary: dict[str, Any]) -> None:
+        about = {
+            "stage": stage.name, "key": key, "digest": digest_of(output), "settings": redacted(stage.settings),
+            "summary": summary, "provenance": provenance(),
+        }  # fmt: skip
+        _write(_about_path(stage.output), json.dumps(about, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def _make(self, stage: Stage) -> None:
         began, key, part = time.monotonic(), stage.key, stage.output.with_name(f"{stage.output.name}.part")
@@ -233,13 +284,7 @@ class Pipeline:
                 work = Work(stage.name, rows, None, self.say)
                 stage.make(work)
         summary = {**work.counts, "seconds": round(time.monotonic() - began, 1)}
-        about = {
-            "stage": stage.name, "key": key, "digest": digest_of(part), "settings": redacted(stage.settings),
-            "summary": summary, "provenance": provenance(),
-        }  # fmt: skip
-        path = _about_path(stage.output)  # first: it holds once the output is in its place
-        path.write_text(json.dumps(about, indent=1, ensure_ascii=False, default=str) + "\n")
-        commits.sync(path)
+        self._write_about(stage, part, key, summary)  # first: it holds once the output is in its place
         os.replace(part, stage.output)
         commits.sync(self.folder)
         mark.unlink(missing_ok=True)
@@ -299,16 +344,42 @@ class Pipeline:
     def _refuse_other(self) -> None:
         mark = self.folder / ABOUT
         if mark.is_file():
-            kind = json.loads(mark.read_text()).get("pipeline")
+            try:
+                kind = json.loads(mark.read_text()).get("pipeline")
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{mark} is damaged ({error}): remove it, what stands beside it is gone on with.") from error
             if kind != self.kind:
                 raise ValueError(f"{self.folder} holds a pipeline {kind}, not {self.kind}: name another output_dir.")
-        elif self.folder.exists() and any(path.name != ".lock" for path in self.folder.iterdir()):
+        elif self.folder.exists() and any(path.name != ".lock" and not self._is_ours(path) for path in self.folder.iterdir()):
             raise ValueError(
                 f"{self.folder} holds other files and no {ABOUT} of a pipeline {self.kind}: name another output_dir."
             )
 
+    def _is_ours(self, path: Path) -> bool:
+        return any(path.name.startswith(stage.output.name.removesuffix(".jsonl")) for stage in self.stages) or path.name in OWN
+
     def _mark(self) -> None:
-        (self.folder / ABOUT).write_text(json.dumps({"pipeline": self.kind, "stages": [s.name for s in self.stages]}) + "\n")
+        about = {"pipeline": self.kind, "stages": [stage.name for stage in self.stages]}
+        _write(self.folder / ABOUT, json.dumps(about) + "\n")
+
+    def _put_strangers_aside(self) -> None:
+        """What stages of another order left is not mistaken for this one's."""
+        own = {stage.output.name for stage in self.stages}
+        for path in sorted(self.folder.glob("[0-9][0-9]-*")):
+            name = path.name.removesuffix(".key").removesuffix(".part")
+            if path.name.endswith(".stage.json"):
+                name = next((n for n in own if n.removesuffix(".jsonl") == path.name.removesuffix(".stage.json")), "")
+            if name not in own and path.exists():
+                self.say(f"{path.name} is no stage of this order: it goes to {REPLACED}/")
+                _put_aside(path, self.folder)
+
+
+def _write(path: Path, text: str) -> None:
+    """A small file, whole or as it was before."""
+    scratch = path.with_name(f"{path.name}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    commits.sync(scratch)
+    os.replace(scratch, path)
 
 
 def _put_aside(path: Path, folder: Path) -> None:

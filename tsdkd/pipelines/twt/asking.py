@@ -81,4 +81,12 @@ def planned(teachers: Sequence[APIModel], asked: dict[str, list[Asked]], folder:
         longest = teacher.options.get("max_tokens") or teacher.options.get("max_completion_tokens") or _UNKNOWN
         price = teacher.cost(read, len(left) * int(longest))
         priced, cost = priced or price is not None, cost + (price or 0.0)
-    return Planned(calls, cost if priced else None)
+    said = []
+    if any(
+        not (t.options.get("max_tokens") or t.options.get("max_completion_tokens")) for t in teachers if t.price is not None
+    ):
+        said.append(f"a reply without max_tokens taken as {_UNKNOWN} tokens")
+    unknown = [teacher.name for teacher in teachers if teacher.price is None]
+    if priced and unknown:
+        said.append(f"without {', '.join(unknown)}, whose price is not known")
+    return Planned(calls, cost if priced else None, "; ".join(said))

@@ -141,6 +141,11 @@ class TwTConfig:
         if missing:
             raise ValueError(f"the recipe lacks {', '.join(missing)}.")
         own = dict(given)
+        if own.get("recipe", "twt") in RECIPES[1:]:
+            chosen = [name for name in ("quality", "threshold", "diversity", "voices") if name in (own.get("sampling") or {})]
+            chosen += ["compression"] if "compression" in own else []
+            if chosen:
+                raise ValueError(f"recipe: {own['recipe']} neither selects nor compresses: leave out {', '.join(chosen)}.")
         parts = {"sampling": Sampling, "compression": Compression, "training": Training, "inference": Inference}
         for name, part in parts.items():
             if name in own:

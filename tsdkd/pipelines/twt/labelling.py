@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tsdkd.pipelines.stage import Planned, Stage, Work
+from tsdkd.pipelines.stage import Planned, Stage, Work, contents_of
 from tsdkd.pipelines.twt.asking import REPLIES, ask, planned
 from tsdkd.pipelines.twt.config import TwTConfig, problems_of
 from tsdkd.pipelines.twt.parsing import Unreadable, parsed
@@ -56,6 +56,11 @@ class Labels(OfTwT):
             for sample in range(self.config.sampling.samples)
         ]
         return problems, {teacher.name: asked for teacher in self.config.asked}
+
+    def check(self) -> None:
+        for teacher in self.config.asked:
+            teacher.refuse_missing_key()
+        self._asked()
 
     def plan(self) -> Planned:
         return planned(self.config.asked, self._asked()[1], self.replies)
@@ -120,7 +125,8 @@ class Quality(OfTwT):
                 work.add(row)
         work.count("kept", sum(kept))
         work.count("dropped", len(kept) - sum(kept))
-        work.counts.update(label_accuracy(rows, kept))
+        if not self.config.task.is_code:
+            work.counts.update(label_accuracy(rows, kept))
         good = [row for row, keep in zip(rows, kept, strict=True) if keep]
         work.counts.update({f"kept of {name}": count for name, count in shares(good, "teacher").items()})
 
@@ -133,8 +139,13 @@ class Diversity(OfTwT):
         super().__init__("diversity", config, [kept], diversity=how.diversity, voices=how.voices)
         if how.diversity == "embedding":
             self.settings["embedding_model"] = how.embedding_model
+            self.settings["embedding_model's files"] = contents_of(how.embedding_model)
         if how.diversity == "random":
             self.settings["seed"] = config.seed
+
+    def check(self) -> None:
+        if self.config.sampling.diversity == "embedding":
+            Embedder(self.config.sampling.embedding_model)
 
     def make(self, work: Work) -> None:
         how = self.config.sampling
@@ -151,4 +162,5 @@ class Diversity(OfTwT):
         kept = list(work.done.values())
         work.count("rows", len(kept))
         work.count("questions", len(by_problem))
-        work.counts.update(label_accuracy(kept, [True] * len(kept)))
+        if not self.config.task.is_code:
+            work.counts.update(label_accuracy(kept, [True] * len(kept)))

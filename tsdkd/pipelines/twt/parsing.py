@@ -130,7 +130,8 @@ def _function(text: str) -> re.Match | None:
     labelled = list(_CODE.finditer(text))
     blocks = labelled or [match for match in _BLOCK.finditer(text) if not _SCORE.match(match.group(1).strip())]
     defines = [match for match in blocks if re.search(r"(?m)^[ \t]*(?:def|class|async def) ", match.group(1))]
-    return (defines or blocks or [None])[-1]
+    chosen = defines or blocks
+    return chosen[-1] if chosen else None
 
 
 def _bare(text: str) -> str:

@@ -75,13 +75,31 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     return save(figure, path)
 
 
+def chosen(folder: Path) -> str:
+    """What was kept and dropped, and how much of it was right where there are labels: the numbers of the paper's Table 5."""
+    lines = []
+    for path in sorted(folder.glob("[0-9][0-9]-*.stage.json")):
+        about = json.loads(path.read_text())
+        if about["stage"] in ("quality", "diversity"):
+            own = {**about["settings"], **about["summary"]}
+            said = [
+                f"{name} {own[name]}"
+                for name in ("quality", "threshold", "diversity", "kept", "dropped", "rows")
+                if name in own
+            ]
+            said += [f"{name} {own[name]:.1%}" for name in ("right of kept", "right of dropped") if name in own]
+            lines.append(f"- {about['stage']}: {', '.join(said)}")
+    return "\n".join(lines)
+
+
 def report(file: Path, folder: Path) -> str:
-    """What is printed at the end of a run and written beside it, `report.md`, with a picture where there is matplotlib."""
+    """What is printed at the end of a run; `report.md` has it with all of the paper's tables, beside a picture where there is
+    matplotlib."""
     rows = ours(file)
-    text = "\n\n".join([table(rows), *(paper_table(number) for number in ("1", "2"))])
-    (folder / "report.md").write_text(text + "\n")
+    own = [part for part in (table(rows), chosen(folder)) if part]
+    (folder / "report.md").write_text("\n\n".join([*own, *map(paper_table, paper())]) + "\n")
     try:
         draw(rows, folder / "accuracy-tokens.png")
     except ValueError:  # no matplotlib, or a task whose answers are not graded here
         pass
-    return text
+    return "\n\n".join([*own, paper_table("1"), paper_table("2"), f"Tables 3 to 7: {folder / 'report.md'}"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tsdkd.data.answers import same_answer
+from tsdkd.data.answers import final_answer, same_answer
 
 QUALITY = ("confidence", "log_probability", "agreement", "none", "random")
 DIVERSITY = ("embedding", "random", "all")
@@ -36,7 +36,13 @@ def quality(rows: Sequence[Mapping[str, Any]], how: str, threshold: float, seed:
     if how == "none":
         return [True] * len(rows)
     if how == "agreement":
-        return [_most_agree(rows, row) for row in rows]
+        answers: dict[Any, list[str]] = {}
+        for row in rows:
+            answers.setdefault(row["problem"], []).append(row["answer"])
+        kept = [_most_agree(answers[row["problem"]], row["answer"]) for row in rows]
+        if rows and not any(kept):
+            raise ValueError(f"quality: agreement keeps none of {len(rows):,} triplets: no two answers to a question agree.")
+        return kept
     if how == "log_probability":
         if any(row.get("mean_log_prob") is None for row in rows):
             raise ValueError(
@@ -47,8 +53,9 @@ def quality(rows: Sequence[Mapping[str, Any]], how: str, threshold: float, seed:
         values = [float(row["confidence"]) for row in rows]
     kept = [value >= threshold for value in values]
     if rows and not any(kept):
+        what = "probability" if how == "log_probability" else "confidence"
         raise ValueError(
-            f"the threshold {threshold:g} keeps none of {len(rows):,} triplets; the highest {how.replace('_', ' ')} is "
+            f"the threshold {threshold:g} keeps none of {len(rows):,} triplets; the highest {what} is "
             f"{max(values):.4g}, the median {sorted(values)[len(values) // 2]:.4g}: lower the threshold."
         )
     if how == "random":
@@ -57,9 +64,8 @@ def quality(rows: Sequence[Mapping[str, Any]], how: str, threshold: float, seed:
     return kept
 
 
-def _most_agree(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> bool:
-    answers = [other["answer"] for other in rows if other["problem"] == row["problem"]]
-    return 2 * sum(same_answer(answer, row["answer"]) for answer in answers) > len(answers)
+def _most_agree(answers: Sequence[str], answer: str) -> bool:
+    return 2 * sum(same_answer(other, answer) for other in answers) > len(answers)
 
 
 def cosines(embeddings: np.ndarray) -> np.ndarray:
@@ -103,6 +109,8 @@ def diverse(
             name = rows[number]["teacher"]
             if name not in best or rows[number]["confidence"] > rows[best[name]]["confidence"]:
                 best[name] = number
+        if len(best) < 3:
+            return [(number, None) for number in chosen]  # all of them, however many each teacher wrote
         chosen = sorted(best.values())
     if len(chosen) < 3:
         return [(number, None) for number in chosen]
@@ -147,12 +155,23 @@ class Embedder:
         return np.asarray(self._model.encode(texts, show_progress_bar=False, convert_to_numpy=True))
 
 
+def bare(text: str) -> str:
+    """The final answer of a worked solution, or the text itself.
+
+    Example:
+        >>> bare("12+5=17\\n#### 17"), bare("17")
+        ('17', '17')
+    """
+    found = final_answer(text)
+    return text if found is None else found
+
+
 def label_accuracy(rows: Sequence[Mapping[str, Any]], kept: Sequence[bool]) -> dict[str, float]:
     """How many of the kept and of the dropped have the label's answer (the paper's Table 5), where rows have labels."""
     found = {}
     for name, wanted in (("kept", True), ("dropped", False)):
         marks = [
-            same_answer(row["answer"], str(row["label"]))
+            same_answer(bare(row["answer"]), bare(str(row["label"])))
             for row, keep in zip(rows, kept, strict=True)
             if keep is wanted and row.get("label") is not None
         ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tsdkd.pipelines.stage import Pipeline, Stage
 from tsdkd.pipelines.twt.config import TwTConfig
-from tsdkd.pipelines.twt.habits import Answers, Compressed, Scores, Student
+from tsdkd.pipelines.twt.habits import Answers, Compressed, Scores, Student, Tested
 from tsdkd.pipelines.twt.labelling import Diversity, Labels, Quality, Triplets
 
 
@@ -41,7 +41,8 @@ def stages(config: TwTConfig) -> list[Stage]:
         made.append(last)
         students.append(last)
     if config.test is not None:
-        made.append(Scores(config, students))
+        made.append(Tested(config, students))
+        made.append(Scores(config, made[-1]))
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,19 @@ def weighted(rows: Sequence[dict[str, str]], weight: float, seed: int) -> list[d
 
 
 def train(
-    student: str, rows: Sequence[dict[str, str]], folder: Path, options: Training, seed: int, revision: str | None = None
+    student: str,
+    rows: Sequence[dict[str, str]],
+    folder: Path,
+    options: Training,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Train on rows of `prompt` and `completion`, and write the student into `folder`.
 
     Args:
         student: its name or folder.
         folder: gets its files; checkpoints stand in `folder/run` until it is whole.
+        progress: is told of steps.
 
     Returns:
         what the stage's summary says: rows, steps, the last loss, tokens trained on.
@@ -89,7 +95,7 @@ def train(
 
     from tsdkd.data.files import data_set
 
-    tokenizer = AutoTokenizer.from_pretrained(student, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(student)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     as_chat = tokenizer.chat_template is not None
@@ -101,12 +107,18 @@ def train(
             f"no row fits into max_length={options.max_length}: the shortest has {min(lengths, default=0)} tokens."
         )
     gpu = torch.cuda.is_available()
+    devices = max(1, torch.cuda.device_count())  # one process that sees several splits each micro-batch over them
+    micro, rest = divmod(options.batch_size, options.accumulation * devices)
+    if rest:
+        raise ValueError(
+            f"batch_size={options.batch_size} does not divide into {options.accumulation} parts on {devices} GPUs."
+        )
     run = folder / "run"
     config = SFTConfig(
         output_dir=str(run),
         learning_rate=options.learning_rate,
         num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size // options.accumulation,
+        per_device_train_batch_size=micro,
         gradient_accumulation_steps=options.accumulation,
         max_length=None,
         completion_only_loss=options.loss_on == "completion",
@@ -121,17 +133,20 @@ def train(
         dataloader_pin_memory=gpu,
         model_init_kwargs=None,
     )
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, revision=revision)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     trainer = SFTTrainer(
         model,
         config,
         train_dataset=data_set(fits, "the stage's rows"),
         processing_class=tokenizer,
-        peft_config=_lora(options),
+        peft_config=lora_of(options),
     )
 
     class Whole(TrainerCallback):
         """A checkpoint has a manifest once it is whole."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            progress(state.global_step, state.max_steps)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             commits.write_manifest(run / f"checkpoint-{state.global_step}", {"step": state.global_step})
@@ -171,7 +186,12 @@ def _length(tokenizer: Any, row: dict[str, Any], as_chat: bool) -> int:
     return len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1
 
 
-def _lora(options: Training) -> Any:
+def lora_of(options: Training) -> Any:
+    """PEFT's configuration; None of a student that is trained whole.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
     if not options.lora_r:
         return None
     try:

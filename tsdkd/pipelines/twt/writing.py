@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tsdkd.data.answers import is_correct
@@ -11,51 +12,52 @@ from tsdkd.data.rendering import Rendering
 from tsdkd.pipelines.twt.config import Inference
 from tsdkd.pipelines.twt.prompts import Task
 
+_AT_ONCE = 1024  # prompts that vLLM is given at a time
+
 
 def student_answers(
-    student: str,
-    prompts: Sequence[str],
-    how: Inference,
-    revision: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """A student's greedy answers, in the prompts' order.
+    student: str, prompts: Sequence[str], how: Inference, revision: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """A student's greedy answers, in the prompts' order, as batches of them are written.
 
-    Returns:
+    Yields:
         rows with `text`, `tokens` (its ids, an end among them) and `ended`.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not prompts:
+        return
     tokenizer = AutoTokenizer.from_pretrained(student, revision=revision, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     rendering = Rendering(tokenizer, tokenizer)
     as_chat = tokenizer.chat_template is not None
-    asked = [[{"role": "user", "content": prompt}] if as_chat else f"{prompt}\n" for prompt in prompts]
-    prompt_ids = rendering.prompts(asked)
+    prompt_ids = rendering.prompts([[{"role": "user", "content": text}] if as_chat else f"{text}\n" for text in prompts])
     if how.engine == "vllm":
-        ids, ends = _by_vllm(student, prompt_ids, how, tokenizer)
-    else:
-        from tsdkd.rollouts.greedily import ends_of, written_greedily
+        yield from _by_vllm(student, prompt_ids, how, tokenizer)
+        return
+    from tsdkd.rollouts.greedily import ends_of, written_greedily
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, revision=revision).to(device).eval()
-        ends = ends_of(model, tokenizer)
-        ids = written_greedily(model, tokenizer, prompt_ids, how.max_tokens, how.batch_size, progress)
-        del model
-        gc.collect()
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [
-        {"text": text, "tokens": len(row), "ended": bool(row) and row[-1] in ends} for text, row in zip(texts, ids, strict=True)
-    ]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, revision=revision).to(device).eval()
+    ends = ends_of(model, tokenizer)
+    for start in range(0, len(prompt_ids), how.batch_size):
+        ids = written_greedily(model, tokenizer, prompt_ids[start : start + how.batch_size], how.max_tokens, how.batch_size)
+        yield from _as_rows(ids, tokenizer, ends)
+    del model
+    gc.collect()
 
 
-def _by_vllm(student: str, prompt_ids: list[list[int]], how: Inference, tokenizer: Any) -> tuple[list[list[int]], set[int]]:
+def _as_rows(ids: list[list[int]], tokenizer: Any, ends: set[int]) -> Iterator[dict[str, Any]]:
+    for text, row in zip(tokenizer.batch_decode(ids, skip_special_tokens=True), ids, strict=True):
+        yield {"text": text, "tokens": len(row), "ended": bool(row) and row[-1] in ends}
+
+
+def _by_vllm(student: str, prompt_ids: list[list[int]], how: Inference, tokenizer: Any) -> Iterator[dict[str, Any]]:
     from tsdkd.rollouts import VLLMWriter
 
-    longest = max(map(len, prompt_ids)) + how.max_tokens
     ends = {tokenizer.eos_token_id}
     writer = VLLMWriter(
         student,
@@ -63,10 +65,11 @@ def _by_vllm(student: str, prompt_ids: list[list[int]], how: Inference, tokenize
         max_new_tokens=how.max_tokens,
         ends=ends,
         vocab_size=len(tokenizer),
-        max_model_len=longest,
+        max_model_len=max(map(len, prompt_ids)) + how.max_tokens,
     )
     try:
-        return writer(prompt_ids), ends
+        for start in range(0, len(prompt_ids), _AT_ONCE):
+            yield from _as_rows(writer(prompt_ids[start : start + _AT_ONCE]), tokenizer, ends)
     finally:
         writer.close()
 
@@ -78,8 +81,6 @@ def marks(answers: Sequence[dict[str, Any]], references: Sequence[str], task: Ta
 
 def rationale_of(text: str, task: Task) -> str:
     """What a student wrote before its answer."""
-    import re
-
     pattern = task.answer or r"####|\\boxed"
     found = list(re.finditer(pattern, text))
     return text[: found[-1].start()].strip() if found else text.strip()
