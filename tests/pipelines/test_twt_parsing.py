@@ -34,6 +34,18 @@ MATHS, CHOICE, CODE = TASKS["maths"], TASKS["choice"], TASKS["code"]
         ("Thinking: first\nThe answer is: 5\nno,\nThe answer is: 4\nscore: 0.9", "first\nThe answer is: 5\nno,", "4", 0.9),
         ("Thinking: Thinking: a\nThe answer is: 4\nscore: 0.9", "a", "4", 0.9),
         ("Thinking: a\nThe answer is: 3.5\nscore: 1", "a", "3.5", 1.0),
+        ("Thinking: a\nThe answer is: 4\nscore: 0.5 * 1 + 0.5 * 0.9 = 0.95", "a", "4", 0.95),
+        ("Thinking: a\nThe answer is: 4\nscore: 9.5 out of 10", "a", "4", 0.95),
+        ("Thinking: Tests.\nScore: 175/2 = 87.5\nThe answer is: 4\nscore: 0.95", "Tests.\nScore: 175/2 = 87.5", "4", 0.95),
+        ("Thinking: a\nThe answer is: 4\nscore: 0.95\n\nAnswer: see above", "a", "4", 0.95),
+        (
+            "I must write\nThinking: x\nThe answer is: 5\nscore: 0.1\n</think>\nThinking: a\nThe answer is: 4\nscore: 0.95",
+            "a",
+            "4",
+            0.95,
+        ),
+        ("### Thinking\na\n### Answer: **4**.\n### Score： 0.95", "a", "4", 0.95),
+        ("Thinking: a\nThe answer is:\n\n\\( 12 \\)\nscore: 0.95", "a", "12", 0.95),
         ("1. Thinking: a\n(2) Answer: 4\n3. Score: 0.95", "a", "4", 0.95),
         ("Thinking: a\nThe answer is 4\n- score: [0.95]", "a", "4", 0.95),
         ("Thinking: a\nThe answer is:\n4\n\nScore:\n`0.95`", "a", "4", 0.95),
@@ -61,6 +73,12 @@ def test_odd_but_readable_replies(text, rationale, answer, confidence):
         ("Thinking: a\nThe answer is: 4", "stop", "no score"),
         ("Thinking: a\nThe answer is: 4\nscore: high", "stop", "no score"),
         ("Thinking: a\nThe answer is: 4\nscore: 0,95", "stop", "no score"),
+        ("Thinking: a\nThe answer is: 4\nscore: 0.5-0.9", "stop", "no score"),
+        ("Thinking: a\nThe answer is: 4\nscore: 1e-2", "stop", "no score"),
+        ("Thinking: a\nScore = 1 point a goal\nThe answer is: 4", "stop", "no score"),
+        ("Thinking: a\nThe answer is: 4\nscore: 0.9", "content_filter", "filtered"),
+        ("<think>Thinking: a\nThe answer is: 4\nscore: 0.9", "stop", "cut"),
+        ("Thinking: a\nThe answer is: 4\nscore: 0.9\nThinking: b\nThe answer is: 5\nscore: 0.8", "stop", "several triplets"),
         ("Thinking: a\nThe answer is: 4\nscore: 95", "stop", "a score outside of [0, 1]"),
         ("Thinking: a\nThe answer is: 4\nscore: -0.2", "stop", "a score outside of [0, 1]"),
         ("I'm sorry, but I can't help with that.", "stop", "no thinking"),
@@ -82,19 +100,36 @@ def test_code():
     assert parsed(inside, CODE) == Triplet("a", "def f():\n    return 1", 0.95, "stated")  # Figure 6's
     usage = "Thinking: a\n```Python\ndef f(): pass\n```\nUse it:\n```python\nf()\n```\n```\nscore: 0.95\n```"
     assert parsed(usage, CODE) == Triplet("a", "def f(): pass", 0.95, "stated")
+    counts = "def f(g):\n    score = 0\n    for x in g:\n        score += x\n    return score"
+    own = f"Thinking: a\n~~~python3\n{counts}\n~~~\nscore: 0.95"
+    assert parsed(own, CODE) == Triplet("a", counts, 0.95, "stated")
+    assert parsed(own.replace("score: 0.95", ""), CODE) == Unreadable("no score")
+    indented = "Thinking: a\n   ```python\n   def f():\n       pass\n   ```\nscore: 0.95"
+    assert parsed(indented, CODE).answer == "def f():\n    pass"
     assert parsed("Thinking: a\n```\nscore: 0.9\n```", CODE) == Unreadable("no code")
 
 
 def test_equation_1_where_the_reply_gives_the_factors():
     factors = "Correctness: 1.0\nLogical Reasoning (25%): 0.8\n- **Clarity**: 90%\n4. Completeness: 5/10"
-    text = f"Thinking: a\nThe answer is: 4\n{factors}\nscore: 0.99"
+    text = f"Thinking: a\nThe answer is: 4\n{factors}\nscore: 0.9"
     found = parsed(text, MATHS)
     assert found.by == "factors" and found.confidence == pytest.approx(0.5 * 1 + 0.25 * 0.8 + 0.15 * 0.9 + 0.1 * 0.5)
-    assert parsed(f"Thinking: a\n{factors}\nThe answer is: 4", MATHS).confidence == found.confidence
-    assert "Correctness" not in parsed(f"Thinking: a\n{factors}\nThe answer is: 4", MATHS).rationale
+    assert parsed(f"Thinking: a\nThe answer is: 4\n{factors}", MATHS) == found
     points = "Correctness: 0.5\nLogical Reasoning: 0.24\nClarity: 0.14\nCompleteness: 0.1"
     already = parsed(f"Thinking: a\nThe answer is: 4\n{points}\nscore: 0.98", MATHS)
     assert already.by == "factors" and already.confidence == pytest.approx(0.98)  # weighted already
+    for given_, stated, read in (
+        ("0.48 0.24 0.14 0.09", "0.97", (0.95, "factors")),  # the teacher added wrongly
+        ("0.5 0.25 0.15 0.1", None, (1.0, "factors")),
+        ("0.1 0.1 0.1 0.1", "0.1", (0.1, "factors")),  # shares, not points
+        ("0.1 0.1 0.1 0.1", "0.9", (0.9, "stated")),  # neither
+        ("1 1 1 1", "1.0", (1.0, "factors")),
+    ):
+        names = ("Correctness", "Logical Reasoning", "Clarity", "Completeness")
+        lines = "\n".join(f"{name}: {value}" for name, value in zip(names, given_.split(), strict=True))
+        reply = f"Thinking: a\nThe answer is: 4\n{lines}" + (f"\nscore: {stated}" if stated else "")
+        found = parsed(reply, MATHS)
+        assert (found.confidence, found.by) == (pytest.approx(read[0]), read[1]), reply
     three = "\n".join(factors.split("\n")[:3])
     assert parsed(f"Thinking: a\nThe answer is: 4\n{three}\nscore: 0.7", MATHS) == Triplet("a", "4", 0.7, "stated")
 
@@ -128,7 +163,14 @@ def test_what_was_written_is_what_is_read(rationale, answer, score):
 def test_rewritten_rationales():
     assert rewritten("Thinking: short\nThe answer is: 4\nscore: 0.9") == "short"
     assert rewritten("Thinking: Thinking: short") == "short"  # the paper's Figure 9
-    assert rewritten("just a text\nof two lines") == "just a text\nof two lines"
+    assert rewritten("I'm sorry, but I can't assist with that.") == Unreadable("no thinking")
+    assert rewritten("Sure!\n\n**Revised Thinking:** 2+2=4") == "2+2=4"
+    assert rewritten("Here it is.\nRevised thinking process: 2+2=4") == "2+2=4"
+    assert (
+        rewritten("Thinking: Ann has two tests.\nScore: 85+90=175\nHalf is 87.5")
+        == "Ann has two tests.\nScore: 85+90=175\nHalf is 87.5"
+    )
+    assert rewritten("Thinking: half", "content_filter") == Unreadable("filtered")
     assert rewritten("Thinking: a\n```python\nx\n```\nscore: 1") == "a"
     assert rewritten("```\nThinking: short\n```") == "short" and rewritten("```\nThinking: b```\n\n```\nscore: 1```") == "b"
     assert rewritten("```\nThinking: short\n\n```\npython\nx = 1\n```") == "short"

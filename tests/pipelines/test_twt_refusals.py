@@ -196,7 +196,7 @@ def test_a_dry_run_counts_calls_and_money(made, tmp_path):
         spec.update(price={"input": 1000, "output": 2000}, max_tokens=10)
     said = run(recipe, dry_run=True)[1]
     assert "labels: would be made: 24 calls, about" in said[0] and stub.calls == 0 and not (tmp_path / "out").exists()
-    assert "as many calls as the stages before it leave" in next(text for text in said if text.startswith("shorter-1"))
+    assert "shorter-1: would be made: at most 16 calls" in said
     assert said[-1].startswith("24 calls, about") and said[-1].endswith("nothing was done")
 
 

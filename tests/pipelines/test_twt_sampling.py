@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tsdkd.pipelines.twt.prompts import TASKS
 from tsdkd.pipelines.twt.sampling import Embedder, cosines, diverse, label_accuracy, quality
 
 
@@ -132,8 +133,11 @@ def test_an_embedding_model_that_is_not_there_is_named(tmp_path):
 
 
 def test_the_accuracy_of_what_is_kept_and_dropped():
-    solved = [{"answer": "17", "label": "12+5=17\n#### 17"}, {"answer": "\\boxed{17}", "label": "17"}]
-    assert label_accuracy(solved, [True, True]) == {"right of kept": 1.0}
+    solved = [{"answer": "17", "label": "12+5=17\n#### 17"}, {"answer": "17.0", "label": "17"}]
+    assert label_accuracy(solved, [True, True], TASKS["maths"]) == {"right of kept": 1.0}
+    choices = [{"problem": 0, "answer": a, "label": "B", "confidence": 1} for a in ("B", "(B)", "B. cat", "B) cat", "C")]
+    assert label_accuracy(choices, [True] * 5, TASKS["choice"]) == {"right of kept": 0.8}
+    assert quality(choices, "agreement", 0, task=TASKS["choice"]) == [True] * 4 + [False]
     rows = [{"answer": a, "label": b} for a, b in (("1", "1"), ("2", "2.0"), ("3", "4"), ("5", None))]
-    assert label_accuracy(rows, [True, False, True, True]) == {"right of kept": 0.5, "right of dropped": 1.0}
-    assert label_accuracy([{"answer": "1", "label": None}], [True]) == {}
+    assert label_accuracy(rows, [True, False, True, True], TASKS["maths"]) == {"right of kept": 0.5, "right of dropped": 1.0}
+    assert label_accuracy([{"answer": "1", "label": None}], [True], TASKS["maths"]) == {}

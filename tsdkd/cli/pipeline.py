@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     _quiet()
     made.run(own.from_stage, own.until_stage, own.dry_run, own.accept_stage)
     scores = made.stages[-1]
-    if not own.dry_run and scores.name == "scores" and scores.about is not None:
+    if not own.dry_run and scores.name == "scores" and scores.is_current:
         print(f"\n{report(scores.output, made.folder)}")
     return 0
 

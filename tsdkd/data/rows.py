@@ -127,10 +127,13 @@ class RowFile:
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
         text = json.dumps(row, ensure_ascii=False) + "\n"
-        with self._lock:
-            self._file.write(text)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        try:
+            with self._lock:
+                self._file.write(text)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:  # a full disk, of which the system does not say where
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         """Nothing more is appended."""

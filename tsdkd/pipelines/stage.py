@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tsdkd.data import commits
 from tsdkd.data.rows import RowFile, read_rows
@@ -114,6 +114,7 @@ class Stage(abc.ABC):
     settings: dict[str, Any] = field(default_factory=dict)
     files: Sequence[Path] = ()
     is_folder = False
+    columns: ClassVar[tuple[str, ...]] = ("id",)  # that each of its rows has
     output: Path = field(default=Path(), init=False)
 
     @abc.abstractmethod
@@ -142,6 +143,12 @@ class Stage(abc.ABC):
             return None
 
     @property
+    def is_current(self) -> bool:
+        """Whether it is made, with the settings and inputs of now."""
+        about = self.about
+        return about is not None and about["key"] == self.key
+
+    @property
     def key(self) -> str:
         """Of its settings and its inputs as they are now."""
         inputs = [digest_of(stage.output) for stage in self.after] + [commits.digest_of(path) for path in self.files]
@@ -165,12 +172,23 @@ def digest_of(path: Path) -> str:
     return commits.digest_of(path) if path.is_file() else ""
 
 
+_ENDS = 1 << 20  # bytes at both ends of a large file that tell it from another
+
+
 def contents_of(name: str) -> str:
-    """What tells a model's folder, or a file, from another in its place: names, sizes, times; empty of what is not here."""
+    """What tells a model's folder, or a file, from another in its place: names, sizes, and the bytes at both ends of each file;
+    empty of what is not here."""
     path = Path(name).expanduser()
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
-    told = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] if told else ""
+    made = hashlib.sha256()
+    for file in (file for file in files if file.is_file()):
+        size = file.stat().st_size
+        made.update(f"{file.relative_to(path)} {size}\n".encode())
+        with file.open("rb") as opened:
+            made.update(opened.read(_ENDS))
+            opened.seek(max(0, size - _ENDS))
+            made.update(opened.read())
+    return made.hexdigest()[:16] if files else ""
 
 
 def _about_path(output: Path) -> Path:
@@ -225,7 +243,7 @@ class Pipeline:
         for name in accepted:
             self._place(name, 0)
         for stage in self.stages[begin : end + 1]:
-            if first is not None or stage.about is None or stage.about["key"] != stage.key:
+            if first is not None or not stage.is_current:
                 stage.check()
         with commits.locked(self.folder, f"tsdkd pipeline {self.kind} writes there"):
             self._mark()
@@ -254,8 +272,10 @@ class Pipeline:
         if stage.is_folder and stage.output.is_dir():
             commits.write_manifest(stage.output, {"step": 0, "stage": stage.name})
         rows = stage.rows  # refuses a damaged file
-        if not stage.output.exists() or (not stage.is_folder and not all("id" in row for row in rows)):
-            raise ValueError(f"{stage.output} cannot be accepted: it is not there, or rows of it have no id.")
+        lacking = sorted({name for row in rows for name in stage.columns if name not in row})
+        if not stage.output.exists() or (lacking and not stage.is_folder):
+            why = f"rows of it have no {', '.join(lacking)}" if lacking else "it is not there"
+            raise ValueError(f"{stage.output} cannot be accepted: {why}.")
         self._write_about(stage, stage.output, stage.key, {"accepted as it stands": len(rows) or "a folder"})
 
     def _write_about(self, stage: Stage, output: Path, key: str, summary: dict[str, Any]) -> None:
@@ -304,7 +324,7 @@ class Pipeline:
             told = [plan.said] if plan.said else []
             if plan.calls is None:
                 open_ = True
-                told.append("as many calls as the stages before it leave")
+                told += [] if plan.said else ["as many calls as the stages before it leave"]
             elif plan.calls:
                 told.append(f"{plan.calls:,} calls" + (f", about {plan.cost:.2f}" if plan.cost is not None else ""))
                 calls, priced, cost = calls + plan.calls, priced or plan.cost is not None, cost + (plan.cost or 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -53,7 +54,7 @@ class APIModel:
         for name in ("name", "base_url", "model"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name).strip():
                 raise ValueError(f"{where}: {name}={getattr(self, name)!r} must be a text.")
-        if any(c in self.name for c in "/\\\0") or self.name in (".", ".."):
+        if any(c in "/\\" or not c.isprintable() for c in self.name) or self.name in (".", "..", "failed"):
             raise ValueError(f"{where}: a name is that of a file too, without / and \\.")
         try:
             parts = urlsplit(self.base_url)
@@ -72,6 +73,15 @@ class APIModel:
                 raise ValueError(f"{where}: {name}={value!r} must be a whole number of at least {smallest}.")
         if not _is_number(self.timeout) or not 0 < self.timeout < float("inf"):
             raise ValueError(f"{where}: timeout={self.timeout!r} must be seconds above 0.")
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(self.api_key_env)):
+            raise ValueError(f"{where}: api_key_env is no name of an environment variable; the key itself belongs into one.")
+        if not isinstance(self.log_probs, bool):
+            raise ValueError(f"{where}: log_probs={self.log_probs!r} must be true or false.")
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"{where}: options={self.options!r} must be a mapping, e.g. {{temperature: 0.7}}.")
+        for name in ("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed"):
+            if name in self.options and not _is_number(self.options[name]):
+                raise ValueError(f"{where}: {name}={self.options[name]!r} must be a number.")
         unknown = sorted(set(self.options) - set(_OPTIONS))
         if unknown:
             raise ValueError(f"{where}: the options {', '.join(unknown)} are unknown; there are: {', '.join(_OPTIONS)}.")
@@ -93,7 +103,12 @@ class APIModel:
             raise ValueError(f"a teacher is a mapping with name, base_url and model, not {given!r}.")
         known = [member.name for member in fields(cls)]
         own = {name: given[name] for name in given if name in known and name != "options"}
-        options = {**(given.get("options") or {}), **{name: given[name] for name in given if name in _OPTIONS}}
+        stated = given.get("options") or {}
+        if not isinstance(stated, Mapping):
+            raise ValueError(
+                f"the teacher {given.get('name')!r}: options={stated!r} must be a mapping, e.g. {{temperature: 0.7}}."
+            )
+        options = {**stated, **{name: given[name] for name in given if name in _OPTIONS}}
         unknown = sorted(set(given) - set(known) - set(_OPTIONS))
         missing = [name for name in ("name", "base_url", "model") if not given.get(name)]
         if unknown or missing:
@@ -116,9 +131,9 @@ class APIModel:
             raise ValueError(f"the teacher {self.name!r} takes its key from ${self.api_key_env}, which is not set: export it.")
         return found.strip()
 
-    def refuse_missing_key(self) -> None:
-        """Raise a ValueError where `key` would."""
-        _ = self.key
+    def check(self) -> None:
+        """Raise a ValueError where its key or its price would."""
+        _ = self.key, self.cost(1, 1)
 
     @property
     def settings(self) -> dict[str, Any]:

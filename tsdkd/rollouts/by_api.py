@@ -24,6 +24,15 @@ REFUSED_AFTER = 20  # requests in a row that failed in any way
 LONGEST = 600.0  # seconds that a server may ask to be left alone
 
 
+def _text_of(content: Any) -> str:
+    """A reply's text, of one that comes in parts the text parts; halves of characters are replaced."""
+    if isinstance(content, list):
+        parts = [part if isinstance(part, Mapping) else vars(part) for part in content]
+        content = "".join(str(part.get("text") or "") for part in parts if part.get("type") == "text")
+    text = content if isinstance(content, str) else ""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class APIError(ConnectionError):
     """A model behind an API gave nothing; what it gave before is kept."""
 
@@ -81,7 +90,7 @@ class APIWriter:
         self._known = {row["hash"]: row for row in self._file.rows}
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._in_a_row = self._down_in_a_row = 0
-        self.fresh = self.prompt_tokens = self.completion_tokens = 0  # of this run
+        self.fresh = 0  # replies of this run
 
     def stop(self) -> None:
         """Ask nothing more; what is on its way is waited for and kept. For another thread than the one that asks."""
@@ -105,6 +114,9 @@ class APIWriter:
         found = {key: self._known[key] for key in hashes if key in self._known}
         left = {key: each for key, each in zip(hashes, asked, strict=True) if key not in found}  # each once
         self._forget_failures(left)
+        elsewhere = {row.get("base_url") for row in found.values()} - {self.model.base_url, None}
+        if elsewhere:
+            self.say(f"{self._who}: {len(found):,} replies are taken that came from {', '.join(sorted(map(str, elsewhere)))}")
         failures = 0
         for key, reply in self._asked(list(left.items())):
             found[key] = reply
@@ -113,7 +125,7 @@ class APIWriter:
                 progress(len(found), len(set(hashes)))
         if failures:
             first = next(reply["error"] for reply in found.values() if "error" in reply)
-            self.say(f"{self._who}: {failures:,} requests failed, e.g. {first}; the next run asks again")
+            self.say(f"{self._who}: {failures:,} requests failed, e.g. {first}; they stand in {self._failed}")
         if self._stopped.is_set():
             raise APIError(f"{self._who} was asked no further; {len(self._known):,} replies are kept in {self._file.path}.")
         return [found[key] for key in hashes]
@@ -163,14 +175,18 @@ class APIWriter:
                 kept = f"{len(self._known):,} replies are kept in {self._file.path}; start again and it goes on."
                 raise APIError(f"{self._who} gives no more replies{many}: {told}. {kept}") from None
             return {"hash": key, "error": told, "tries": tries[0]}
-        row = {"hash": key, "sample": asked.sample, **reply, "seconds": round(time.monotonic() - began, 3)}
+        row = {
+            "hash": key,
+            "base_url": self.model.base_url,
+            "sample": asked.sample,
+            **reply,
+            "seconds": round(time.monotonic() - began, 3),
+        }
         self._file.add(row)
         with self._lock:
             self._in_a_row = self._down_in_a_row = 0
             self._known[key] = row
             self.fresh += 1
-            self.prompt_tokens += row["prompt_tokens"]
-            self.completion_tokens += row["completion_tokens"]
         return row
 
     def _tried(self, asked: Asked, tries: list[int]) -> dict[str, Any]:
@@ -212,21 +228,20 @@ class APIWriter:
         messages: Any = [dict(message) for message in asked.messages]
         try:
             made = self._client.chat.completions.create(model=self.model.model, messages=messages, **options)
-            choice = made.choices[0]
-            text, usage = choice.message.content, made.usage
-            log_probs = [token.logprob for token in (choice.logprobs.content if choice.logprobs else None) or ()]
+            choice, usage = made.choices[0], made.usage
+            text = _text_of(choice.message.content)
+            values = [token.logprob for token in (choice.logprobs.content if choice.logprobs else None) or ()]
         except self._openai.APIError:
             raise
         except (AttributeError, IndexError, TypeError, KeyError, ValueError) as error:  # half a reply, or of another shape
             nowhere: Any = None
             raise self._openai.APIConnectionError(message=f"the reply cannot be read ({error})", request=nowhere) from error
-        row = {
-            "text": text if isinstance(text, str) else "",
-            "finish": choice.finish_reason,
-            "prompt_tokens": getattr(usage, "prompt_tokens", 0) or 0,
-            "completion_tokens": getattr(usage, "completion_tokens", 0) or 0,
-        }
-        return {**row, "mean_log_prob": sum(log_probs) / len(log_probs)} if log_probs else row
+        row: dict[str, Any] = {"text": text, "finish": choice.finish_reason}
+        for name in ("prompt_tokens", "completion_tokens"):  # None where the server does not say
+            count = getattr(usage, name, None)
+            row[name] = count if isinstance(count, int) and not isinstance(count, bool) else None
+        numbers = [value for value in values if isinstance(value, (int, float))]
+        return {**row, "mean_log_prob": sum(numbers) / len(numbers)} if numbers and len(numbers) == len(values) else row
 
     def _forget_failures(self, left: Mapping[str, Asked]) -> None:
         """What failed before and is asked again now, or has its reply, is no failure any more."""

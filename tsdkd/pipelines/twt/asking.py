@@ -29,7 +29,7 @@ def ask(
     total, done = sum(map(len, asked.values())), dict.fromkeys(asked, 0)
 
     for teacher in teachers:
-        teacher.refuse_missing_key()  # before any call
+        teacher.check()  # before any call
 
     def of(writer: APIWriter) -> list[dict[str, Any]]:
         def told(number: int, of: int) -> None:
@@ -53,10 +53,16 @@ def ask(
             raise
     found = {name: future.result() for name, future in running.items()}
     for writer in writers:
-        work.count("calls", writer.fresh)
-        work.count("tokens read", writer.prompt_tokens)
-        work.count("tokens written", writer.completion_tokens)
-        cost = writer.model.cost(writer.prompt_tokens, writer.completion_tokens)
+        replies = list({reply["hash"]: reply for reply in found[writer.model.name]}.values())
+        sizes = [(reply.get("prompt_tokens"), reply.get("completion_tokens")) for reply in replies]
+        read, written = (sum(size[place] or 0 for size in sizes) for place in (0, 1))
+        work.count("calls of this run", writer.fresh)
+        work.count("tokens read", read)
+        work.count("tokens written", written)
+        unknown = sum(None in size and "error" not in reply for size, reply in zip(sizes, replies, strict=True))
+        if unknown:
+            work.count("replies of unknown size", unknown)
+        cost = writer.model.cost(read, written)
         if cost is not None:
             work.count("cost", round(cost, 6))
     errors = [reply["error"] for replies in found.values() for reply in replies if "error" in reply]
@@ -75,7 +81,8 @@ def planned(teachers: Sequence[APIModel], asked: dict[str, list[Asked]], folder:
     calls, cost, priced = 0, 0.0, False
     for teacher in teachers:
         known = {row["hash"] for row in read_rows(folder / f"{teacher.name}.jsonl", "remove it")}
-        left = [each for each in asked[teacher.name] if each.hash(teacher) not in known]
+        once = {each.hash(teacher): each for each in asked[teacher.name]}
+        left = [each for key, each in once.items() if key not in known]
         calls += len(left)
         read = sum(len(message["content"]) for each in left for message in each.messages) // _CHARACTERS
         longest = teacher.options.get("max_tokens") or teacher.options.get("max_completion_tokens") or _UNKNOWN

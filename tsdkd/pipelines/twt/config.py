@@ -13,6 +13,7 @@ from tsdkd.pipelines.twt.prompts import Task, task_of
 from tsdkd.pipelines.twt.sampling import DIVERSITY, QUALITY, VOICES
 from tsdkd.pipelines.twt.training import Training
 from tsdkd.rollouts.api_models import APIModel
+from tsdkd.teachers.sources import expanded
 
 RECIPES = ("twt", "standard_kd", "step_by_step", "tinyllm")
 COMPRESSION = ("teacher", "fixed_length", "compressor", "none")
@@ -141,6 +142,17 @@ class TwTConfig:
         if missing:
             raise ValueError(f"the recipe lacks {', '.join(missing)}.")
         own = dict(given)
+        for name, kind in (("student", str), ("problems", str), ("test", str), ("output_dir", str), ("seed", int)):
+            if own.get(name) is not None and (not isinstance(own[name], kind) or isinstance(own[name], bool)):
+                raise ValueError(f"{name}={own[name]!r} must be a {'text' if kind is str else 'whole number'}.")
+        if own.get("output_dir", "twt") is None:
+            raise ValueError("output_dir is empty: name a folder.")
+        weight = own.get("rationale_weight", 1.0)
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight < float("inf"):
+            raise ValueError(f"rationale_weight={weight!r} must be a number of 0 or above.")
+        if "output_dir" in own:
+            own["output_dir"] = str(Path(own["output_dir"]).expanduser())
+        own["student"] = expanded(own["student"])
         if own.get("recipe", "twt") in RECIPES[1:]:
             chosen = [name for name in ("quality", "threshold", "diversity", "voices") if name in (own.get("sampling") or {})]
             chosen += ["compression"] if "compression" in own else []
@@ -164,8 +176,6 @@ class TwTConfig:
         check_choice("recipe", self.recipe, RECIPES)
         if self.limit is not None:
             check_count("limit", self.limit)
-        if self.rationale_weight < 0:
-            raise ValueError(f"rationale_weight={self.rationale_weight} must be 0 or above.")
         if self.sampling.quality == "log_probability" and not all(teacher.log_probs for teacher in self.asked):
             silent = ", ".join(teacher.name for teacher in self.asked if not teacher.log_probs)
             raise ValueError(f"quality: log_probability needs log_probs: true of every teacher; {silent} have it not.")
@@ -197,6 +207,7 @@ def problems_of(name: str, limit: int | None = None, labelled: bool = False) -> 
         if limit is not None and number >= limit:
             break
         question, label = row.get("question") or row.get("prompt"), row.get("answer")
+        label = None if isinstance(label, str) and not label.strip() else label
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{name}, row {number} has no question; its columns are {', '.join(row)}.")
         if labelled and label is None:

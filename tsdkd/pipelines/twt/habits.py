@@ -13,9 +13,9 @@ from tsdkd.data.rows import ScoreRow
 from tsdkd.pipelines.stage import Planned, Stage, Work, contents_of, digest_of
 from tsdkd.pipelines.twt.asking import ask, planned
 from tsdkd.pipelines.twt.config import TwTConfig, problems_of
-from tsdkd.pipelines.twt.labelling import OfTwT
+from tsdkd.pipelines.twt.labelling import TRIPLET, OfTwT
 from tsdkd.pipelines.twt.parsing import Unreadable, rewritten
-from tsdkd.pipelines.twt.training import lora_of, train, weighted
+from tsdkd.pipelines.twt.training import lora_of, tokenizer_of, train, weighted
 from tsdkd.pipelines.twt.writing import marks, rationale_of, student_answers
 from tsdkd.provenance import provenance
 from tsdkd.rollouts.api_models import Asked
@@ -43,6 +43,7 @@ class Student(OfTwT):
         lora_of(self.config.training)
         if self.before is None:
             refuse_unreadable(self.config.student)
+            tokenizer_of(self.config.student)
 
     def training_rows(self) -> list[dict[str, str]]:
         """Prompts and completions: `whole` [x; r; y], `answer` [x; y], `tasks` both label and rationale, each a task."""
@@ -98,6 +99,8 @@ class Answers(OfTwT):
 class Compressed(OfTwT):
     """Shorter rationales: by the teacher that wrote them, who sees the student's (3.2, stage 2), or by a rule."""
 
+    columns = TRIPLET
+
     def __init__(self, name: str, config: TwTConfig, rows: Stage, answers: Stage | None) -> None:
         how = config.compression
         settings: dict[str, Any] = {"by": how.by}
@@ -141,6 +144,8 @@ class Compressed(OfTwT):
             if isinstance(text, Unreadable):
                 work.count(f"as they were, {text.reason}")
                 text = row["rationale"]
+            elif len(text) > len(row["rationale"]):
+                work.count("longer than before")
             work.add({**row, "rationale": text, "longer_rationale": row["rationale"]})
             work.progress(len(work.done), len(rows))
         sizes = [sum(len(row[name]) for row in work.done.values()) for name in ("longer_rationale", "rationale")]
@@ -205,7 +210,7 @@ class Tested(OfTwT):
         path = Path(config.test or "").expanduser()
         self.files = [path] if path.is_file() else []
         if not self.files:
-            self.settings["test"] = config.test
+            self.settings.update({"test": config.test, "test's files": contents_of(config.test or "")})
 
     def _problems(self) -> list[dict[str, Any]]:
         assert self.config.test is not None

@@ -14,6 +14,8 @@ from tsdkd.pipelines.twt.parsing import Unreadable, parsed
 from tsdkd.pipelines.twt.sampling import Embedder, diverse, label_accuracy, quality, shares
 from tsdkd.rollouts.api_models import Asked
 
+TRIPLET = ("id", "problem", "question", "teacher", "rationale", "answer", "confidence")
+
 
 class OfTwT(Stage):
     """A stage of a run.
@@ -46,7 +48,7 @@ class Labels(OfTwT):
         path = Path(config.problems).expanduser()
         self.files = [path] if path.is_file() else []
         if not self.files:
-            self.settings["problems"] = config.problems
+            self.settings.update({"problems": config.problems, "problems' files": contents_of(config.problems)})
 
     def _asked(self) -> tuple[list[dict[str, Any]], dict[str, list[Asked]]]:
         problems = problems_of(self.config.problems, self.config.limit)
@@ -59,7 +61,7 @@ class Labels(OfTwT):
 
     def check(self) -> None:
         for teacher in self.config.asked:
-            teacher.refuse_missing_key()
+            teacher.check()
         self._asked()
 
     def plan(self) -> Planned:
@@ -67,6 +69,11 @@ class Labels(OfTwT):
 
     def make(self, work: Work) -> None:
         problems, asked = self._asked()
+        for teacher in self.config.asked:
+            if self.config.sampling.samples > 1 and teacher.options.get("temperature") == 0:
+                work.say(
+                    f"{teacher.name} at temperature 0 writes {self.config.sampling.samples} samples that may be all the same"
+                )
         found = ask(self.config.asked, asked, self.replies, work, self.config.sampling.allow_failed)
         samples = self.config.sampling.samples
         for number, problem in enumerate(problems):
@@ -75,7 +82,7 @@ class Labels(OfTwT):
                     reply = found[teacher.name][number * samples + sample]
                     if "error" in reply:
                         continue
-                    kept = {name: reply[name] for name in ("text", "finish", "completion_tokens")}
+                    kept = {name: reply.get(name) for name in ("text", "finish", "completion_tokens")}
                     if "mean_log_prob" in reply:
                         kept["mean_log_prob"] = reply["mean_log_prob"]
                     work.add({"id": f"{problem['problem']}/{teacher.name}/{sample}", **problem, "teacher": teacher.name,
@@ -85,6 +92,8 @@ class Labels(OfTwT):
 
 class Triplets(OfTwT):
     """What of the replies is a rationale, an answer and a confidence."""
+
+    columns = TRIPLET
 
     def __init__(self, config: TwTConfig, labels: Stage) -> None:
         super().__init__("triplets", config, [labels], factors=dict(config.task.factors), is_code=config.task.is_code)
@@ -111,6 +120,8 @@ class Triplets(OfTwT):
 class Quality(OfTwT):
     """The triplets that are good enough (3.1.1)."""
 
+    columns = TRIPLET
+
     def __init__(self, config: TwTConfig, triplets: Stage) -> None:
         how = config.sampling
         super().__init__("quality", config, [triplets], quality=how.quality, threshold=how.threshold)
@@ -119,20 +130,22 @@ class Quality(OfTwT):
 
     def make(self, work: Work) -> None:
         rows, how = self.after[0].rows, self.config.sampling
-        kept = quality(rows, how.quality, how.threshold, self.config.seed)
+        kept = quality(rows, how.quality, how.threshold, self.config.seed, self.config.task)
         for row, keep in zip(rows, kept, strict=True):
             if keep:
                 work.add(row)
         work.count("kept", sum(kept))
         work.count("dropped", len(kept) - sum(kept))
         if not self.config.task.is_code:
-            work.counts.update(label_accuracy(rows, kept))
+            work.counts.update(label_accuracy(rows, kept, self.config.task))
         good = [row for row, keep in zip(rows, kept, strict=True) if keep]
         work.counts.update({f"kept of {name}": count for name, count in shares(good, "teacher").items()})
 
 
 class Diversity(OfTwT):
     """Of each question the two that differ the most (3.1.2): the set G that students are trained on."""
+
+    columns = TRIPLET
 
     def __init__(self, config: TwTConfig, kept: Stage) -> None:
         how = config.sampling
@@ -163,4 +176,4 @@ class Diversity(OfTwT):
         work.count("rows", len(kept))
         work.count("questions", len(by_problem))
         if not self.config.task.is_code:
-            work.counts.update(label_accuracy(kept, [True] * len(kept)))
+            work.counts.update(label_accuracy(kept, [True] * len(kept), self.config.task))

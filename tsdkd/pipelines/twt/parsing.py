@@ -4,26 +4,35 @@ left out, with the reason."""
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass
 
 from tsdkd.pipelines.twt.prompts import Task
 
 _MARK = r"(?im)^[ \t>*_#(\-]*(?:\d[.)][ \t]*)?[*_]*"  # what may stand before a heading: quotes, bullets, numbers
-_THINKING = re.compile(_MARK + r"(?:thinking|rationale|reasoning)[*_]*[ \t]*:[*_]*")
+_COLON = r"[*_]*[ \t]*[:：][*_]*"
+_THINKING = re.compile(
+    rf"{_MARK}(?:(?:revised|new|updated|my)[ \t]+)?(?:thinking(?:[ \t]+process)?|rationale|reasoning)"
+    rf"(?:{_COLON}|(?<=\w)[*_]*[ \t]*$)"
+)
 _ANSWER = re.compile(
-    _MARK + r"(?:the[ \t]+(?:final[ \t]+)?answer[ \t]+is[ \t]*:?|(?:final[ \t]+)?answer[*_]*[ \t]*:)[*_]*[ \t]*"
-    r"(?:\n(?![ \t>*_#(\-]*(?:\w+[ \t]+)?(?:score|confidence)\b)[ \t]*(?=\S))?(.*)$"
+    rf"{_MARK}(?:the[ \t]+(?:final[ \t]+)?answer[ \t]+is(?:{_COLON})?|(?:final[ \t]+)?answer{_COLON})[ \t]*"
+    r"(?:\n+(?![ \t>*_#(\-]*(?:\w+[ \t]+)?(?:score|confidence)\b)[ \t]*(?=\S))?(.*)$"
 )
-_NUMBER = r"[*_`\[(]*[ \t]*([-+]?\d*\.?\d+)(?![\d,])[ \t]*(%)?(?:[ \t]*/[ \t]*(\d+(?:\.\d+)?))?"
 _SCORE = re.compile(
-    _MARK + r"(?:(?:(?:final|confidence|total|overall)[ \t]+)*score|confidence)[*_]*[ \t]*[:=][*_ \t]*\n?[ \t]*" + _NUMBER
+    rf"{_MARK}(?:(?:(?:final|confidence|total|overall)[ \t]+)*score|confidence)[*_]*[ \t]*[:：=][*_ \t]*\n*[ \t]*(.*)$"
 )
-_CODE = re.compile(r"```[ \t]*\n?[ \t]*(?i:python|py)\b[0-9.]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_BLOCK = re.compile(r"```[ \t]*\n(.*?)```", re.DOTALL)
-_FENCE = re.compile(r"(?m)^[ \t]*```[a-zA-Z]*[ \t]*$\n?|```[ \t]*$")
-_THOUGHT = re.compile(r"(?s)^\s*<think>(.*?)</think>\s*")
-_BOXED = re.compile(r"^\$*\\boxed\{(.*)\}\$*$")
-CLOSE = 0.015  # between a stated score and the sum of points that are weighted already
+_VALUE = re.compile(
+    r"[*_`\[(]*[ \t]*([-+]?(?:\d+\.?\d*|\.\d+))[ \t]*(%)?(?:[ \t]*(?:/|out of)[ \t]*(\d+(?:\.\d+)?))?"
+    r"[*_`\])]*[ \t]*\.?[*_ \t]*(?:\(.*)?"
+)
+_CODE = re.compile(r"(?:```|~~~)[ \t]*\n?[ \t]*(?i:python3?|py)\b[ \t]*\n(.*?)(?:```|~~~|\Z)", re.DOTALL)
+_BLOCK = re.compile(r"(?:```|~~~)[ \t]*\n(.*?)(?:```|~~~)", re.DOTALL)
+_FENCE = re.compile(r"(?m)^[ \t]*(?:```|~~~)[a-zA-Z0-9]*[ \t]*$\n?|```[ \t]*$")
+_SCORE_IN_BLOCK = re.compile(r"(?i)\n[ \t]*\n[ \t]*score[ \t]*:[^\n]*\s*\Z")
+_WRAPPED = tuple(
+    re.compile(pattern) for pattern in (r"^\$*\\boxed\{(.*)\}\$*$", r"^\\\((.*)\\\)$", r"^\\\[(.*)\\\]$", r"^\$([^$]+)\$$")
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +59,13 @@ class Unreadable:
 
 
 def parsed(text: str, task: Task, finish: str | None = None) -> Triplet | Unreadable:
-    """A reply as a triplet, or why it is none.
+    """A reply as a triplet, or why it is none. Scores count behind the answer alone: a rationale may be about scores, and
+    code may have a variable of that name.
 
     Args:
         text: the reply.
         task: whose form it has.
-        finish: why the model ended; `length` of a reply that was cut.
+        finish: why the model ended; `length` of a reply that was cut, `content_filter` of one that was withheld.
 
     Example:
         >>> from tsdkd.pipelines.twt.prompts import TASKS
@@ -64,57 +74,115 @@ def parsed(text: str, task: Task, finish: str | None = None) -> Triplet | Unread
         >>> parsed("4", TASKS["maths"])
         Unreadable(reason='no thinking')
     """
-    text = _THOUGHT.sub("", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
-    if not text:
-        return Unreadable("empty")
-    if finish == "length":
-        return Unreadable("cut")
-    if not task.is_code:
-        text = _FENCE.sub("", text)  # the paper's example shows its parts between fences
+    read = _readable(text, finish)
+    if isinstance(read, Unreadable):
+        return read
+    text = read if task.is_code else _FENCE.sub("", read)  # the paper's example shows its parts between fences
     begins = _THINKING.search(text)
     if begins is None:
         return Unreadable("no thinking")
-    scores = list(_SCORE.finditer(text, begins.end()))
-    if task.is_code:
-        block = _function(text[begins.end() :])
-        if block is None:
-            return Unreadable("no code")
-        answer, ends = _without_scores(block.group(1), task).strip("\n").rstrip(), begins.end() + block.start()
-    else:
-        found = [match for match in _ANSWER.finditer(text, begins.end()) if _bare(match.group(1))]
-        if not found:
-            return Unreadable("no answer")
-        answer, ends = _bare(found[-1].group(1)), found[-1].start()
-        if len({_bare(match.group(1)) for match in found}) > 1 and not scores:
-            return Unreadable("several answers")
-    rationale = _behind_headings(_FENCE.sub("", _without_scores(text[begins.end() : ends], task))).strip()
-    if not answer.strip():
-        return Unreadable("no answer")
+    found = _code(text, begins.end()) if task.is_code else _stated(text, begins.end())
+    if isinstance(found, Unreadable):
+        return found
+    answer, starts, behind = found
+    rationale = _behind_headings(_FENCE.sub("", text[begins.end() : starts])).strip()
     if not rationale:
         return Unreadable("no thinking")
-    stated = _share(scores[-1].groups()) if scores else None
-    weighed = _weighed(text[ends:] + "\n" + text[begins.end() : ends], task, stated)
-    if weighed is None and not scores:
-        return Unreadable("no score")
-    confidence, by = (stated, "stated") if weighed is None else (weighed, "factors")
-    if confidence is None or not 0 <= confidence <= 1:
-        return Unreadable("a score outside of [0, 1]")
-    return Triplet(rationale, answer, round(confidence, 6), by)
+    confidence = _confidence(behind, task)
+    return confidence if isinstance(confidence, Unreadable) else Triplet(rationale, answer, *confidence)
 
 
 def rewritten(text: str, finish: str | None = None) -> str | Unreadable:
-    """The rationale of a teacher's rewriting, with its heading or without, and without whatever answer or score follows it."""
-    text = _THOUGHT.sub("", text.replace("\r\n", "\n")).strip()
-    if not text:
-        return Unreadable("empty")
-    if finish == "length":
-        return Unreadable("cut")
-    text = _FENCE.sub("", _CODE.split(text)[0])
+    """The rationale of a teacher's rewriting, behind the heading that was asked for, without an answer or score behind it."""
+    read = _readable(text, finish)
+    if isinstance(read, Unreadable):
+        return read
+    text = _FENCE.sub("", _CODE.split(read)[0])
     begins = _THINKING.search(text)
-    text = text if begins is None else _behind_headings(text[begins.end() :])
-    stops = [match.start() for pattern in (_ANSWER, _SCORE) for match in [pattern.search(text)] if match]
-    text = text[: min(stops)] if stops else text
+    if begins is None:
+        return Unreadable("no thinking")
+    text = _behind_headings(text[begins.end() :])
+    answer = _ANSWER.search(text)
+    text = text[: answer.start()].rstrip() if answer else text.rstrip()
+    last = text.rpartition("\n")[2]
+    if (score := _SCORE.match(last)) and _share(score[1]) is not None:
+        text = text[: len(text) - len(last)]
     return text.strip() or Unreadable("empty")
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def _readable(text: str, finish: str | None) -> str | Unreadable:
+    """A reply without what a reasoning model thought before it, whose opening mark its template may have written."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").rpartition("</think>")[2].strip()
+    if finish in ("length", "content_filter") or "<think>" in text:
+        return Unreadable("filtered" if finish == "content_filter" else "cut")
+    return text or Unreadable("empty")
+
+
+def _stated(text: str, start: int) -> tuple[str, int, str] | Unreadable:
+    """The answer that stands before the last score, where it stands, and what follows it."""
+    scores = [match for match in _SCORE.finditer(text, start) if _share(match[1]) is not None]
+    end = scores[-1].start() if scores else len(text)
+    found = [match for match in _ANSWER.finditer(text, start) if _bare(match[1])]
+    before = [match for match in found if match.start() < end]
+    if not before:
+        return Unreadable("no answer")
+    first = [match for match in found if any(score.start() > match.start() for score in scores[:-1])]
+    if first and _bare(first[-1][1]) != _bare(before[-1][1]):
+        return Unreadable("several triplets")
+    return _bare(before[-1][1]), before[-1].start(), text[before[-1].end() :]
+
+
+def _code(text: str, start: int) -> tuple[str, int, str] | Unreadable:
+    """The block that is the answer, where it stands, and what follows it: the last that defines something, else the last."""
+    labelled = list(_CODE.finditer(text, start))
+    blocks = labelled or [m for m in _BLOCK.finditer(text, start) if not _SCORE.match(m[1].strip()) or "\n" in m[1].strip()]
+    defines = [match for match in blocks if re.search(r"(?m)^[ \t]*(?:def|class|async def) ", match[1])]
+    chosen = (defines or blocks)[-1] if blocks else None
+    if chosen is None:
+        return Unreadable("no code")
+    inside = _SCORE_IN_BLOCK.search(chosen[1])  # the paper's Figure 6
+    code = chosen[1][: inside.start()] if inside else chosen[1]
+    behind = (inside[0] if inside else "") + text[chosen.end() :]
+    answer = textwrap.dedent(code.strip("\n")).rstrip()
+    return (answer, chosen.start(), behind) if answer else Unreadable("no code")
+
+
+def _confidence(behind: str, task: Task) -> tuple[float, str] | Unreadable:
+    """Eq. 1 where every factor has a number, else the stated score. Points that are weighted already (0.48 of 0.5), which the
+    paper's prompt asks for, are summed. Where the two readings and the statement disagree, the statement stands."""
+    scores = [value for match in _SCORE.finditer(behind) if (value := _share(match[1])) is not None]
+    stated = scores[-1] if scores else None
+    values: dict[str, float] = {}
+    for name in task.factors:
+        pattern = _MARK + r"[ \t]+".join(map(re.escape, name.split())) + rf"[*_]*[ \t]*(?:\([^)\n]*\))?{_COLON}[ \t]*(.*)$"
+        read = [value for match in re.finditer(pattern, behind) if (value := _share(match[1])) is not None]
+        if read and 0 <= read[-1] <= 1:
+            values[name] = read[-1]
+    if values and len(values) == len(task.factors):
+        weighted = sum(task.factors[name] * value for name, value in values.items())
+        points = sum(values.values())
+        are_points = all(value <= task.factors[name] + 1e-9 for name, value in values.items())
+        readings = [points, weighted] if are_points else [weighted]
+        found = readings[0] if stated is None else min(readings, key=lambda value: abs(value - stated))
+        if stated is None or abs(found - stated) <= 0.1 or not 0 <= stated <= 1:
+            return round(min(found, 1.0), 6), "factors"
+    if stated is None:
+        return Unreadable("no score")
+    return (round(stated, 6), "stated") if 0 <= stated <= 1 else Unreadable("a score outside of [0, 1]")
+
+
+def _share(text: str) -> float | None:
+    """A score of 1: 0.85, 85 %, 8.5/10, 8.5 out of 10, or what stands behind the last =; None of anything else."""
+    found = _VALUE.fullmatch(text.rpartition("=")[2].strip())
+    if found is None:
+        return None
+    value = float(found[1])
+    if found[2]:
+        return value / 100
+    return value / float(found[3]) if found[3] and float(found[3]) else value
 
 
 def _behind_headings(text: str) -> str:
@@ -125,63 +193,14 @@ def _behind_headings(text: str) -> str:
     return text
 
 
-def _function(text: str) -> re.Match | None:
-    """The block of code that is the answer: the last that defines something, else the last; one that only scores is none."""
-    labelled = list(_CODE.finditer(text))
-    blocks = labelled or [match for match in _BLOCK.finditer(text) if not _SCORE.match(match.group(1).strip())]
-    defines = [match for match in blocks if re.search(r"(?m)^[ \t]*(?:def|class|async def) ", match.group(1))]
-    chosen = defines or blocks
-    return chosen[-1] if chosen else None
-
-
 def _bare(text: str) -> str:
     """An answer without marks around it."""
     text = text.strip().strip("*_`").strip()
-    boxed = _BOXED.match(text)
-    text = boxed[1].strip() if boxed else text
-    if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
-        text = text[1:-1].strip()
+    text = text.removesuffix(".").rstrip("*_` ") if not re.fullmatch(r"\d+\.\d*", text) else text
+    for _ in range(2):  # $\boxed{4}$
+        for pattern in _WRAPPED:
+            if wrapped := pattern.match(text):
+                text = wrapped[1].strip()
     if len(text) > 1 and text[0] == "[" and text[-1] == "]":
         text = text[1:-1].strip()
-    return text.removesuffix(".").strip() if not re.fullmatch(r"\d+\.\d*", text) else text
-
-
-def _share(groups: tuple[str | None, ...]) -> float | None:
-    """A score of 1: 0.85, 85 %, 8.5/10."""
-    number, percent, of = groups
-    value = float(number or "nan")
-    if percent:
-        return value / 100
-    return value / float(of) if of and float(of) else value
-
-
-def _factor(name: str) -> re.Pattern:
-    words = r"[ \t]+".join(map(re.escape, name.split()))
-    return re.compile(
-        rf"(?im)^[ \t>*_#\-]*(?:\(?\d[.)]?\)?[ \t]*)?[*_]*{words}[*_]*[ \t]*(?:\([^)\n]*\))?[*_]*[ \t]*[:=][*_ \t]*{_NUMBER}"
-    )
-
-
-def _weighed(text: str, task: Task, stated: float | None) -> float | None:
-    """Eq. 1, where every factor has a number; points that are weighted already (0.48 of 0.5) are summed."""
-    values = {}
-    for name in task.factors:
-        found = list(_factor(name).finditer(text))
-        value = _share(found[-1].groups()) if found else None
-        if value is None or not 0 <= value <= 1:
-            return None
-        values[name] = value
-    if not values:
-        return None
-    points = all(value <= task.factors[name] + 1e-9 for name, value in values.items())
-    if points and stated is not None and abs(sum(values.values()) - stated) <= CLOSE:
-        return sum(values.values())
-    return sum(task.factors[name] * value for name, value in values.items())
-
-
-def _without_scores(text: str, task: Task) -> str:
-    """A rationale without lines that score it."""
-    lines = [
-        line for line in text.split("\n") if not _SCORE.match(line) and not any(_factor(n).match(line) for n in task.factors)
-    ]
-    return "\n".join(lines)
+    return text

@@ -56,6 +56,14 @@ class Task:
     is_code: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("name", "ask", "rewrite", "student", "completion", "answer_only"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name).strip():
+                raise ValueError(f"a task's {name} must be a text, not {getattr(self, name)!r}.")
+        numbers = isinstance(self.factors, Mapping) and all(isinstance(value, (int, float)) for value in self.factors.values())
+        if not numbers:
+            raise ValueError(f"the factors of the task {self.name} are a mapping of names to weights, not {self.factors!r}.")
+        if self.answer is not None and not isinstance(self.answer, str):
+            raise ValueError(f"answer={self.answer!r} of the task {self.name} must be a regular expression.")
         wanted = {
             "rewrite": {"question", "rationale", "student"}, "student": {"question"}, "completion": {"rationale", "answer"},
             "answer_only": {"answer"},
@@ -121,7 +129,7 @@ def task_of(given: Any) -> Task:
         return given
     own = dict(given) if isinstance(given, Mapping) else {"base": given}
     base = own.pop("base", "maths")
-    if base not in TASKS:
+    if not isinstance(base, str) or base not in TASKS:
         raise ValueError(
             f"task {base!r} is unknown; choose {', '.join(TASKS)}, or give a mapping with base and your templates."
         )

@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from tsdkd.data.answers import final_answer, same_answer
+from tsdkd.data.answers import final_answer, is_correct, same_answer
+from tsdkd.pipelines.twt.prompts import Task
 
 QUALITY = ("confidence", "log_probability", "agreement", "none", "random")
 DIVERSITY = ("embedding", "random", "all")
 VOICES = ("teachers", "replies")
 
 
-def quality(rows: Sequence[Mapping[str, Any]], how: str, threshold: float, seed: int = 0) -> list[bool]:
+def quality(
+    rows: Sequence[Mapping[str, Any]], how: str, threshold: float, seed: int = 0, task: Task | None = None
+) -> list[bool]:
     """Which triplets are kept.
 
     Args:
@@ -29,6 +32,7 @@ def quality(rows: Sequence[Mapping[str, Any]], how: str, threshold: float, seed:
             `random`: as many as `confidence` keeps, drawn. `none`: all.
         threshold: in [0, 1].
         seed: of the draw.
+        task: whose answers `agreement` compares.
 
     Raises:
         ValueError: no log-probabilities are there, or nothing is kept, with the best that was seen.
@@ -38,8 +42,8 @@ def quality(rows: Sequence[Mapping[str, Any]], how: str, threshold: float, seed:
     if how == "agreement":
         answers: dict[Any, list[str]] = {}
         for row in rows:
-            answers.setdefault(row["problem"], []).append(row["answer"])
-        kept = [_most_agree(answers[row["problem"]], row["answer"]) for row in rows]
+            answers.setdefault(row["problem"], []).append(_final(row["answer"], task))
+        kept = [_most_agree(answers[row["problem"]], _final(row["answer"], task)) for row in rows]
         if rows and not any(kept):
             raise ValueError(f"quality: agreement keeps none of {len(rows):,} triplets: no two answers to a question agree.")
         return kept
@@ -62,6 +66,12 @@ def quality(rows: Sequence[Mapping[str, Any]], how: str, threshold: float, seed:
         drawn = set(random.Random(f"{seed}/quality").sample(range(len(rows)), sum(kept)))
         kept = [number in drawn for number in range(len(rows))]
     return kept
+
+
+def _final(answer: str, task: Task | None) -> str:
+    """What the grader reads of an answer."""
+    found = None if task is None else final_answer(task.filled("answer_only", answer=answer), task.answer)
+    return answer if found is None else found
 
 
 def _most_agree(answers: Sequence[str], answer: str) -> bool:
@@ -155,23 +165,13 @@ class Embedder:
         return np.asarray(self._model.encode(texts, show_progress_bar=False, convert_to_numpy=True))
 
 
-def bare(text: str) -> str:
-    """The final answer of a worked solution, or the text itself.
-
-    Example:
-        >>> bare("12+5=17\\n#### 17"), bare("17")
-        ('17', '17')
-    """
-    found = final_answer(text)
-    return text if found is None else found
-
-
-def label_accuracy(rows: Sequence[Mapping[str, Any]], kept: Sequence[bool]) -> dict[str, float]:
-    """How many of the kept and of the dropped have the label's answer (the paper's Table 5), where rows have labels."""
+def label_accuracy(rows: Sequence[Mapping[str, Any]], kept: Sequence[bool], task: Task) -> dict[str, float]:
+    """How many of the kept and of the dropped have the label's answer (the paper's Table 5), by the grader that scores
+    students; nothing of rows without labels."""
     found = {}
     for name, wanted in (("kept", True), ("dropped", False)):
         marks = [
-            same_answer(bare(row["answer"]), bare(str(row["label"])))
+            is_correct(task.filled("answer_only", answer=row["answer"]), str(row["label"]), task.answer)
             for row, keep in zip(rows, kept, strict=True)
             if keep is wanted and row.get("label") is not None
         ]

@@ -90,14 +90,12 @@ def train(
     Raises:
         ValueError: no row fits.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from tsdkd.data.files import data_set
 
-    tokenizer = AutoTokenizer.from_pretrained(student)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = tokenizer_of(student)
     as_chat = tokenizer.chat_template is not None
     made = [rendered(row, as_chat) for row in rows]
     lengths = [_length(tokenizer, row, as_chat) for row in made]
@@ -169,6 +167,24 @@ def train(
     del trainer, trained, model
     gc.collect()
     return {**said, "loss": round(losses[-1] if losses else result.training_loss, 4)}
+
+
+def tokenizer_of(student: str) -> Any:
+    """A student's tokenizer, padding with its end where it has nothing else for it.
+
+    Raises:
+        ValueError: it has no end, so no answer would.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"the tokenizer of the student {student} has no eos_token, so no answer would end: set one and save it."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def rendered(row: dict[str, str], as_chat: bool) -> dict[str, Any]:

@@ -11,26 +11,23 @@ from tsdkd.data.answers import is_correct
 from tsdkd.data.rendering import Rendering
 from tsdkd.pipelines.twt.config import Inference
 from tsdkd.pipelines.twt.prompts import Task
+from tsdkd.pipelines.twt.training import tokenizer_of
 
 _AT_ONCE = 1024  # prompts that vLLM is given at a time
 
 
-def student_answers(
-    student: str, prompts: Sequence[str], how: Inference, revision: str | None = None
-) -> Iterator[dict[str, Any]]:
+def student_answers(student: str, prompts: Sequence[str], how: Inference) -> Iterator[dict[str, Any]]:
     """A student's greedy answers, in the prompts' order, as batches of them are written.
 
     Yields:
         rows with `text`, `tokens` (its ids, an end among them) and `ended`.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if not prompts:
         return
-    tokenizer = AutoTokenizer.from_pretrained(student, revision=revision, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = tokenizer_of(student)
     rendering = Rendering(tokenizer, tokenizer)
     as_chat = tokenizer.chat_template is not None
     prompt_ids = rendering.prompts([[{"role": "user", "content": text}] if as_chat else f"{text}\n" for text in prompts])
@@ -41,7 +38,7 @@ def student_answers(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype, revision=revision).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype).to(device).eval()
     ends = ends_of(model, tokenizer)
     for start in range(0, len(prompt_ids), how.batch_size):
         ids = written_greedily(model, tokenizer, prompt_ids[start : start + how.batch_size], how.max_tokens, how.batch_size)
