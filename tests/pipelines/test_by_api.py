@@ -216,6 +216,32 @@ def test_log_probabilities_are_kept_as_their_mean(httpserver, tmp_path):
     assert found[0]["mean_log_prob"] == -1.0
 
 
+def test_odd_but_good_replies(httpserver, tmp_path):
+    bodies = {
+        "half": reply("a\ud83db"),
+        "parts": reply([{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "good"}]),
+        "null": reply(None),
+        "sizes": {**reply("x"), "usage": {"prompt_tokens": "10", "completion_tokens": None, "total_tokens": 1}},
+        "none": {**reply("x"), "usage": None},
+        "values": reply("x", logprobs={"content": [{"token": "a", "logprob": None, "top_logprobs": []}]}),
+    }
+    stub = Stub(httpserver, lambda body, times: bodies[body["messages"][-1]["content"]])
+    found, _ = ask(stub, tmp_path, list(bodies), log_probs=True)
+    assert [row["text"] for row in found] == ["a\ufffdb", "good", "", "x", "x", "x"]
+    assert [row["prompt_tokens"] for row in found] == [10, 10, 10, None, None, 10]
+    assert "mean_log_prob" not in found[-1]
+    again, _ = ask(stub, tmp_path, list(bodies), log_probs=True)
+    assert again == found and stub.calls == len(bodies)
+
+
+def test_replies_of_another_address_are_said(httpserver, tmp_path):
+    stub = Stub(httpserver, lambda body, times: reply("x"))
+    ask(stub, tmp_path, ["a"])
+    stub.url = stub.url.replace("127.0.0.1", "localhost")
+    _, said = ask(stub, tmp_path, ["a", "b"])
+    assert "1 replies are taken that came from http://127.0.0.1" in said[0] and stub.calls == 2
+
+
 @pytest.mark.parametrize(
     "given,told",
     [
@@ -232,6 +258,12 @@ def test_log_probabilities_are_kept_as_their_mean(httpserver, tmp_path):
         ({"price": 3}, "price=3"),
         ({"name": "../x"}, "a name is that of a file"),
         ({"name": 3}, "name=3 must be a text"),
+        ({"name": "a\nb"}, "a name is that of a file"),
+        ({"name": "failed"}, "a name is that of a file"),
+        ({"options": ["x"]}, "must be a mapping"),
+        ({"max_tokens": "many"}, "max_tokens='many'"),
+        ({"log_probs": "no"}, "log_probs='no'"),
+        ({"seed": "5"}, "seed='5'"),
         ({"timeout": True}, "timeout=True"),
         ({"price": {"input": "x", "output": 1}}, "price="),
     ],
@@ -239,6 +271,21 @@ def test_log_probabilities_are_kept_as_their_mean(httpserver, tmp_path):
 def test_bad_teachers_are_told(given, told):
     with pytest.raises(ValueError, match=told):
         APIModel.of({"name": "t", "base_url": "http://127.0.0.1:8000/v1", "model": "m", **given})
+
+
+def test_a_key_in_the_place_of_its_variable_is_not_repeated():
+    with pytest.raises(ValueError) as caught:
+        APIModel("t", "https://far.example/v1", "m", api_key_env="sk-planted-123")
+    assert "planted" not in str(caught.value) and "environment variable" in str(caught.value)
+
+
+def test_a_price_list_that_is_not_installed_is_told_before_any_call():
+    pytest.importorskip("openai")
+    try:
+        import genai_prices  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="genai-prices"):
+            APIModel("t", "http://127.0.0.1:8000/v1", "m", price="auto").check()
 
 
 def test_a_key_that_is_not_there_is_named(tmp_path, monkeypatch):

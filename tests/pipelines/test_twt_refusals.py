@@ -32,6 +32,16 @@ from tsdkd.pipelines.twt import TwTConfig
         ({"training": {"loss_on": "all"}}, "loss_on='all'"),
         ({"inference": {"engine": "tgi"}}, "engine='tgi'"),
         ({"limit": 0}, "limit"),
+        ({"student": 5}, "student=5"),
+        ({"problems": ["a"]}, "problems="),
+        ({"seed": "x"}, "seed='x'"),
+        ({"rationale_weight": "2"}, "rationale_weight='2'"),
+        ({"rationale_weight": float("nan")}, "rationale_weight=nan"),
+        ({"output_dir": None}, "output_dir is empty"),
+        ({"task": {"factors": ["x"]}}, "factors of the task"),
+        ({"task": {"answer": 5}}, "answer=5"),
+        ({"task": {"ask": None}}, "a task's ask must be a text"),
+        ({"task": ["maths"]}, r"task \['maths'\] is unknown"),
     ],
 )
 def test_bad_recipes_are_told(made, more, told):
@@ -134,6 +144,79 @@ def test_files_of_problems(made, tmp_path):
     assert stub.calls == 0  # told before anything is asked
 
 
+def test_a_student_without_an_end_is_told_before_any_call(made, tmp_path):
+    stub, mapping = made
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = tmp_path / "student" / name
+        if file.is_file():
+            stated = {
+                key: value for key, value in json.loads(file.read_text()).items() if key not in ("eos_token", "pad_token")
+            }
+            file.write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match="has no eos_token"):
+        run(mapping())
+    assert stub.calls == 0
+
+
+def test_a_refusal_or_a_part_is_no_rationale(made):
+    stub, mapping = made
+
+    def answer(body, times):
+        if "previous thinking process" not in body["messages"][-1]["content"]:
+            return teacher(body, times)
+        if body["model"] == "one":
+            return reply("I'm sorry, but I can't assist with that.")
+        return reply("Thinking: the first half of", finish="content_filter")
+
+    stub.answer = answer
+    line, said = run(mapping(), until="shorter-1")
+    assert all(row["rationale"] == row["longer_rationale"] for row in rows(line, "shorter-1"))
+    assert "as they were, no thinking 8" in said[-1] and "as they were, filtered 8" in said[-1]
+
+
+def test_costs_are_of_all_replies_also_after_an_interruption(made, tmp_path):
+    stub, mapping = made
+    recipe = mapping("one", "two")
+    for spec in recipe["teachers"]:
+        spec["price"] = {"input": 1000, "output": 2000}
+    whole = run(recipe, until="labels")[0].stages[0].about["summary"]
+    assert whole["tokens read"] == 160 and whole["cost"] == pytest.approx(16 * (10 * 1000 + 5 * 2000) / 1e6)
+    (tmp_path / "out" / "01-labels.jsonl").unlink()
+    file = tmp_path / "out" / "replies" / "one.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    again = run(recipe, until="labels")[0].stages[0].about["summary"]
+    assert again["cost"] == whole["cost"] and again["calls of this run"] == 5 and stub.calls == 16 + 5
+
+
+def test_blank_labels_are_none_and_folders_of_problems_are_read_again(made, tmp_path):
+    stub, mapping = made
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps({"question": QUESTIONS[0], "answer": " "}) + "\n")
+    recipe = mapping(problems=str(folder))
+    line, said = run(recipe, until="quality")
+    assert "right of kept" not in said[-1] and len(rows(line, "labels")) == 3
+    (folder / "train.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS[:2]))
+    line, said = run(recipe, until="labels")
+    assert len(rows(line, "labels")) == 6 and stub.calls == 6
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "a", "answer": ""}) + "\n")
+    with pytest.raises(ValueError, match="no answer to score by"):
+        run(mapping(problems=str(folder)))
+
+
+def test_scores_of_before_are_not_shown_for_students_of_now(made, tmp_path, capsys):
+    from tsdkd.cli import main
+
+    _, mapping = made
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(mapping()))
+    assert main(["pipeline", "twt", "--config", str(tmp_path / "c.yaml")]) == 0
+    assert "| student-3 |" in capsys.readouterr().out
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(mapping(seed=5)))
+    assert main(["pipeline", "twt", "--config", str(tmp_path / "c.yaml"), "--until_stage", "student-1"]) == 0
+    said = capsys.readouterr().out
+    assert "student-1: made again (seed 0 → 5)" in said and "| student-3 |" not in said
+
+
 def test_what_is_missing_is_told_before_any_call(made, tmp_path, monkeypatch):
     stub, mapping = made
     for more, told in (
@@ -152,6 +235,10 @@ def test_what_is_missing_is_told_before_any_call(made, tmp_path, monkeypatch):
 def test_another_student_at_the_same_place_is_another_input(made, tmp_path):
     _, mapping = made
     run(mapping(), until="student-1")
+    for file in (tmp_path / "student").iterdir():
+        file.touch()  # copied, or unpacked again
+    _, said = run(mapping(), until="student-1")
+    assert all("as it was made" in text for text in said)
     save_tiny(tmp_path / "student", seed=2, positions=256)
     _, said = run(mapping(), until="student-1")
     assert "made again (from's files" in next(text for text in said if text.startswith("student-1"))
@@ -167,6 +254,11 @@ def test_a_file_of_ones_own_in_a_stages_place(made, tmp_path):
     assert len(rows(line, "diversity")) == 1 and "rows 1," in said[-1]
     line, said = run(mapping(), until="student-1")
     assert "as it was made (accepted as it stands 1)" in said[3] and "as it was made" in said[4]
+    file.write_text('{"id": "0", "question": "a"}\n')
+    with pytest.raises(
+        ValueError, match="cannot be accepted: rows of it have no answer, confidence, problem, rationale, teacher"
+    ):
+        run(mapping(), accepted=["diversity"])
     with pytest.raises(ValueError, match="no stage 'divrsity'"):
         run(mapping(), accepted=["divrsity"])
 

@@ -144,9 +144,9 @@ class Stage(abc.ABC):
 
     @property
     def is_current(self) -> bool:
-        """Whether it is made, with the settings and inputs of now."""
+        """Whether it is made, with the settings and inputs of now, which are so themselves."""
         about = self.about
-        return about is not None and about["key"] == self.key
+        return about is not None and about["key"] == self.key and all(before.is_current for before in self.after)
 
     @property
     def key(self) -> str:
