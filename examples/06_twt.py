@@ -75,7 +75,7 @@ trainer = TSDKDTrainer(
     TSDKDConfig(
         output_dir=str(out / "tsd-kd"),
         max_steps=max(1, questions // 10),
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=min(32, questions),
         max_length=128,
         max_completion_length=48,
         learning_rate=5e-4,

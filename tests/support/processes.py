@@ -21,6 +21,31 @@ from tsdkd.selection import AdaptiveOpener
 torch.set_num_threads(1)
 
 
+def poisoned_step(student, optimizer, forward, method, rank):
+    """A step whose teacher is broken on the second process: what stops it, and how far the weights have moved."""
+    from types import SimpleNamespace
+
+    from tsdkd.trainers.guard import Guard, NonFiniteError
+
+    def reduce(values, reduction):
+        torch.distributed.all_reduce(values)
+        return values
+
+    guard = Guard(SimpleNamespace(device=torch.device("cpu"), reduce=reduce), {"student": "s", "teacher": "t"})
+    before = [p.full_tensor().clone() for p in student.parameters()]
+    optimizer.zero_grad()
+    student.forward = lambda: forward(student, guard, spoilt=rank == 1)
+    student().backward()
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1e9).full_tensor()
+    stopped = ""
+    try:
+        guard.check(6, norm)
+        optimizer.step()
+    except NonFiniteError as error:
+        stopped = str(error)
+    return stopped, max((p.full_tensor() - old).abs().max().item() for p, old in zip(student.parameters(), before, strict=True))
+
+
 def fully_sharded(folder: Path) -> None:
     """Five steps of the loss code with the student in FSDP2's shards; whole where there is one process."""
     from tiny import tiny_model
@@ -50,10 +75,13 @@ def fully_sharded(folder: Path) -> None:
     mine = whole.rows(list(range(rank, 8, world)))
     ids, mask, where = mine.padded(0, torch.device("cpu"))
 
-    def forward(inner):
+    def forward(inner, guard=None, spoilt=False):
         """Inside the root's forward, as the trainers do it, so that shards are gathered and reduced."""
         hidden = last_hidden_state(inner, ids, mask).flatten(0, 1)[where]
         other = last_hidden_state(teacher, ids, mask).flatten(0, 1)[where]
+        if guard is not None:
+            other = other.fill_(float("nan")) if spoilt else other
+            guard.watch_tokens("the teacher's hidden states", other, mine)
         batch = TokenBatch(hidden, other, tuple(mine.lengths), rows=tuple(range(rank, 8, world)))
         return method.loss(batch, head_of(inner), head_of(teacher), counts=counts).loss * world
 
@@ -70,6 +98,8 @@ def fully_sharded(folder: Path) -> None:
         result["steps"].append([total.item(), norm.item()])
         result["sharded"].append(sum(isinstance(p, DTensor) for p in student.parameters()) / len(list(student.parameters())))
         optimizer.step()
+    if world > 1:
+        result["stopped"], result["moved"] = poisoned_step(student, optimizer, forward, method, rank)
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
     if world > 1:
         torch.distributed.barrier()

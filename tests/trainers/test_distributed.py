@@ -67,6 +67,7 @@ def test_five_steps_in_fsdp2s_shards_are_those_of_one_process(tmp_path):
         assert result["sharded"] == [1.0] * 5  # every parameter is a DTensor: nothing fell back to DDP
         for ours, theirs in zip(result["steps"], one["steps"], strict=True):
             assert ours == pytest.approx(theirs, rel=2e-5)  # loss and gradient norm
+        assert "step 6: NaN or Inf in the teacher's hidden states" in result["stopped"] and result["moved"] == 0
 
 
 def test_a_rank_that_fails_ends_the_other(tmp_path):
