@@ -19,9 +19,10 @@ from tsdkd.data.intervals import wilson_interval
 from tsdkd.demo.api_server import served
 from tsdkd.demo.problems import held_out, make_problems
 from tsdkd.demo.run import shipped
+from tsdkd.pipelines.students import student_answers
 from tsdkd.pipelines.twt import TASKS, Inference, TwTConfig, pipeline
 from tsdkd.pipelines.twt.report import draw, ours, table
-from tsdkd.pipelines.twt.writing import marks, student_answers
+from tsdkd.pipelines.twt.writing import marks
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "twt-example")
 questions = int(sys.argv[2]) if len(sys.argv) > 2 else 1500

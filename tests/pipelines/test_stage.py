@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tsdkd.pipelines.stage import Pipeline, Planned, Stage
+from tsdkd.pipelines.pipeline import Pipeline
+from tsdkd.pipelines.stage import Planned, Stage
 
 
 class Numbers(Stage):
@@ -154,7 +155,7 @@ CHILD = """
     import os, sys
     sys.path.insert(0, {here!r})
     from test_stage import Numbers
-    from tsdkd.pipelines.stage import Pipeline
+    from tsdkd.pipelines.pipeline import Pipeline
     class Dies(Numbers):
         def make(self, work):
             add, seen = work.add, []
@@ -204,7 +205,7 @@ def test_two_processes_in_one_folder(tmp_path):
         code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_stage import Numbers
-from tsdkd.pipelines.stage import Pipeline
+from tsdkd.pipelines.pipeline import Pipeline
 Pipeline("test", [Numbers("first")], {str(tmp_path)!r}).run()
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from api import reply
 from tiny import save_tiny
-from twt import QUESTIONS, rows, run, teacher
+from twt import QUESTIONS, rows, run, small_embedder, teacher
 
 from tsdkd.pipelines.twt import TwTConfig
 
@@ -273,8 +273,6 @@ def test_stages_of_another_order_are_put_aside(made, tmp_path):
 
 
 def test_with_real_embeddings(made):
-    from test_twt_sampling import small_embedder
-
     _, mapping = made
     line, said = run(mapping("one", "two", "three", sampling={"embedding_model": small_embedder()}), until="diversity")
     assert len(rows(line, "diversity")) == 16 and "pairs 8" in said[-1]

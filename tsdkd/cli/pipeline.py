@@ -6,7 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-PIPELINES = {"twt": "TwT: several teachers behind an API, rationales that become shorter until none is left (arXiv 2503.24198)"}
+PIPELINES = {
+    "twt": "TwT: several teachers behind an API, rationales that become shorter until none is left (arXiv 2503.24198)",
+    "qr-distill": "QR-Distill: paths in six styles, filtered, routed to students that teach each other",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -15,7 +18,7 @@ def main(arguments: list[str]) -> int:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run a system of several stages, each of which reads files and writes one. Started again it does what is "
-        "missing or has changed.\n\n" + "\n".join(f"{name}  {what}" for name, what in PIPELINES.items()),
+        "missing or has changed.\n\n" + "\n".join(f"{name:<12}{what}" for name, what in PIPELINES.items()),
         epilog="Example: tsdkd pipeline twt --config twt.yaml --dry_run",
     )
     parser.add_argument("name", choices=list(PIPELINES), help="the pipeline")
@@ -30,19 +33,29 @@ def main(arguments: list[str]) -> int:
     own = parser.parse_args(arguments)
 
     from tsdkd.cli.recipes import read_recipes
-    from tsdkd.pipelines.twt import TwTConfig, pipeline
-    from tsdkd.pipelines.twt.report import report
 
     recipe: dict[str, Any] = read_recipes(own.config)
     if own.output_dir:
         recipe["output_dir"] = own.output_dir
-    made = pipeline(TwTConfig.of(recipe))
+    made = _pipeline(own.name, recipe)
     _quiet()
     made.run(own.from_stage, own.until_stage, own.dry_run, own.accept_stage)
     scores = made.stages[-1]
     if not own.dry_run and scores.name == "scores" and scores.is_current:
-        print(f"\n{report(scores.output, made.folder)}")
+        from tsdkd.pipelines.twt.report import ours, report, table
+
+        print(f"\n{report(scores.output, made.folder) if own.name == 'twt' else table(ours(scores.output))}")
     return 0
+
+
+def _pipeline(name: str, recipe: dict[str, Any]) -> Any:
+    if name == "twt":
+        from tsdkd.pipelines import twt
+
+        return twt.pipeline(twt.TwTConfig.of(recipe))
+    from tsdkd.pipelines import qr_distill
+
+    return qr_distill.pipeline(qr_distill.QRConfig.of(recipe))
 
 
 def _quiet() -> None:

@@ -28,7 +28,8 @@ def coarse_kl(theirs: Mapping[int, float], ours: torch.Tensor) -> float:
 
     Example:
         >>> half = math.log(0.5)
-        >>> coarse_kl({0: half}, torch.tensor([half, half])), round(coarse_kl({0: half}, torch.tensor([0.25, 0.75]).log()), 4)
+        >>> uneven = torch.tensor([0.25, 0.75]).log()
+        >>> round(coarse_kl({0: half}, torch.tensor([half, half])), 9), round(coarse_kl({0: half}, uneven), 4)
         (0.0, 0.1438)
     """
     ids = torch.tensor(sorted(theirs))

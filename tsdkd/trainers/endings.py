@@ -29,8 +29,11 @@ def end_probability(
         stop += length
         if length and length == whole:
             last.append(stop - 1)
-    if not ends or not last:
+    if not ends:
         return {}
+    name = "completions/end_probability"  # of a process without any, too: all log the same names
+    if not last:
+        return {name: (hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32))}
     logits = head.logits(hidden[torch.tensor(last, device=hidden.device)].detach()).float()
     ending = logits.softmax(-1)[:, torch.tensor(list(ends), device=hidden.device)].sum(-1)
-    return {"completions/end_probability": (ending.sum(), torch.tensor(float(len(last)), device=hidden.device))}
+    return {name: (ending.sum(), torch.tensor(float(len(last)), device=hidden.device))}

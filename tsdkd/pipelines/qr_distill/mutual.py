@@ -111,9 +111,8 @@ class Mutual(nn.Module):
         """
         if len(states) < 2:
             raise ValueError(f"mutual distillation is between students, and the path has {len(states)}.")
-        projected = {
-            student: self.projections[student](state.to(self.projections[student].weight)) for student, state in states.items()
-        }
+        dtype = next(self.parameters()).dtype
+        projected = {student: self.projections[student](state.to(dtype)) for student, state in states.items()}
         scores = torch.cat([self.competence[student](projected[student].mean(0)) for student in projected])  # Eq. 6
         weights = dict(zip(projected, scores.softmax(0), strict=True))
         norm = torch.cat([state.detach().square().mean(-1) for state in projected.values()]).mean().sqrt()

@@ -48,7 +48,7 @@ def gumbel_on_off(
     check_positive("temperature", temperature)
     soft = ((logits if noise is None else logits + noise) / temperature).softmax(-1)[..., 1]
     hard = (soft > 0.5).to(soft.dtype)
-    return hard + soft - soft.detach(), soft
+    return hard + (soft - soft.detach()), soft
 
 
 class Router(nn.Module):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tsdkd.checks import check_choice, check_count, check_share
-from tsdkd.data.files import load_rows
+from tsdkd.pipelines.students import Inference, part_of
 from tsdkd.pipelines.twt.prompts import Task, task_of
 from tsdkd.pipelines.twt.sampling import DIVERSITY, QUALITY, VOICES
 from tsdkd.pipelines.twt.training import Training
@@ -71,26 +71,6 @@ class Compression:
         check_share("share", self.share)
         if self.by in ("fixed_length", "compressor") and not self.share:
             raise ValueError("compression: share: 0 keeps nothing; give the share of a rationale that stays.")
-
-
-@dataclass(frozen=True)
-class Inference:
-    """How students answer: greedily, as the paper's temperature 0 (its top-p 0.95 has no effect then).
-
-    Args:
-        max_tokens: of an answer.
-        batch_size: prompts at a time by transformers.
-        engine: `transformers`, or `vllm`.
-    """
-
-    max_tokens: int = 2048
-    batch_size: int = 64
-    engine: str = "transformers"
-
-    def __post_init__(self) -> None:
-        check_count("max_tokens", self.max_tokens)
-        check_count("batch_size", self.batch_size)
-        check_choice("engine", self.engine, ("transformers", "vllm"))
 
 
 @dataclass(frozen=True)
@@ -161,7 +141,7 @@ class TwTConfig:
         parts = {"sampling": Sampling, "compression": Compression, "training": Training, "inference": Inference}
         for name, part in parts.items():
             if name in own:
-                own[name] = _part(name, part, own[name])
+                own[name] = part_of(name, part, own[name])
         if not isinstance(own["teachers"], (list, tuple)):
             raise ValueError("teachers is a list, each with name, base_url and model.")
         own["teachers"] = tuple(APIModel.of(teacher) for teacher in own["teachers"])
@@ -184,35 +164,3 @@ class TwTConfig:
     def asked(self) -> tuple[APIModel, ...]:
         """The teachers that are asked."""
         return self.teachers[:1] if self.recipe in ("standard_kd", "step_by_step") else self.teachers
-
-
-def _part(name: str, part: Any, given: Any) -> Any:
-    known = [member.name for member in fields(part)]
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{name} is a mapping with {', '.join(known)}, not {given!r}.")
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"{name} has no {', '.join(unknown)}; there are: {', '.join(known)}.")
-    return part(**given)
-
-
-def problems_of(name: str, limit: int | None = None, labelled: bool = False) -> list[dict[str, Any]]:
-    """The rows of a file of problems: `question` (or `prompt`), and `label`, what it calls `answer`.
-
-    Raises:
-        ValueError: a row without a question, or without an answer where there must be one.
-    """
-    made = []
-    for number, row in enumerate(load_rows(str(Path(name).expanduser()) if Path(name).expanduser().exists() else name)):
-        if limit is not None and number >= limit:
-            break
-        question, label = row.get("question") or row.get("prompt"), row.get("answer")
-        label = None if isinstance(label, str) and not label.strip() else label
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"{name}, row {number} has no question; its columns are {', '.join(row)}.")
-        if labelled and label is None:
-            raise ValueError(f"{name}, row {number} has no answer to score by; its columns are {', '.join(row)}.")
-        made.append({"problem": number, "question": question, "label": None if label is None else str(label)})
-    if not made:
-        raise ValueError(f"{name} holds no problems.")
-    return made

@@ -5,19 +5,19 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from tsdkd.data.intervals import wilson_interval
-from tsdkd.data.rows import ScoreRow
-from tsdkd.pipelines.stage import Planned, Stage, Work, contents_of, digest_of
-from tsdkd.pipelines.twt.asking import ask, planned
-from tsdkd.pipelines.twt.config import TwTConfig, problems_of
+from tsdkd.data.answers import is_correct
+from tsdkd.pipelines.asking import ask, planned
+from tsdkd.pipelines.problems import problems_of
+from tsdkd.pipelines.stage import Planned, Stage, Work, contents_of
+from tsdkd.pipelines.students import student_answers, tokenizer_of
+from tsdkd.pipelines.tested import Tested
+from tsdkd.pipelines.twt.config import TwTConfig
 from tsdkd.pipelines.twt.labelling import TRIPLET, OfTwT
 from tsdkd.pipelines.twt.parsing import Unreadable, rewritten
-from tsdkd.pipelines.twt.training import lora_of, tokenizer_of, train, weighted
-from tsdkd.pipelines.twt.writing import marks, rationale_of, student_answers
-from tsdkd.provenance import provenance
+from tsdkd.pipelines.twt.training import lora_of, train, weighted
+from tsdkd.pipelines.twt.writing import rationale_of
 from tsdkd.rollouts.api_models import Asked
 from tsdkd.teachers.sources import refuse_unreadable
 
@@ -196,83 +196,22 @@ def _by_llmlingua(share: float, model: str) -> Callable[[str], str | Unreadable]
     return lambda text: compressor.compress_prompt([text], rate=share)["compressed_prompt"] or Unreadable("empty")
 
 
-class Tested(OfTwT):
-    """What the student as it starts and every trained one answer to the test problems, and whether it is right."""
+def tested(config: TwTConfig, students: Sequence[Stage]) -> Tested:
+    """What the student as it starts and every trained one answer to the test problems."""
+    task, marked = config.task, config.recipe in ("step_by_step", "tinyllm")
+    assert config.test is not None
 
-    def __init__(self, config: TwTConfig, students: Sequence[Stage]) -> None:
-        task, how = config.task, config.inference
-        super().__init__(
-            "tested", config, students, max_tokens=how.max_tokens, engine=how.engine, student=task.student, answer=task.answer
-        )
-        self.settings.update({"start": config.student, "start's files": contents_of(config.student)})
-        if config.recipe in ("step_by_step", "tinyllm"):
-            self.settings["mark"] = "[label] "
-        path = Path(config.test or "").expanduser()
-        self.files = [path] if path.is_file() else []
-        if not self.files:
-            self.settings.update({"test": config.test, "test's files": contents_of(config.test or "")})
+    def prompt(question: str, label: str) -> str:
+        return ("[label] " if marked and label != "start" else "") + task.filled("student", question=question)
 
-    def _problems(self) -> list[dict[str, Any]]:
-        assert self.config.test is not None
-        return problems_of(self.config.test, labelled=True)
-
-    def check(self) -> None:
-        self._problems()
-
-    def make(self, work: Work) -> None:
-        config, problems = self.config, self._problems()
-        students = [("start", config.student), *((stage.name, str(stage.output)) for stage in self.after)]
-        for label, student in students:
-            left = [row for row in problems if f"{label}/{row['problem']}" not in work.done]
-            mark = self.settings.get("mark", "") if label != "start" else ""
-            prompts = [mark + config.task.filled("student", question=row["question"]) for row in left]
-            for row, answer in zip(left, student_answers(student, prompts, config.inference), strict=True):
-                (right,) = [None] if config.task.is_code else marks([answer], [row["label"]], config.task)
-                work.add({"id": f"{label}/{row['problem']}", "student": label, **row, **answer, "right": right})
-                work.progress(len(work.done), len(students) * len(problems))
-        work.count("answers", len(work.done))
-
-
-class Scores(OfTwT):
-    """Accuracy and mean output tokens of each student, as rows; code is right once it has run, which is `tsdkd evaluate`'s."""
-
-    def __init__(self, config: TwTConfig, tested: Stage) -> None:
-        super().__init__("scores", config, [tested], recipe=config.recipe, training=config.training.settings)
-
-    def make(self, work: Work) -> None:
-        by_student: dict[str, list[dict[str, Any]]] = {}
-        for row in self.after[0].rows:
-            by_student.setdefault(row["student"], []).append(row)
-        students = {stage.name: stage.output for stage in self.after[0].after}
-        for label, answers in by_student.items():
-            made = {row.metric: row for row in self._rows(label, students.get(label), answers)}
-            for metric, score in made.items():
-                work.add({"id": f"{label}/{metric}", **score.to_json()})
-            right = f"{made['accuracy'].score:.1%} at " if "accuracy" in made else ""
-            work.counts[label] = f"{right}{made['tokens'].score:.1f} tokens"
-
-    def _rows(self, label: str, folder: Path | None, answers: list[dict[str, Any]]) -> list[ScoreRow]:
-        config, n = self.config, len(answers)
-        test = self.after[0].files
-        shared: dict[str, Any] = {
-            "task": config.task.name,
-            "requested": Path(config.test or "").name,
-            "task_digest": digest_of(test[0])[:16] if test else "",
-            "n": n,
-            "label": label,
-            "model": config.student if folder is None else folder.name,
-            "model_digest": contents_of(config.student) if folder is None else digest_of(folder)[:16],
-            "max_gen_toks": config.inference.max_tokens,
-            "settings": {"recipe": config.recipe, "engine": config.inference.engine, **config.training.settings},
-            "origin": provenance(config.seed),
-        }
-        tokens = sum(row["tokens"] for row in answers) / n
-        cut = {"cut": sum(not row["ended"] for row in answers)}
-        made = [ScoreRow(metric="tokens", score=tokens, main=False, higher_is_better=False, more=cut, **shared)]
-        if not config.task.is_code:
-            right = [row["right"] for row in answers]
-            low, high = wilson_interval(sum(right), n)
-            items = {"right": "".join("1" if mark else "0" for mark in right)}
-            more = {"low": low, "high": high}
-            made.append(ScoreRow(metric="accuracy", score=sum(right) / n, items=items, more=more, **shared))
-        return made
+    settings: dict[str, Any] = {"student": task.student, "answer": task.answer}
+    return Tested(
+        students,
+        config.test,
+        {"start": config.student},
+        lambda: {stage.name: stage.output for stage in students},
+        config.inference,
+        prompt,
+        None if task.is_code else lambda text, label: is_correct(text, label, task.answer),
+        **(settings | {"mark": "[label] "} if marked else settings),
+    )

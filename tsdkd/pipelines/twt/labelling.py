@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tsdkd.pipelines.asking import REPLIES, ask, planned
+from tsdkd.pipelines.problems import problems_of
 from tsdkd.pipelines.stage import Planned, Stage, Work, contents_of
-from tsdkd.pipelines.twt.asking import REPLIES, ask, planned
-from tsdkd.pipelines.twt.config import TwTConfig, problems_of
+from tsdkd.pipelines.twt.config import TwTConfig
 from tsdkd.pipelines.twt.parsing import Unreadable, parsed
 from tsdkd.pipelines.twt.sampling import Embedder, diverse, label_accuracy, quality, shares
 from tsdkd.rollouts.api_models import Asked

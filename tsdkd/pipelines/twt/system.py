@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tsdkd.pipelines.stage import Pipeline, Stage
+from tsdkd.pipelines.pipeline import Pipeline
+from tsdkd.pipelines.stage import Stage
+from tsdkd.pipelines.tested import Scores
 from tsdkd.pipelines.twt.config import TwTConfig
-from tsdkd.pipelines.twt.habits import Answers, Compressed, Scores, Student, Tested
+from tsdkd.pipelines.twt.habits import Answers, Compressed, Student, tested
 from tsdkd.pipelines.twt.labelling import Diversity, Labels, Quality, Triplets
 
 
@@ -41,8 +43,8 @@ def stages(config: TwTConfig) -> list[Stage]:
         made.append(last)
         students.append(last)
     if config.test is not None:
-        made.append(Tested(config, students))
-        made.append(Scores(config, made[-1]))
+        answered = tested(config, students)
+        made += [answered, Scores(answered, config.task.name, config.seed, recipe=config.recipe, **config.training.settings)]
     return made
 
 

@@ -14,6 +14,7 @@ import torch
 
 from tsdkd.checks import check_choice, check_count, check_positive
 from tsdkd.data import commits
+from tsdkd.pipelines.students import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -167,24 +168,6 @@ def train(
     del trainer, trained, model
     gc.collect()
     return {**said, "loss": round(losses[-1] if losses else result.training_loss, 4)}
-
-
-def tokenizer_of(student: str) -> Any:
-    """A student's tokenizer, padding with its end where it has nothing else for it.
-
-    Raises:
-        ValueError: it has no end, so no answer would.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
-    if tokenizer.eos_token is None:
-        raise ValueError(
-            f"the tokenizer of the student {student} has no eos_token, so no answer would end: set one and save it."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def rendered(row: dict[str, str], as_chat: bool) -> dict[str, Any]:

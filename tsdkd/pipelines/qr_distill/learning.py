@@ -1,0 +1,128 @@
+"""The stages that train (QR-Distill, 2.4 to 2.6): paths as vectors, students together, how paths were routed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tsdkd.data.answers import is_correct
+from tsdkd.pipelines.qr_distill.config import QRConfig
+from tsdkd.pipelines.qr_distill.paths import OfQR
+from tsdkd.pipelines.qr_distill.trainer import QRDistillTrainer
+from tsdkd.pipelines.stage import Stage, Work, contents_of
+from tsdkd.pipelines.students import tokenizer_of
+from tsdkd.pipelines.tested import Tested
+from tsdkd.teachers.sources import refuse_unreadable
+
+_AT_ONCE = 32
+ENCODINGS = "encodings.safetensors"
+
+
+class Encoded(OfQR):
+    """Every path by the frozen encoder, the mean of its last states over the path's tokens (Eq. 1)."""
+
+    is_folder = True
+
+    def __init__(self, config: QRConfig, paths: Stage) -> None:
+        super().__init__("encoded", config, [paths], encoder=config.encoder)
+        self.settings["encoder's files"] = contents_of(config.encoder)
+
+    def check(self) -> None:
+        refuse_unreadable(self.config.encoder)
+
+    @torch.no_grad()
+    def make(self, work: Work) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        assert work.folder is not None
+        name, rows = self.config.encoder, self.after[0].rows
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        # RoBERTa counts its positions from behind the padding's id.
+        shift = (tokenizer.pad_token_id or 0) + 1 if model.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        longest = min(int(getattr(model.config, "max_position_embeddings", 512)) - shift, tokenizer.model_max_length)
+        made = []
+        for start in range(0, len(rows), _AT_ONCE):
+            texts = [row["path"] for row in rows[start : start + _AT_ONCE]]
+            work.count("cut to the encoder's context", sum(len(ids) > longest for ids in tokenizer(texts)["input_ids"]))
+            inputs = tokenizer(texts, truncation=True, max_length=longest, padding=True, return_tensors="pt").to(device)
+            mask = inputs["attention_mask"].unsqueeze(-1)
+            states = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+            made.append(((states * mask).sum(1) / mask.sum(1)).cpu())
+            work.progress(min(start + _AT_ONCE, len(rows)), len(rows))
+        save_file({"encodings": torch.cat(made)}, work.folder / ENCODINGS)
+        work.count("paths", len(rows))
+        work.counts["width"] = made[0].shape[1]
+
+
+class Students(OfQR):
+    """All students, trained together on the filtered paths; `routing.jsonl` has where each path went at each step."""
+
+    is_folder = True
+
+    def __init__(self, config: QRConfig, paths: Stage, encoded: Stage) -> None:
+        super().__init__("students", config, [paths, encoded], students=list(config.students), seed=config.seed)
+        self.settings.update(config.training.settings)
+        self.settings["students' files"] = [contents_of(name) for name in config.students]
+
+    def check(self) -> None:
+        for name in self.config.students:
+            refuse_unreadable(name)
+            tokenizer_of(name)
+        if self.config.training.lora_r:
+            try:
+                import peft  # noqa: F401
+            except ImportError as error:
+                raise ValueError("lora_r needs the package peft: pip install 'tsdkd[peft]', or take lora_r: 0.") from error
+
+    def make(self, work: Work) -> None:
+        assert work.folder is not None
+        encodings = load_file(self.after[1].output / ENCODINGS)["encodings"]
+        config = self.config
+        run = work.folder / "run"
+        trainer = QRDistillTrainer(
+            config.students, self.after[0].rows, encodings, config.training, run, config.seed, work.progress
+        )
+        log = trainer.train()
+        trainer.save(work.folder)
+        lines = {"log.jsonl": log, "routing.jsonl": trainer.routed}
+        for name, rows in lines.items():
+            (work.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        import shutil
+
+        shutil.rmtree(run, ignore_errors=True)
+        work.count("paths", len(trainer.rows))
+        work.count("too long", trainer.too_long)
+        work.count("steps", len(log))
+        work.counts["loss"] = round(log[-1]["loss"], 4)
+        work.counts["projections' norm"] = f"{log[0]['norm']:.3g} → {log[-1]['norm']:.3g}"
+        for style, rates in routing_rates(trainer.routed).items():
+            work.counts[f"routed, {style}"] = " ".join(f"{rate:.0%}" for rate in rates)
+
+
+def routing_rates(routed: list[dict[str, Any]], by: str = "style") -> dict[str, list[float]]:
+    """How often each student was given paths, by style (the paper's Figure 4) or another column."""
+    found: dict[str, list[list[int]]] = {}
+    for row in routed:
+        found.setdefault(str(row[by]), []).append(row["to"])
+    return {name: [sum(column) / len(rows) for column in zip(*rows, strict=True)] for name, rows in sorted(found.items())}
+
+
+def tested(config: QRConfig, students: Stage) -> Tested:
+    """What every student answers before and after."""
+    assert config.test is not None
+    numbers = range(1, len(config.students) + 1)
+
+    def trained() -> Mapping[str, Path]:
+        return {f"student-{number}": students.output / f"student-{number}" for number in numbers}
+
+    starts = {f"start-{number}": name for number, name in zip(numbers, config.students, strict=True)}
+    right = lambda text, label: is_correct(text, label, config.answer)  # noqa: E731
+    asked = lambda question, label: question  # noqa: E731
+    return Tested([students], config.test, starts, trained, config.inference, asked, right, answer=config.answer)

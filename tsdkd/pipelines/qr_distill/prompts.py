@@ -1,0 +1,66 @@
+"""The six reasoning styles (QR-Distill, Figure 2), how a path ends, and what the judge is asked."""
+
+from __future__ import annotations
+
+import re
+
+# Figure 2; the field is called {question} here.
+STYLES = {
+    "vanilla": "Reason to solve the problem:\n{question}",
+    "chain_of_thought": "{question}\n\nLet's reason step by step, writing each reasoning step clearly before giving the final"
+    " answer.",
+    "tree_of_thought": "Think in a tree of thoughts: outline multiple solution paths and choose the most promising one to"
+    " derive the answer.\n{question}",
+    "program": "Use code to solve the following problem and print the final answer.\n{question}",
+    "fact_retrieval": "First retrieve some relevant facts from your knowledge, then use them to reason to the final answer.\n"
+    "{question}",
+    "backward": "Use forward reasoning to propose a candidate answer, then backward reasoning to verify it and provide the"
+    " final verified answer.\n{question}",
+}
+
+# The paper says not how a path's answer is found; nothing is guessed out of running text here, so it is asked for.
+ENDING = "\n\nEnd with a line: The answer is: ANSWER"
+ANSWER = r"(?i)the answer is[:\s]*\**\s*\$?(?:\\boxed\{)?([^\n$}*]+)"
+
+# The paper gives no prompt of the judge's.
+JUDGE = """Below are a question and a reasoning path that reaches the right answer. Does the path contain hallucinated or \
+spurious intermediate steps: invented facts, steps that do not follow, or an answer that does not follow from them?
+
+Question:
+{question}
+
+Reasoning path:
+{path}
+
+Think briefly, then end with one line, "Verdict: valid" or "Verdict: invalid"."""
+
+_VERDICT = re.compile(r"(?im)^[ \t*_#>]*verdict[*_]*[ \t]*:[*_ \t]*(valid|invalid)[*_ \t]*\.?[ \t]*$")
+
+
+def filled(template: str, **values: str) -> str:
+    """A template with its fields; braces in the values stay."""
+    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
+
+
+def check_template(name: str, template: object, fields: set[str]) -> None:
+    """Refuse a template that lacks a field, or has another.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not isinstance(template, str):
+        raise ValueError(f"the template {name} must be a text, not {template!r}.")
+    found = set(re.findall(r"\{(\w*)\}", template))
+    if found != fields:
+        raise ValueError(f"the template {name} has the fields {sorted(found)}; it needs {sorted(fields)}.")
+
+
+def verdict(text: str) -> bool | None:
+    """What a judge decided, by the last line of its form; None of a reply that states none, or both.
+
+    Example:
+        >>> verdict("Fine.\\nVerdict: valid"), verdict("Verdict: INVALID."), verdict("It is valid, I think.")
+        (True, False, None)
+    """
+    found = {match.lower() for match in _VERDICT.findall(text)}
+    return None if len(found) != 1 else found == {"valid"}

@@ -1,0 +1,380 @@
+"""Several students at once, a router that says which path teaches which, and what they learn from each other (2.4 to 2.6).
+
+Every draw of a step (order, gates, dropout) is made of the seed and the step's number, so a run that goes on repeats it.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tsdkd.checks import check_choice, check_count, check_positive, check_share, check_weight
+from tsdkd.data import commits
+from tsdkd.data.rendering import Rendering
+from tsdkd.pipelines.qr_distill.mutual import ALIGNMENTS, Mutual
+from tsdkd.pipelines.qr_distill.objective import ENTROPY_WEIGHT, MUTUAL_WEIGHT
+from tsdkd.pipelines.qr_distill.routing import Router, routing_entropy, temperature_at
+from tsdkd.pipelines.students import tokenizer_of
+from tsdkd.teachers.heads import head_of, last_hidden_state
+
+ROUTING = ("learned", "random", "all")
+
+
+@dataclass(frozen=True)
+class QRTraining:
+    """How students, router and projections are trained. The paper's where it says; else the authors' code's.
+
+    Args:
+        learning_rates: of each student (3.2: 5e-6 Mistral, 2e-4 Gemma).
+        auxiliary_learning_rate: of router and projections.
+        epochs, batch_size: over the paths; paths a step.
+        micro_batch: paths at a time; a step's values do not depend on it.
+        max_length: prompt and path, tokens; longer paths are left out and counted.
+        lora_r: rank of the adapters, merged at the end; 0 trains all weights.
+        entropy_weight, mutual_weight: λ1 and λ2 of Eq. 9.
+        temperature, last_temperature, schedule: of the gates, see `temperature_at`.
+        shared, alignment, normalise: see `Mutual`.
+        per_student: see `routing_entropy`.
+        routing: `learned`; `all`, every path to every student (without routing); `random`, a control: each gate on with `rate`.
+        rate: of `random`.
+    """
+
+    learning_rates: tuple[float, ...] = (5e-6, 2e-4)
+    auxiliary_learning_rate: float = 1e-4
+    epochs: int = 3
+    batch_size: int = 8
+    micro_batch: int = 8
+    max_length: int = 768
+    lora_r: int = 32
+    entropy_weight: float = ENTROPY_WEIGHT
+    mutual_weight: float = MUTUAL_WEIGHT
+    temperature: float = 1.0
+    last_temperature: float = 0.1
+    schedule: str = "exponential"
+    shared: int = 256
+    alignment: str = "characters"
+    normalise: bool = False
+    per_student: bool = False
+    routing: str = "learned"
+    rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        rates = self.learning_rates if isinstance(self.learning_rates, (list, tuple)) else (self.learning_rates,)
+        object.__setattr__(self, "learning_rates", tuple(rates))
+        for number, value in enumerate(self.learning_rates):
+            check_positive(f"learning_rates[{number}]", value)
+        for name in ("auxiliary_learning_rate", "temperature", "last_temperature"):
+            check_positive(name, getattr(self, name))
+        for name in ("epochs", "batch_size", "micro_batch", "max_length", "shared"):
+            check_count(name, getattr(self, name))
+        check_count("lora_r", self.lora_r, smallest=0)
+        check_weight("entropy_weight", self.entropy_weight)
+        check_weight("mutual_weight", self.mutual_weight)
+        check_choice("schedule", self.schedule, ("exponential", "linear", "constant"))
+        check_choice("alignment", self.alignment, ALIGNMENTS)
+        check_choice("routing", self.routing, ROUTING)
+        check_share("rate", self.rate)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What trained students depend on."""
+        return {name: value for name, value in asdict(self).items() if name != "micro_batch"}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A path as one student reads it: prompt and path with its end, and the characters of the path's own tokens."""
+
+    prompt: list[int]
+    path: list[int]
+    spans: list[tuple[int, int]]
+
+
+class Learner(nn.Module):
+    """One of the students.
+
+    Args:
+        name: of a model, or its folder.
+        lora_r: see `QRTraining`.
+        device: where it is.
+    """
+
+    def __init__(self, name: str, lora_r: int, device: torch.device) -> None:
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+
+        self.tokenizer = tokenizer_of(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        if lora_r:
+            from peft import LoraConfig, get_peft_model
+
+            adapter = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(model, adapter)
+        self.model, self.device = model.to(device), device
+        self.width = model.config.get_text_config().hidden_size
+
+    def tokens(self, rows: Sequence[Mapping[str, Any]]) -> list[Tokens]:
+        """Questions and paths as ids."""
+        tokenizer = self.tokenizer
+        as_chat = tokenizer.chat_template is not None
+        asked = [[{"role": "user", "content": r["question"]}] if as_chat else f"{r['question']}\n" for r in rows]
+        made = []
+        for row, prompt in zip(rows, Rendering(tokenizer, tokenizer).prompts(asked), strict=True):
+            found = tokenizer(row["path"], add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+            spans = [tuple(span) for span in found["offset_mapping"]] if tokenizer.is_fast else []
+            made.append(Tokens(prompt, [*found["input_ids"], tokenizer.eos_token_id], spans))
+        return made
+
+    def read(self, rows: Sequence[Tokens]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Each path's mean loss, `[rows]`, and the last hidden states of its own tokens, `[its tokens, width]`."""
+        texts = [row.prompt + row.path for row in rows]
+        longest = max(map(len, texts))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=self.device)
+        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=self.device)
+        hidden = last_hidden_state(self.model, ids, mask)
+        head, losses, states = head_of(self.model), [], []
+        for number, row in enumerate(rows):
+            start = len(row.prompt)
+            logits = head.logits(hidden[number, start - 1 : start - 1 + len(row.path)]).float()
+            losses.append(nn.functional.cross_entropy(logits, ids[number, start : start + len(row.path)]))
+            states.append(hidden[number, start : start + len(row.path) - 1])
+        return torch.stack(losses), states
+
+
+class QRDistillTrainer:
+    """Trains students, router and projections together, in one process.
+
+    Args:
+        students: their names or folders, at least two.
+        rows: the filtered paths, `problem`, `question`, `path`, `style`.
+        encodings: of the paths, `[rows, width]`, in their order.
+        options: see `QRTraining`.
+        folder: where checkpoints stand while it trains.
+        seed: of every draw.
+        progress: is told of steps.
+
+    Several GPUs hold a student each, in turn.
+
+    Raises:
+        ValueError: fewer than two students, another number of learning rates, or no path that fits.
+    """
+
+    def __init__(
+        self,
+        students: Sequence[str],
+        rows: Sequence[Mapping[str, Any]],
+        encodings: torch.Tensor,
+        options: QRTraining,
+        folder: Path,
+        seed: int = 0,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> None:
+        if len(students) < 2:
+            raise ValueError(f"QR-Distill trains at least two students together; {len(students)} was given.")
+        if len(options.learning_rates) != len(students):
+            raise ValueError(f"{len(students)} students have {len(options.learning_rates)} learning rates: give one each.")
+        if len(encodings) != len(rows):
+            raise ValueError(f"{len(rows)} paths have {len(encodings)} encodings.")
+        self.options, self.folder, self.seed, self.progress = options, Path(folder), seed, progress
+        torch.manual_seed(seed)
+        gpus = torch.cuda.device_count()
+        devices = [torch.device(f"cuda:{number % gpus}" if gpus else "cpu") for number in range(len(students))]
+        self.learners = [Learner(name, options.lora_r, device) for name, device in zip(students, devices, strict=True)]
+        made = [learner.tokens(rows) for learner in self.learners]
+        fits = [all(len(t[n].prompt) + len(t[n].path) <= options.max_length for t in made) for n in range(len(rows))]
+        self.too_long = len(rows) - sum(fits)
+        kept = [number for number, fit in enumerate(fits) if fit]
+        if not kept:
+            raise ValueError(f"no path fits into max_length={options.max_length}.")
+        self.rows, self.encodings = [rows[number] for number in kept], encodings[kept].float()
+        self.tokens = [[each[number] for number in kept] for each in made]
+        if options.alignment == "characters" and not all(learner.tokenizer.is_fast for learner in self.learners):
+            raise ValueError("alignment: characters needs fast tokenizers, which know their tokens' characters: take mean.")
+        self.router = Router(self.encodings.shape[1], len(students))
+        self.mutual = Mutual([learner.width for learner in self.learners], options.shared, options.alignment, options.normalise)
+        groups = [
+            {"params": [p for p in learner.parameters() if p.requires_grad], "lr": rate}
+            for learner, rate in zip(self.learners, options.learning_rates, strict=True)
+        ]
+        auxiliary = [*self.router.parameters(), *self.mutual.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            [*groups, {"params": auxiliary, "lr": options.auxiliary_learning_rate}], weight_decay=0.0
+        )
+        self.steps_of_epoch = -(-len(self.rows) // options.batch_size)
+        self.steps = self.steps_of_epoch * options.epochs
+        self.routed: list[dict[str, Any]] = []  # every step's gates
+
+    # ------------------------------------------------------------------ a step
+
+    def batch(self, step: int) -> list[int]:
+        """The paths of a step, in an order of its epoch's."""
+        epoch, place = divmod(step, self.steps_of_epoch)
+        order = list(range(len(self.rows)))
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        return order[place * self.options.batch_size : (place + 1) * self.options.batch_size]
+
+    def gates(self, numbers: Sequence[int], step: int) -> torch.Tensor:
+        """`[paths, students]`, of a step's paths."""
+        options, draws = self.options, torch.Generator().manual_seed(random.Random(f"{self.seed}/{step}").getrandbits(60))
+        shape = (len(numbers), len(self.learners))
+        if options.routing == "all":
+            return torch.ones(shape)
+        if options.routing == "random":
+            return (torch.rand(shape, generator=draws) < options.rate).float()
+        heat = temperature_at(step, self.steps, options.temperature, options.last_temperature, options.schedule)
+        return self.router(self.encodings[list(numbers)], heat, draws).alpha
+
+    def backward(self, numbers: Sequence[int], step: int) -> dict[str, Any]:
+        """A step's gradients, and what it came to; the same whatever `micro_batch` is."""
+        options, count = self.options, len(self.learners)
+        alpha = self.gates(numbers, step)
+        gates = alpha.detach().clone().requires_grad_()
+        given = gates.detach().sum(0).clamp(min=1.0)
+        together = [row for row in range(len(numbers)) if int((gates[row] > 0.5).sum()) > 1] if options.mutual_weight else []
+        distill, mutual, norm = torch.zeros(count), 0.0, 0.0
+        for start in range(0, len(numbers), options.micro_batch):
+            part = range(start, min(start + options.micro_batch, len(numbers)))
+            losses, states = self._read(numbers, part, gates)
+            loss = (gates[list(part)] * losses / given).sum()
+            distill += (gates[list(part)] * losses).sum(0).detach() / given
+            for row in (row for row in part if row in together):
+                found = {s: states[s][row] for s in range(count) if row in states[s] and gates[row, s] > 0.5}
+                spans = {s: self.tokens[s][numbers[row]].spans for s in found}
+                result = self.mutual({s: state.cpu() for s, state in found.items()}, spans)
+                loss = loss + options.mutual_weight * result.loss / len(together)
+                mutual, norm = mutual + result.loss.item() / len(together), norm + result.norm.item() / len(together)
+            loss.backward()
+        questions = [self.rows[number]["problem"] for number in numbers]
+        entropy = routing_entropy(alpha, questions, options.per_student)
+        if options.routing == "learned" and gates.grad is not None:
+            ((alpha * gates.grad).sum() - options.entropy_weight * entropy).backward()
+        total = distill.sum().item() - options.entropy_weight * entropy.item() + options.mutual_weight * mutual
+        rates = gates.detach().mean(0).tolist()
+        for row, number in enumerate(numbers):
+            about = {"step": step, "style": self.rows[number]["style"], "problem": self.rows[number]["problem"]}
+            self.routed.append({**about, "to": [int(value > 0.5) for value in gates[row].tolist()]})
+        return {
+            "loss": total,
+            "distill": distill.tolist(),
+            "entropy": entropy.item(),
+            "mutual": mutual,
+            "norm": norm,
+            "rates": rates,
+        }
+
+    def _read(self, numbers: Sequence[int], part: Sequence[int], gates: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
+        """`[paths, students]` losses, with gradient where a path is given, without where it is not (the router's gradient wants
+        their values), and the hidden states of those that are given."""
+        columns, states = [], []
+        for student, learner in enumerate(self.learners):
+            on = [row for row in part if gates[row, student] > 0.5]
+            off = [row for row in part if row not in on] if self.options.routing == "learned" else []
+            values: dict[int, torch.Tensor] = {}
+            own: dict[int, torch.Tensor] = {}
+            for rows, graded in ((on, True), (off, False)):
+                if not rows:
+                    continue
+                with torch.set_grad_enabled(graded):
+                    losses, hidden = learner.read([self.tokens[student][numbers[row]] for row in rows])
+                values.update(zip(rows, losses.cpu(), strict=True))
+                if graded:
+                    own = dict(zip(rows, hidden, strict=True))
+            columns.append(torch.stack([values.get(row, torch.zeros(())) for row in part]))
+            states.append(own)
+        return torch.stack(columns, 1), states
+
+    def train(self, save_every: int | None = None) -> list[dict[str, Any]]:
+        """All steps, or those that are left; each step's row.
+
+        Args:
+            save_every: steps between two checkpoints; None: an epoch.
+        """
+        every, log = save_every or self.steps_of_epoch, self._resume()
+        for step in range(len(log), self.steps):
+            torch.manual_seed(random.Random(f"{self.seed}/dropout/{step}").getrandbits(60))
+            for module in (*self.learners, self.router, self.mutual):
+                module.train()
+            self.optimizer.zero_grad(set_to_none=True)
+            row = self.backward(self.batch(step), step)
+            if not all(
+                torch.isfinite(p.grad).all() for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
+            ):
+                raise FloatingPointError(
+                    f"step {step + 1}: NaN or Inf in a gradient; the step was not made. Lower the learning rate."
+                )
+            self.optimizer.step()
+            log.append({"step": step + 1, **row})
+            self.progress(step + 1, self.steps)
+            if (step + 1) % every == 0 and step + 1 < self.steps:
+                self._checkpoint(log)
+        return log
+
+    # ------------------------------------------------------------------ checkpoints and students
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        """Everything that is trained, by name."""
+        parts = {f"student-{number}": learner.model for number, learner in enumerate(self.learners, 1)}
+        parts.update(router=self.router, mutual=self.mutual)
+        return {
+            f"{part}/{name}": p for part, module in parts.items() for name, p in module.named_parameters() if p.requires_grad
+        }
+
+    def _checkpoint(self, log: list[dict[str, Any]]) -> None:
+        import json
+
+        root, place = self.folder / commits.SAVING, self.folder / f"checkpoint-{len(log)}"
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+        named = self._named()
+        save_file({name: p.detach().cpu().contiguous() for name, p in named.items()}, root / "weights.safetensors")
+        moments = {
+            f"{name}/{key}": value.detach().cpu().reshape(-1).contiguous()
+            for name, p in named.items()
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
+        save_file(moments, root / "optimizer.safetensors")
+        (root / "log.json").write_text(json.dumps({"log": log, "routed": self.routed}))
+        commits.write_manifest(root, {"step": len(log)})
+        commits.put(root, place)
+        for older in commits.checkpoints(self.folder)[1:]:
+            shutil.rmtree(older, ignore_errors=True)
+
+    def _resume(self) -> list[dict[str, Any]]:
+        """Go on from the newest whole checkpoint, where there is one; its log."""
+        import json
+
+        checkpoint, _ = commits.newest(self.folder)
+        if checkpoint is None:
+            self.routed = []
+            return []
+        weights, moments = load_file(checkpoint / "weights.safetensors"), load_file(checkpoint / "optimizer.safetensors")
+        with torch.no_grad():
+            for name, p in self._named().items():
+                p.copy_(weights[name])
+                state = {key.rpartition("/")[2]: value for key, value in moments.items() if key.rpartition("/")[0] == name}
+                if state:
+                    shapes = {key: () if key == "step" else tuple(p.shape) for key in state}
+                    placed = {key: value.to("cpu" if key == "step" else p.device) for key, value in state.items()}
+                    self.optimizer.state[p] = {key: value.reshape(shapes[key]) for key, value in placed.items()}
+        kept = json.loads((checkpoint / "log.json").read_text())
+        self.routed = kept["routed"]
+        return kept["log"]
+
+    def save(self, folder: Path) -> None:
+        """Every student's folder, adapters merged, and the router and projections beside them."""
+        for number, learner in enumerate(self.learners, 1):
+            model = learner.model.merge_and_unload() if self.options.lora_r else learner.model
+            model.config.use_cache = True
+            model.save_pretrained(folder / f"student-{number}")
+            learner.tokenizer.save_pretrained(folder / f"student-{number}")
+        for name, module in (("router", self.router), ("mutual", self.mutual)):
+            save_file({key: value.contiguous() for key, value in module.state_dict().items()}, folder / f"{name}.safetensors")
