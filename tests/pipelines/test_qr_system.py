@@ -159,6 +159,8 @@ def test_a_real_encoder(made):
         ({"judge": {"name": "t", "base_url": "http://127.0.0.1:1/v1", "model": "m"}}, "both called t"),
         ({"keep_doubtful": "yes"}, "keep_doubtful='yes'"),
         ({"seed": "x"}, "seed='x'"),
+        ({"training": {"per_student": "false", "learning_rates": [1, 1]}}, "per_student='false'"),
+        ({"styles": {1: "{question}"}}, "a style is called 1"),
     ],
 )
 def test_bad_recipes_are_told(made, more, told):
@@ -180,6 +182,61 @@ def test_bad_data_are_told(made, tmp_path):
     stub.answer = lambda body, times: reply("Verdict: invalid") if body["model"] == "judge" else answer(body, times)
     with pytest.raises(ValueError, match="the judge keeps none of 30 paths"):
         run(mapping())
+
+
+@pytest.mark.parametrize(
+    "text,label,said",
+    [
+        ("The answer is: 17", "17", True),
+        ("The answer is 17.", "17.0", True),
+        ("**The answer is:** **17**", "17", True),
+        ("x\nThe answer is: $17$.", "17", True),
+        (r"The answer is: \(17\)", "17", True),
+        (r"The answer is: $\boxed{\frac{1}{2}}$", r"\frac{1}{2}", True),
+        (r"So \boxed{\frac{1}{2}}.", "0.5", True),
+        (r"The answer is: $\frac{1}{2}$", "1/2", True),
+        (r"The answer is: $x^{2}+1$", "1+x^2", True),
+        ("#### 17", "12+5=17\n#### 17", True),
+        ("The answer is: (B) Paris", "B", True),
+        ("The answer is: B.", "B", True),
+        ("The answer is: option b", "B", True),
+        ("The answer is: yes.", "Yes", True),
+        ("The answer is: 17\nSo the answer is correct.", "17", True),
+        ("The answer is: $2$ or $3$", "2", False),
+        (r"The answer is: 3$\sqrt{2}$", "3", False),
+        ("The answer is: 2*3", "2", False),
+        ("The answer is: Because", "B", False),
+        ("It is 17.", "17", False),
+        ("", "17", False),
+    ],
+)
+def test_answers_as_teachers_write_them(text, label, said):
+    from tsdkd.pipelines.qr_distill.grading import right
+
+    assert right(text, label, ANSWER) is said
+
+
+def test_an_encoder_without_a_padding_token(made, tmp_path):
+    _, mapping = made
+    from transformers import AutoTokenizer
+
+    folder = save_tiny(tmp_path / "decoder", seed=3, positions=256)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    _, said = run(mapping(encoder=folder), until="encoded")
+    assert "width 32" in said[-1]
+
+
+def test_a_request_to_the_judge_that_failed_is_no_doubtful_verdict(made):
+    stub, mapping = made
+
+    def failing(body, times):
+        return 400 if body["model"] == "judge" and "Start with" in str(body) else answer(body, times)
+
+    stub.answer = failing
+    line, _ = run(mapping(keep_doubtful=True, allow_failed=0.5), until="judged")
+    assert len(rows(line, "judged")) == 18 and "chain_of_thought" not in {row["style"] for row in rows(line, "judged")}
 
 
 def test_verdicts_and_the_papers_styles():

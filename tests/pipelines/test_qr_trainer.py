@@ -140,6 +140,54 @@ def test_the_router_learns_to_send_a_path_to_whom_it_helps(students, tmp_path):
     assert (on[:, 1] > on[:, 0]).tolist() == [True, False, True, False]
 
 
+def test_the_trainers_router_gradient_is_the_objectives(students, tmp_path):
+    made = trainer(students, tmp_path, mutual_weight=0.0, micro_batch=4)
+    numbers = made.batch(0)
+    made.backward(numbers, 0)
+    found = {name: p.grad.clone() for name, p in made.router.named_parameters()}
+    with torch.no_grad():
+        losses = torch.stack(
+            [learner.read([each[n] for n in numbers])[0] for learner, each in zip(made.learners, made.tokens, strict=True)], 1
+        )
+    made.router.zero_grad()
+    from tsdkd.pipelines.qr_distill import qr_objective
+
+    alpha = made.gates(numbers, 0)
+    qr_objective(losses, alpha, [made.rows[n]["problem"] for n in numbers], mutual_weight=0.0).loss.backward()
+    for name, p in made.router.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_questions_paths_stand_together_and_every_path_is_read_once_an_epoch(students, tmp_path):
+    made = trainer(students, tmp_path, batch_size=4)
+    for epoch in range(2):
+        batches = [made.batch(epoch * made.steps_of_epoch + step) for step in range(made.steps_of_epoch)]
+        assert sorted(n for batch in batches for n in batch) == list(range(12))
+        assert all(len({ROWS[n]["problem"] for n in batch}) == 2 for batch in batches)  # two paths a question here
+    assert made.batch(0) != made.batch(made.steps_of_epoch)
+
+
+def test_a_checkpoint_of_another_run_is_refused(students, tmp_path):
+    made = trainer(students, tmp_path)
+    made.steps = 2
+    made.train(save_every=1)
+    for given, told in (
+        ({"seed": 1}, "seed"),
+        ({"routing": "all"}, "routing"),
+        ({"shared": 4}, "shared"),
+        ({"rows": ROWS[::-1]}, "rows"),
+    ):
+        with pytest.raises(ValueError, match=f"is of another run.*{told}"):
+            trainer(students, tmp_path, **given).train()
+
+
+def test_a_students_context_is_a_limit_too(students, tmp_path):
+    short = [save_tiny(tmp_path / "c", seed=1, positions=100), students[1]]
+    rows = [*ROWS[:-1], {**ROWS[-1], "path": "1+1=2\n" * 20}]
+    made = trainer(short, tmp_path / "r", rows=rows)
+    assert made.too_long == 1 and made.learners[0].context == 100
+
+
 def test_random_routing_has_its_rate_and_moves_no_router(students, tmp_path):
     rows, encodings = ROWS * 10, ENCODINGS.repeat(10, 1)
     made = trainer(students, tmp_path, rows=rows, encodings=encodings, routing="random", rate=0.3, batch_size=120)

@@ -65,6 +65,7 @@ class QRConfig:
             ValueError: an unknown field, one that is missing, or a value that cannot work.
         """
         known = [member.name for member in fields(cls)]
+        given = {str(name): value for name, value in given.items() if value is not None or name in ("judge", "test", "limit")}
         unknown = sorted(set(given) - set(known))
         missing = [name for name in ("students", "problems", "teacher") if not given.get(name)]
         if unknown or missing:
@@ -97,6 +98,8 @@ class QRConfig:
         if not isinstance(self.styles, Mapping) or not self.styles:
             raise ValueError(f"styles is a mapping of names to templates, not {self.styles!r}.")
         for name, template in self.styles.items():
+            if not isinstance(name, str):
+                raise ValueError(f"a style is called {name!r}: its name must be a text.")
             check_template(f"styles.{name}", template, {"question"})
         check_template("judge_prompt", self.judge_prompt, {"question", "path"})
         try:

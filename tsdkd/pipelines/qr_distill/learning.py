@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tsdkd.data.answers import is_correct
 from tsdkd.pipelines.qr_distill.config import QRConfig
+from tsdkd.pipelines.qr_distill.grading import right
 from tsdkd.pipelines.qr_distill.paths import OfQR
 from tsdkd.pipelines.qr_distill.trainer import QRDistillTrainer
 from tsdkd.pipelines.stage import Stage, Work, contents_of
@@ -34,16 +34,18 @@ class Encoded(OfQR):
 
     def check(self) -> None:
         refuse_unreadable(self.config.encoder)
+        _encoders_tokenizer(self.config.encoder)
 
     @torch.no_grad()
     def make(self, work: Work) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         assert work.folder is not None
         name, rows = self.config.encoder, self.after[0].rows
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
+        tokenizer = _encoders_tokenizer(name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        encoder = model.get_encoder() if model.config.is_encoder_decoder else model
         # RoBERTa counts its positions from behind the padding's id.
         shift = (tokenizer.pad_token_id or 0) + 1 if model.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
         longest = min(int(getattr(model.config, "max_position_embeddings", 512)) - shift, tokenizer.model_max_length)
@@ -53,12 +55,24 @@ class Encoded(OfQR):
             work.count("cut to the encoder's context", sum(len(ids) > longest for ids in tokenizer(texts)["input_ids"]))
             inputs = tokenizer(texts, truncation=True, max_length=longest, padding=True, return_tensors="pt").to(device)
             mask = inputs["attention_mask"].unsqueeze(-1)
-            states = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+            states = encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
             made.append(((states * mask).sum(1) / mask.sum(1)).cpu())
             work.progress(min(start + _AT_ONCE, len(rows)), len(rows))
         save_file({"encodings": torch.cat(made)}, work.folder / ENCODINGS)
         work.count("paths", len(rows))
         work.counts["width"] = made[0].shape[1]
+
+
+def _encoders_tokenizer(name: str) -> Any:
+    """An encoder's tokenizer; one without a padding token pads with its end, which the mask leaves out."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer of the encoder {name} has no token to pad with: set its pad_token, and save it.")
+    return tokenizer
 
 
 class Students(OfQR):
@@ -74,7 +88,12 @@ class Students(OfQR):
     def check(self) -> None:
         for name in self.config.students:
             refuse_unreadable(name)
-            tokenizer_of(name)
+        tokenizers = [tokenizer_of(name) for name in self.config.students]
+        how = self.config.training.alignment
+        if how == "characters" and not all(tokenizer.is_fast for tokenizer in tokenizers):
+            raise ValueError("alignment: characters needs fast tokenizers, which know their tokens' characters: take mean.")
+        if how == "tokens" and len({json.dumps(tokenizer.get_vocab(), sort_keys=True) for tokenizer in tokenizers}) > 1:
+            raise ValueError("alignment: tokens is for students of one tokenizer, and theirs differ: take characters or mean.")
         if self.config.training.lora_r:
             try:
                 import peft  # noqa: F401
@@ -99,6 +118,7 @@ class Students(OfQR):
         shutil.rmtree(run, ignore_errors=True)
         work.count("paths", len(trainer.rows))
         work.count("too long", trainer.too_long)
+        work.count("without a common piece", len(trainer.unaligned))
         work.count("steps", len(log))
         work.counts["loss"] = round(log[-1]["loss"], 4)
         work.counts["projections' norm"] = f"{log[0]['norm']:.3g} → {log[-1]['norm']:.3g}"
@@ -123,6 +143,10 @@ def tested(config: QRConfig, students: Stage) -> Tested:
         return {f"student-{number}": students.output / f"student-{number}" for number in numbers}
 
     starts = {f"start-{number}": name for number, name in zip(numbers, config.students, strict=True)}
-    right = lambda text, label: is_correct(text, label, config.answer)  # noqa: E731
-    asked = lambda question, label: question  # noqa: E731
-    return Tested([students], config.test, starts, trained, config.inference, asked, right, answer=config.answer)
+
+    def asked(question: str, label: str) -> str:
+        return question + config.ending if label in starts else question  # nobody has told those how an answer is stated
+
+    marked = lambda text, label: right(text, label, config.answer)  # noqa: E731
+    settings = {"answer": config.answer, "ending": config.ending}
+    return Tested([students], config.test, starts, trained, config.inference, asked, marked, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,11 +71,10 @@ def aligned(
 
 
 def _covering(pieces: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int | None]:
-    """Which token covers each piece."""
-    found: list[int | None] = []
-    for a, b in pieces:
-        found.append(next((token for token, (start, stop) in enumerate(spans) if start <= a and b <= stop), None))
-    return found
+    """Which token covers each piece; of several with one span the last, which has read them all."""
+    starts = [start for start, _ in spans]
+    last = [bisect_right(starts, a) - 1 for a, _ in pieces]
+    return [token if token >= 0 and spans[token][1] >= b else None for token, (_, b) in zip(last, pieces, strict=True)]
 
 
 class Mutual(nn.Module):

@@ -29,6 +29,28 @@ class Objective:
     mutual: torch.Tensor
 
 
+def baseline(losses: torch.Tensor, on: torch.Tensor) -> torch.Tensor:
+    """`[students]`, the mean loss of what each student is given; of all, where that is nothing; without gradient."""
+    values, given = losses.detach(), on.sum(0)
+    return torch.where(given > 0, (values * on).sum(0) / given.clamp(min=1), values.mean(0))
+
+
+def mean_of_given(losses: torch.Tensor, alpha: torch.Tensor, given: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """`[students]`, the mean loss over the paths that each is given, or its part of some of them; 0 of a student without any.
+
+    Its gradient for a gate is (loss − mean) / given, that of the mean itself: a path that is harder than those that a student
+    is given is pushed away, an easier one drawn in. A divisor held fixed would leave loss / given, which is above 0 for every
+    path, so that the router would learn to teach nobody.
+
+    Args:
+        losses, alpha: `[paths, students]`.
+        given: `[students]`, how many paths each is given, in all.
+        base: see `baseline`.
+    """
+    share = (alpha.detach() > 0.5).sum(0) / given.clamp(min=1)
+    return (alpha * (losses - base)).sum(0) / given.clamp(min=1) + share * base
+
+
 def qr_objective(
     losses: torch.Tensor,
     alpha: torch.Tensor,
@@ -60,8 +82,8 @@ def qr_objective(
             f"losses {tuple(losses.shape)}, gates {tuple(alpha.shape)} and {len(questions)} questions: one row a path, one "
             "column a student."
         )
-    given = alpha.detach().sum(0).clamp(min=1.0)  # a student that is given nothing has a loss of 0
-    distill = (alpha * losses).sum(0) / given
+    on = alpha.detach() > 0.5
+    distill = mean_of_given(losses, alpha, on.sum(0), baseline(losses, on))
     entropy = routing_entropy(alpha, questions, per_student)
     together = torch.stack(list(mutual)).mean() if len(mutual) else losses.new_zeros(())
     return Objective(distill.sum() - entropy_weight * entropy + mutual_weight * together, distill, entropy, together)

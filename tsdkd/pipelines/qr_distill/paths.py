@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tsdkd.data.answers import is_correct
 from tsdkd.pipelines.asking import REPLIES, ask, planned
 from tsdkd.pipelines.problems import problems_of
 from tsdkd.pipelines.qr_distill.config import QRConfig
+from tsdkd.pipelines.qr_distill.grading import right
 from tsdkd.pipelines.qr_distill.prompts import filled, verdict
 from tsdkd.pipelines.stage import Planned, Stage, Work, contents_of
 from tsdkd.rollouts.api_models import APIModel, Asked
@@ -92,11 +92,11 @@ class Correct(OfQR):
     def make(self, work: Work) -> None:
         wrong: Counter[str] = Counter()
         for row in self.after[0].rows:
-            if row["finish"] == "length":
+            if row.get("finish") == "length":
                 wrong["cut"] += 1
             elif not row["path"].strip():
                 wrong["empty"] += 1
-            elif is_correct(row["path"], row["label"], self.config.answer):
+            elif right(row["path"], row["label"], self.config.answer):
                 work.add(row)
                 work.count(f"right, {row['style']}")
             else:
@@ -143,7 +143,8 @@ class Judged(OfQR):
             found: list[bool | None] = [True] * len(rows)
         else:
             replies = self.ask(self.config.judge, self._asked(), work)
-            found = [None if "error" in reply else verdict(reply["text"]) for reply in replies]
+            failed = ["error" in reply for reply in replies]
+            found = [False if bad else verdict(reply["text"]) for bad, reply in zip(failed, replies, strict=True)]
         for row, sound in zip(rows, found, strict=True):
             said = {True: "valid", False: "invalid", None: "doubtful"}[sound]
             work.count(f"{said}, {row['style']}")

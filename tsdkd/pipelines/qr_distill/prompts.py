@@ -20,7 +20,7 @@ STYLES = {
 
 # The paper says not how a path's answer is found; nothing is guessed out of running text here, so it is asked for.
 ENDING = "\n\nEnd with a line: The answer is: ANSWER"
-ANSWER = r"(?i)the answer is[:\s]*\**\s*\$?(?:\\boxed\{)?([^\n$}*]+)"
+ANSWER = r"(?im)^[ \t>*_#]*the answer is[:*_ \t]*([^\n]+)$"
 
 # The paper gives no prompt of the judge's.
 JUDGE = """Below are a question and a reasoning path that reaches the right answer. Does the path contain hallucinated or \
@@ -56,7 +56,7 @@ def check_template(name: str, template: object, fields: set[str]) -> None:
 
 
 def verdict(text: str) -> bool | None:
-    """What a judge decided, by the last line of its form; None of a reply that states none, or both.
+    """What a judge decided, by its lines of that form; None of a reply that has none, or two that differ.
 
     Example:
         >>> verdict("Fine.\\nVerdict: valid"), verdict("Verdict: INVALID."), verdict("It is valid, I think.")

@@ -5,6 +5,8 @@ Every draw of a step (order, gates, dropout) is made of the seed and the step's 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,16 +16,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from tsdkd.checks import check_choice, check_count, check_positive, check_share, check_weight
 from tsdkd.data import commits
-from tsdkd.data.rendering import Rendering
+from tsdkd.pipelines.qr_distill.learners import Learner
 from tsdkd.pipelines.qr_distill.mutual import ALIGNMENTS, Mutual
-from tsdkd.pipelines.qr_distill.objective import ENTROPY_WEIGHT, MUTUAL_WEIGHT
+from tsdkd.pipelines.qr_distill.objective import ENTROPY_WEIGHT, MUTUAL_WEIGHT, baseline, mean_of_given
 from tsdkd.pipelines.qr_distill.routing import Router, routing_entropy, temperature_at
-from tsdkd.pipelines.students import tokenizer_of
-from tsdkd.teachers.heads import head_of, last_hidden_state
 
 ROUTING = ("learned", "random", "all")
 
@@ -36,7 +35,7 @@ class QRTraining:
         learning_rates: of each student (3.2: 5e-6 Mistral, 2e-4 Gemma).
         auxiliary_learning_rate: of router and projections.
         epochs, batch_size: over the paths; paths a step.
-        micro_batch: paths at a time; a step's values do not depend on it.
+        micro_batch: paths at a time; a step's values depend on it by dropout alone.
         max_length: prompt and path, tokens; longer paths are left out and counted.
         lora_r: rank of the adapters, merged at the end; 0 trains all weights.
         entropy_weight, mutual_weight: λ1 and λ2 of Eq. 9.
@@ -82,72 +81,14 @@ class QRTraining:
         check_choice("alignment", self.alignment, ALIGNMENTS)
         check_choice("routing", self.routing, ROUTING)
         check_share("rate", self.rate)
+        for name in ("normalise", "per_student"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
 
     @property
     def settings(self) -> dict[str, Any]:
         """What trained students depend on."""
         return {name: value for name, value in asdict(self).items() if name != "micro_batch"}
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A path as one student reads it: prompt and path with its end, and the characters of the path's own tokens."""
-
-    prompt: list[int]
-    path: list[int]
-    spans: list[tuple[int, int]]
-
-
-class Learner(nn.Module):
-    """One of the students.
-
-    Args:
-        name: of a model, or its folder.
-        lora_r: see `QRTraining`.
-        device: where it is.
-    """
-
-    def __init__(self, name: str, lora_r: int, device: torch.device) -> None:
-        super().__init__()
-        from transformers import AutoModelForCausalLM
-
-        self.tokenizer = tokenizer_of(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        if lora_r:
-            from peft import LoraConfig, get_peft_model
-
-            adapter = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
-            model = get_peft_model(model, adapter)
-        self.model, self.device = model.to(device), device
-        self.width = model.config.get_text_config().hidden_size
-
-    def tokens(self, rows: Sequence[Mapping[str, Any]]) -> list[Tokens]:
-        """Questions and paths as ids."""
-        tokenizer = self.tokenizer
-        as_chat = tokenizer.chat_template is not None
-        asked = [[{"role": "user", "content": r["question"]}] if as_chat else f"{r['question']}\n" for r in rows]
-        made = []
-        for row, prompt in zip(rows, Rendering(tokenizer, tokenizer).prompts(asked), strict=True):
-            found = tokenizer(row["path"], add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-            spans = [tuple(span) for span in found["offset_mapping"]] if tokenizer.is_fast else []
-            made.append(Tokens(prompt, [*found["input_ids"], tokenizer.eos_token_id], spans))
-        return made
-
-    def read(self, rows: Sequence[Tokens]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Each path's mean loss, `[rows]`, and the last hidden states of its own tokens, `[its tokens, width]`."""
-        texts = [row.prompt + row.path for row in rows]
-        longest = max(map(len, texts))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=self.device)
-        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=self.device)
-        hidden = last_hidden_state(self.model, ids, mask)
-        head, losses, states = head_of(self.model), [], []
-        for number, row in enumerate(rows):
-            start = len(row.prompt)
-            logits = head.logits(hidden[number, start - 1 : start - 1 + len(row.path)]).float()
-            losses.append(nn.functional.cross_entropy(logits, ids[number, start : start + len(row.path)]))
-            states.append(hidden[number, start : start + len(row.path) - 1])
-        return torch.stack(losses), states
 
 
 class QRDistillTrainer:
@@ -190,15 +131,22 @@ class QRDistillTrainer:
         devices = [torch.device(f"cuda:{number % gpus}" if gpus else "cpu") for number in range(len(students))]
         self.learners = [Learner(name, options.lora_r, device) for name, device in zip(students, devices, strict=True)]
         made = [learner.tokens(rows) for learner in self.learners]
-        fits = [all(len(t[n].prompt) + len(t[n].path) <= options.max_length for t in made) for n in range(len(rows))]
+        limits = [min(options.max_length, learner.context) for learner in self.learners]
+        sizes = [[len(each[n].prompt) + len(each[n].path) for each in made] for n in range(len(rows))]
+        fits = [all(size <= limit for size, limit in zip(own, limits, strict=True)) for own in sizes]
         self.too_long = len(rows) - sum(fits)
         kept = [number for number, fit in enumerate(fits) if fit]
         if not kept:
-            raise ValueError(f"no path fits into max_length={options.max_length}.")
+            raise ValueError(f"no path fits into max_length={options.max_length} and the students' contexts ({limits}).")
         self.rows, self.encodings = [rows[number] for number in kept], encodings[kept].float()
         self.tokens = [[each[number] for number in kept] for each in made]
         if options.alignment == "characters" and not all(learner.tokenizer.is_fast for learner in self.learners):
             raise ValueError("alignment: characters needs fast tokenizers, which know their tokens' characters: take mean.")
+        self.of_question: dict[Any, list[int]] = {}
+        for number, row in enumerate(self.rows):
+            self.of_question.setdefault(row["problem"], []).append(number)
+        self.unaligned: set[int] = set()  # paths of which no piece is a token's of every student
+        self._values = torch.zeros(0)
         self.router = Router(self.encodings.shape[1], len(students))
         self.mutual = Mutual([learner.width for learner in self.learners], options.shared, options.alignment, options.normalise)
         groups = [
@@ -216,10 +164,11 @@ class QRDistillTrainer:
     # ------------------------------------------------------------------ a step
 
     def batch(self, step: int) -> list[int]:
-        """The paths of a step, in an order of its epoch's."""
+        """The paths of a step, in an order of its epoch's; those of a question stand together, since Eq. 3 is over them."""
         epoch, place = divmod(step, self.steps_of_epoch)
-        order = list(range(len(self.rows)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        questions = list(self.of_question)
+        random.Random(f"{self.seed}/{epoch}").shuffle(questions)
+        order = [number for question in questions for number in self.of_question[question]]
         return order[place * self.options.batch_size : (place + 1) * self.options.batch_size]
 
     def gates(self, numbers: Sequence[int], step: int) -> torch.Tensor:
@@ -238,18 +187,24 @@ class QRDistillTrainer:
         options, count = self.options, len(self.learners)
         alpha = self.gates(numbers, step)
         gates = alpha.detach().clone().requires_grad_()
-        given = gates.detach().sum(0).clamp(min=1.0)
+        on = gates.detach() > 0.5
+        given, base = on.sum(0), self._baseline(numbers, on)
         together = [row for row in range(len(numbers)) if int((gates[row] > 0.5).sum()) > 1] if options.mutual_weight else []
         distill, mutual, norm = torch.zeros(count), 0.0, 0.0
         for start in range(0, len(numbers), options.micro_batch):
             part = range(start, min(start + options.micro_batch, len(numbers)))
             losses, states = self._read(numbers, part, gates)
-            loss = (gates[list(part)] * losses / given).sum()
-            distill += (gates[list(part)] * losses).sum(0).detach() / given
+            each = mean_of_given(losses, gates[list(part)], given, base)
+            loss = each.sum()
+            distill += each.detach()
             for row in (row for row in part if row in together):
                 found = {s: states[s][row] for s in range(count) if row in states[s] and gates[row, s] > 0.5}
                 spans = {s: self.tokens[s][numbers[row]].spans for s in found}
-                result = self.mutual({s: state.cpu() for s, state in found.items()}, spans)
+                try:
+                    result = self.mutual({s: state.cpu() for s, state in found.items()}, spans)
+                except ValueError:  # no piece of it is every student's
+                    self.unaligned.add(numbers[row])
+                    continue
                 loss = loss + options.mutual_weight * result.loss / len(together)
                 mutual, norm = mutual + result.loss.item() / len(together), norm + result.norm.item() / len(together)
             loss.backward()
@@ -271,23 +226,35 @@ class QRDistillTrainer:
             "rates": rates,
         }
 
+    def _baseline(self, numbers: Sequence[int], on: torch.Tensor) -> torch.Tensor:
+        """Every path's loss by every student, without dropout and without gradient, for the router's gradient; and `baseline`.
+        Where the router learns nothing, neither is read."""
+        if self.options.routing != "learned":
+            return torch.zeros(len(self.learners))
+        columns = []
+        for student, learner in enumerate(self.learners):
+            learner.model.eval()
+            values = []
+            for start in range(0, len(numbers), self.options.micro_batch):
+                some = [self.tokens[student][number] for number in numbers[start : start + self.options.micro_batch]]
+                with torch.no_grad():
+                    values.append(learner.read(some)[0].cpu())
+            learner.model.train()
+            columns.append(torch.cat(values))
+        self._values = torch.stack(columns, 1)
+        return baseline(self._values, on)
+
     def _read(self, numbers: Sequence[int], part: Sequence[int], gates: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
-        """`[paths, students]` losses, with gradient where a path is given, without where it is not (the router's gradient wants
-        their values), and the hidden states of those that are given."""
+        """`[paths, students]` losses, with gradient where a path is given, and the hidden states of those."""
         columns, states = [], []
         for student, learner in enumerate(self.learners):
             on = [row for row in part if gates[row, student] > 0.5]
-            off = [row for row in part if row not in on] if self.options.routing == "learned" else []
-            values: dict[int, torch.Tensor] = {}
+            values = {row: self._values[row, student] for row in part} if self.options.routing == "learned" else {}
             own: dict[int, torch.Tensor] = {}
-            for rows, graded in ((on, True), (off, False)):
-                if not rows:
-                    continue
-                with torch.set_grad_enabled(graded):
-                    losses, hidden = learner.read([self.tokens[student][numbers[row]] for row in rows])
-                values.update(zip(rows, losses.cpu(), strict=True))
-                if graded:
-                    own = dict(zip(rows, hidden, strict=True))
+            if on:
+                losses, hidden = learner.read([self.tokens[student][numbers[row]] for row in on])
+                values.update(zip(on, losses.cpu(), strict=True))
+                own = dict(zip(on, hidden, strict=True))
             columns.append(torch.stack([values.get(row, torch.zeros(())) for row in part]))
             states.append(own)
         return torch.stack(columns, 1), states
@@ -320,6 +287,18 @@ class QRDistillTrainer:
 
     # ------------------------------------------------------------------ checkpoints and students
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on shares with its checkpoint."""
+        rows = hashlib.sha256(json.dumps([dict(row) for row in self.rows], sort_keys=True, default=str).encode()).hexdigest()
+        options = json.loads(json.dumps(self.options.settings))
+        return {
+            **options,
+            "seed": self.seed,
+            "rows": rows,
+            "encodings": hashlib.sha256(self.encodings.numpy().tobytes()).hexdigest(),
+        }
+
     def _named(self) -> dict[str, torch.Tensor]:
         """Everything that is trained, by name."""
         parts = {f"student-{number}": learner.model for number, learner in enumerate(self.learners, 1)}
@@ -329,8 +308,6 @@ class QRDistillTrainer:
         }
 
     def _checkpoint(self, log: list[dict[str, Any]]) -> None:
-        import json
-
         root, place = self.folder / commits.SAVING, self.folder / f"checkpoint-{len(log)}"
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
@@ -343,19 +320,23 @@ class QRDistillTrainer:
         }
         save_file(moments, root / "optimizer.safetensors")
         (root / "log.json").write_text(json.dumps({"log": log, "routed": self.routed}))
-        commits.write_manifest(root, {"step": len(log)})
+        commits.write_manifest(root, {"step": len(log), "run": self.identity})
         commits.put(root, place)
         for older in commits.checkpoints(self.folder)[1:]:
             shutil.rmtree(older, ignore_errors=True)
 
     def _resume(self) -> list[dict[str, Any]]:
         """Go on from the newest whole checkpoint, where there is one; its log."""
-        import json
-
         checkpoint, _ = commits.newest(self.folder)
         if checkpoint is None:
             self.routed = []
             return []
+        run = commits.read_manifest(checkpoint).get("run", {})
+        changed = [name for name, value in self.identity.items() if run.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"{checkpoint} is of another run ({', '.join(changed)} differ): name another folder, or remove it."
+            )
         weights, moments = load_file(checkpoint / "weights.safetensors"), load_file(checkpoint / "optimizer.safetensors")
         with torch.no_grad():
             for name, p in self._named().items():

@@ -1,0 +1,77 @@
+"""One of several students: its model, and paths as it reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tsdkd.data.rendering import Rendering
+from tsdkd.pipelines.students import tokenizer_of
+from tsdkd.teachers.heads import check_head, head_of, last_hidden_state
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A path as one student reads it: prompt and path with its end, and the characters of the path's own tokens."""
+
+    prompt: list[int]
+    path: list[int]
+    spans: list[tuple[int, int]]
+
+
+class Learner(nn.Module):
+    """One of the students.
+
+    Args:
+        name: of a model, or its folder.
+        lora_r: see `QRTraining`.
+        device: where it is.
+    """
+
+    def __init__(self, name: str, lora_r: int, device: torch.device) -> None:
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+
+        self.tokenizer = tokenizer_of(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        if lora_r:
+            from peft import LoraConfig, get_peft_model
+
+            adapter = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(model, adapter)
+        self.model, self.device = model.to(device), device
+        config = model.config.get_text_config()
+        self.width, self.context = config.hidden_size, int(getattr(config, "max_position_embeddings", None) or 10**9)
+        check_head(model, "student", config.vocab_size)
+
+    def tokens(self, rows: Sequence[Mapping[str, Any]]) -> list[Tokens]:
+        """Questions and paths as ids."""
+        tokenizer = self.tokenizer
+        as_chat = tokenizer.chat_template is not None
+        asked = [[{"role": "user", "content": r["question"]}] if as_chat else f"{r['question']}\n" for r in rows]
+        made = []
+        for row, prompt in zip(rows, Rendering(tokenizer, tokenizer).prompts(asked), strict=True):
+            found = tokenizer(row["path"], add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+            spans = [tuple(span) for span in found["offset_mapping"]] if tokenizer.is_fast else []
+            made.append(Tokens(prompt, [*found["input_ids"], tokenizer.eos_token_id], spans))
+        return made
+
+    def read(self, rows: Sequence[Tokens]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Each path's mean loss, `[rows]`, and the last hidden states of its own tokens, `[its tokens, width]`."""
+        texts = [row.prompt + row.path for row in rows]
+        longest = max(map(len, texts))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=self.device)
+        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=self.device)
+        hidden = last_hidden_state(self.model, ids, mask)
+        head, losses, states = head_of(self.model), [], []
+        for number, row in enumerate(rows):
+            start = len(row.prompt)
+            logits = head.logits(hidden[number, start - 1 : start - 1 + len(row.path)]).float()
+            losses.append(nn.functional.cross_entropy(logits, ids[number, start : start + len(row.path)]))
+            states.append(hidden[number, start : start + len(row.path) - 1])
+        return torch.stack(losses), states
