@@ -15,14 +15,15 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tsdkd import TSDKDConfig, TSDKDTrainer
+from tsdkd.data.answers import is_correct
 from tsdkd.data.intervals import wilson_interval
 from tsdkd.demo.api_server import served
 from tsdkd.demo.problems import held_out, make_problems
 from tsdkd.demo.run import shipped
 from tsdkd.pipelines.students import student_answers
-from tsdkd.pipelines.twt import TASKS, Inference, TwTConfig, pipeline
-from tsdkd.pipelines.twt.report import draw, ours, table
-from tsdkd.pipelines.twt.writing import marks
+from tsdkd.pipelines.tested import score_table, scored
+from tsdkd.pipelines.twt import Inference, TwTConfig, pipeline
+from tsdkd.pipelines.twt.report import draw
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "twt-example")
 questions = int(sys.argv[2]) if len(sys.argv) > 2 else 1500
@@ -64,8 +65,8 @@ with served(models, tokenizer) as urls:
     standard = pipeline(TwTConfig.of({**recipe, "output_dir": str(out / "standard-kd"), "recipe": "standard_kd"}))
     standard.run()
 
-rows = ours(twt.stages[-1].output)
-rows += [{**row, "label": "Standard KD"} for row in ours(standard.stages[-1].output) if row["label"] == "student-1"]
+rows = scored(twt.stages[-1].output)
+rows += [{**row, "label": "Standard KD"} for row in scored(standard.stages[-1].output) if row["label"] == "student-1"]
 
 # The hand-over: the first stage's student as the start of on-policy TSD-KD, with the teacher in this process.
 first = next(stage for stage in twt.stages if stage.name == "student-1").output
@@ -91,14 +92,14 @@ trainer = TSDKDTrainer(
 trainer.train()
 trainer.save_model()
 answers = list(student_answers(str(out / "tsd-kd"), [p.question for p in test], Inference(max_tokens=48)))
-right = sum(marks(answers, [p.answer for p in test], TASKS["maths"]))
+right = sum(is_correct(row["text"], problem.answer) for row, problem in zip(answers, test, strict=True))
 low, high = wilson_interval(right, len(test))
 tokens = sum(row["tokens"] for row in answers) / len(test)
 rows.append({"label": "student-1, then TSD-KD", "accuracy": right / len(test), "low": low, "high": high, "tokens": tokens})
 rows[-1]["n"] = len(test)
 
-print(f"\n{table(rows)}")
-(out / "table.md").write_text(table(rows) + "\n")
+print(f"\n{score_table(rows)}")
+(out / "table.md").write_text(score_table(rows) + "\n")
 try:
     print("drawn in", draw(rows, out / "accuracy-tokens.png"))
 except ValueError as error:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # hosts that are this machine
+
+
 def check_share(name: str, value: float) -> None:
     """Refuse a share outside [0, 1]."""
     if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:

@@ -42,9 +42,10 @@ def main(arguments: list[str]) -> int:
     made.run(own.from_stage, own.until_stage, own.dry_run, own.accept_stage)
     scores = made.stages[-1]
     if not own.dry_run and scores.name == "scores" and scores.is_current:
-        from tsdkd.pipelines.twt.report import ours, report, table
+        from tsdkd.pipelines.tested import score_table, scored
+        from tsdkd.pipelines.twt.report import report
 
-        print(f"\n{report(scores.output, made.folder) if own.name == 'twt' else table(ours(scores.output))}")
+        print(f"\n{report(scores.output, made.folder) if own.name == 'twt' else score_table(scored(scores.output))}")
     return 0
 
 

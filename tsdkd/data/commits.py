@@ -42,6 +42,14 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def put_text(path: Path, text: str) -> None:
+    """A small file in one step: whole, or as it was before."""
+    scratch = path.with_name(f"{path.name}.part")
+    scratch.write_text(text, encoding="utf-8")
+    sync(scratch)
+    os.replace(scratch, path)
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
@@ -64,10 +72,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any] | None = None) -> None
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest_of(path)}
     made: dict[str, Any] = {"schema": SCHEMA, **(about or {}), "files": files}
     made["digest"] = manifest_digest(made)
-    scratch = folder / f"{MANIFEST}.part"
-    scratch.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(scratch)
-    os.replace(scratch, folder / MANIFEST)
+    put_text(folder / MANIFEST, json.dumps(made, indent=1, ensure_ascii=False) + "\n")
     for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
         sync(inner)
     sync(folder)

@@ -5,16 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from tsdkd.data.rows import read_rows
-from tsdkd.pipelines.stage import Planned, Work
+from tsdkd.pipelines.stage import Planned, Stage, Work
 from tsdkd.rollouts.api_models import APIModel, Asked
 from tsdkd.rollouts.by_api import APIWriter
 
 REPLIES = "replies"  # the folder of what was paid for
 _CHARACTERS = 4  # of a token, for what a plan says
 _UNKNOWN = 512  # tokens of a reply that nothing limits, likewise
+
+
+class RunConfig(Protocol):
+    """What every run's configuration has."""
+
+    @property
+    def output_dir(self) -> str: ...
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+class OfRun(Stage, Generic[Config]):
+    """A stage of a run.
+
+    Args:
+        config: the run's.
+    """
+
+    def __init__(self, name: str, config: Config, after: Sequence[Stage] = (), **settings: Any) -> None:
+        super().__init__(name, tuple(after), settings)
+        self.config = config
+
+    @property
+    def replies(self) -> Path:
+        """Where the run's replies are kept."""
+        return Path(self.config.output_dir) / REPLIES
 
 
 def ask(

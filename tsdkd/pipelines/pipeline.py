@@ -67,8 +67,8 @@ class Pipeline:
             return self._planned(begin, end, forced=first is not None)
         for name in accepted:
             self._place(name, 0)
-        for stage in self.stages[begin : end + 1]:
-            if first is not None or not stage.is_current:
+        for stage in self._to_make(begin, end, forced=first is not None):
+            if self.stages.index(stage) >= begin:
                 stage.check()
         with commits.locked(self.folder, f"tsdkd pipeline {self.kind} writes there"):
             self._mark()
@@ -108,7 +108,7 @@ class Pipeline:
             "stage": stage.name, "key": key, "digest": digest_of(output), "settings": redacted(stage.settings),
             "summary": summary, "provenance": provenance(),
         }  # fmt: skip
-        _write(about_path(stage.output), json.dumps(about, indent=1, ensure_ascii=False, default=str) + "\n")
+        commits.put_text(about_path(stage.output), json.dumps(about, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def _make(self, stage: Stage) -> None:
         began, key, part = time.monotonic(), stage.key, stage.output.with_name(f"{stage.output.name}.part")
@@ -135,16 +135,22 @@ class Pipeline:
         mark.unlink(missing_ok=True)
         self.say(f"{stage.name}: {_said(summary)}")
 
-    def _planned(self, begin: int, end: int, forced: bool) -> None:
-        fresh: set[str] = set()
-        calls, cost, priced, open_ = 0, 0.0, False, False
+    def _to_make(self, begin: int, end: int, forced: bool) -> list[Stage]:
+        """The stages up to `end` that are not made, or were with other settings or inputs; forced, all from `begin` on."""
+        fresh: list[Stage] = []
         for number, stage in enumerate(self.stages[: end + 1]):
-            about = stage.about
-            again = (forced and number >= begin) or any(before.name in fresh for before in stage.after)
-            if about is not None and about["key"] == stage.key and not again:
+            again = (forced and number >= begin) or any(before in fresh for before in stage.after)
+            if again or not stage.is_as_asked:
+                fresh.append(stage)
+        return fresh
+
+    def _planned(self, begin: int, end: int, forced: bool) -> None:
+        calls, cost, priced, open_ = 0, 0.0, False, False
+        fresh = self._to_make(begin, end, forced)
+        for stage in self.stages[: end + 1]:
+            if stage not in fresh:
                 self.say(f"{stage.name}: as it was made")
                 continue
-            fresh.add(stage.name)
             plan = stage.plan()
             told = [plan.said] if plan.said else []
             if plan.calls is None:
@@ -205,7 +211,7 @@ class Pipeline:
 
     def _mark(self) -> None:
         about = {"pipeline": self.kind, "stages": [stage.name for stage in self.stages]}
-        _write(self.folder / ABOUT, json.dumps(about) + "\n")
+        commits.put_text(self.folder / ABOUT, json.dumps(about) + "\n")
 
     def _put_strangers_aside(self) -> None:
         """What stages of another order left is not mistaken for this one's."""
@@ -217,14 +223,6 @@ class Pipeline:
             if name not in own and path.exists():
                 self.say(f"{path.name} is no stage of this order: it goes to {REPLACED}/")
                 _put_aside(path, self.folder)
-
-
-def _write(path: Path, text: str) -> None:
-    """A small file, whole or as it was before."""
-    scratch = path.with_name(f"{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    commits.sync(scratch)
-    os.replace(scratch, path)
 
 
 def _put_aside(path: Path, folder: Path) -> None:

@@ -91,7 +91,7 @@ def spoken_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-@dataclass
+@dataclass(eq=False)
 class Stage(abc.ABC):
     """A step of a pipeline.
 
@@ -123,6 +123,15 @@ class Stage(abc.ABC):
         """What `make` would do, without doing it; stages before it may not have been made."""
         return Planned()
 
+    def depends_on(self, what: str, name: str) -> None:
+        """Have the key depend on a file's contents; of a folder, or a name elsewhere, on the name and on what is there."""
+        path = Path(name).expanduser()
+        if path.is_file():
+            self.files = [*self.files, path]
+        else:
+            whose = f"{what}' files" if what.endswith("s") else f"{what}'s files"
+            self.settings.update({what: name, whose: contents_of(name)})
+
     @property
     def rows(self) -> list[dict[str, Any]]:
         """What it made; none yet where it has not."""
@@ -138,10 +147,15 @@ class Stage(abc.ABC):
             return None
 
     @property
-    def is_current(self) -> bool:
-        """Whether it is made, with the settings and inputs of now, which are so themselves."""
+    def is_as_asked(self) -> bool:
+        """Whether it is made, with the settings of now and of its inputs as they stand there."""
         about = self.about
-        return about is not None and about["key"] == self.key and all(before.is_current for before in self.after)
+        return about is not None and about["key"] == self.key
+
+    @property
+    def is_current(self) -> bool:
+        """The same of it and of all stages before it."""
+        return self.is_as_asked and all(before.is_current for before in self.after)
 
     @property
     def key(self) -> str:

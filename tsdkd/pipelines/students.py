@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tsdkd.checks import check_choice, check_count
@@ -51,6 +52,38 @@ def tokenizer_of(student: str) -> Any:
     return tokenizer
 
 
+def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """What a student is asked, as ids: as chats where it has a template, else as texts that end with a line."""
+    as_chat = tokenizer.chat_template is not None
+    asked = [[{"role": "user", "content": text}] if as_chat else f"{text}\n" for text in texts]
+    return Rendering(tokenizer, tokenizer).prompts(asked)
+
+
+def lora_config(r: int, alpha: int | None = None) -> Any:
+    """PEFT's configuration of adapters on all linear layers, scaled by twice the rank where no `alpha` is given.
+
+    None of rank 0: a student that is trained whole.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
+    if not r:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("lora_r needs the package peft: pip install 'tsdkd[peft]', or take lora_r: 0.") from error
+    return LoraConfig(r=r, lora_alpha=alpha or 2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def save_student(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A trained student's folder; adapters are merged into its weights."""
+    whole = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    whole.config.use_cache = True
+    whole.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def student_answers(student: str, prompts: Sequence[str], how: Inference) -> Iterator[dict[str, Any]]:
     """A student's greedy answers, in the prompts' order, as batches of them are written.
 
@@ -63,11 +96,9 @@ def student_answers(student: str, prompts: Sequence[str], how: Inference) -> Ite
     if not prompts:
         return
     tokenizer = tokenizer_of(student)
-    rendering = Rendering(tokenizer, tokenizer)
-    as_chat = tokenizer.chat_template is not None
-    prompt_ids = rendering.prompts([[{"role": "user", "content": text}] if as_chat else f"{text}\n" for text in prompts])
+    asked = prompt_ids(tokenizer, prompts)
     if how.engine == "vllm":
-        yield from _by_vllm(student, prompt_ids, how, tokenizer)
+        yield from _by_vllm(student, asked, how, tokenizer)
         return
     from tsdkd.rollouts.greedily import ends_of, written_greedily
 
@@ -75,8 +106,8 @@ def student_answers(student: str, prompts: Sequence[str], how: Inference) -> Ite
     dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype).to(device).eval()
     ends = ends_of(model, tokenizer)
-    for start in range(0, len(prompt_ids), how.batch_size):
-        ids = written_greedily(model, tokenizer, prompt_ids[start : start + how.batch_size], how.max_tokens, how.batch_size)
+    for start in range(0, len(asked), how.batch_size):
+        ids = written_greedily(model, tokenizer, asked[start : start + how.batch_size], how.max_tokens, how.batch_size)
         yield from _as_rows(ids, tokenizer, ends)
     del model
     gc.collect()
@@ -87,7 +118,7 @@ def _as_rows(ids: list[list[int]], tokenizer: Any, ends: set[int]) -> Iterator[d
         yield {"text": text, "tokens": len(row), "ended": bool(row) and row[-1] in ends}
 
 
-def _by_vllm(student: str, prompt_ids: list[list[int]], how: Inference, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def _by_vllm(student: str, asked: list[list[int]], how: Inference, tokenizer: Any) -> Iterator[dict[str, Any]]:
     from tsdkd.rollouts import VLLMWriter
 
     ends = {tokenizer.eos_token_id}
@@ -97,25 +128,10 @@ def _by_vllm(student: str, prompt_ids: list[list[int]], how: Inference, tokenize
         max_new_tokens=how.max_tokens,
         ends=ends,
         vocab_size=len(tokenizer),
-        max_model_len=max(map(len, prompt_ids)) + how.max_tokens,
+        max_model_len=max(map(len, asked)) + how.max_tokens,
     )
     try:
-        for start in range(0, len(prompt_ids), _AT_ONCE):
-            yield from _as_rows(writer(prompt_ids[start : start + _AT_ONCE]), tokenizer, ends)
+        for start in range(0, len(asked), _AT_ONCE):
+            yield from _as_rows(writer(asked[start : start + _AT_ONCE]), tokenizer, ends)
     finally:
         writer.close()
-
-
-def part_of(name: str, part: Any, given: Any) -> Any:
-    """A part of a configuration from the mapping of a YAML file.
-
-    Raises:
-        ValueError: it is none, or has unknown fields.
-    """
-    known = [member.name for member in fields(part)]
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{name} is a mapping with {', '.join(known)}, not {given!r}.")
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"{name} has no {', '.join(unknown)}; there are: {', '.join(known)}.")
-    return part(**given)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tsdkd.data.intervals import wilson_interval
-from tsdkd.data.rows import ScoreRow
+from tsdkd.data.rows import ScoreRow, read_scores
 from tsdkd.pipelines.problems import problems_of
 from tsdkd.pipelines.stage import Stage, Work, contents_of, digest_of
 from tsdkd.pipelines.students import Inference, student_answers
@@ -42,11 +42,8 @@ class Tested(Stage):
         super().__init__("tested", tuple(after), {"max_tokens": how.max_tokens, "engine": how.engine, **settings})
         self.test, self.starts, self.trained, self.how, self.prompt, self.right = test, starts, trained, how, prompt, right
         for label, name in starts.items():
-            self.settings.update({label: name, f"{label}'s files": contents_of(name)})
-        path = Path(test).expanduser()
-        self.files = [path] if path.is_file() else []
-        if not self.files:
-            self.settings.update({"test": test, "test's files": contents_of(test)})
+            self.depends_on(label, name)
+        self.depends_on("test", test)
 
     def check(self) -> None:
         problems_of(self.test, labelled=True)
@@ -114,3 +111,22 @@ class Scores(Stage):
             more = {"low": low, "high": high}
             made.append(ScoreRow(metric="accuracy", score=sum(right) / n, items=items, more=more, **shared))
         return made
+
+
+def scored(file: Path) -> list[dict[str, Any]]:
+    """Each student's accuracy with its interval and its mean output tokens, in the order in which they were scored."""
+    made: dict[str, dict[str, Any]] = {}
+    for row in read_scores(file):
+        own = made.setdefault(row.label, {"label": row.label, "n": row.n})
+        own[row.metric] = row.score
+        own.update({name: row.more[name] for name in ("low", "high", "cut") if name in row.more})
+    return list(made.values())
+
+
+def score_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown of `scored`."""
+    lines = ["| student | accuracy | 95 % | mean output tokens | cut | n |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        right = f"{row['accuracy']:.1%} | {row['low']:.1%}-{row['high']:.1%}" if "accuracy" in row else "not scored | "
+        lines.append(f"| {row['label']} | {right} | {row['tokens']:.1f} | {row.get('cut', 0)} | {row['n']} |")
+    return "\n".join(lines)

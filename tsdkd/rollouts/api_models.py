@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
 
+from tsdkd.checks import LOOPBACK
 from tsdkd.provenance import redacted
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _OPTIONS = ("temperature", "top_p", "max_tokens", "seed", "stop", "presence_penalty", "frequency_penalty", "extra_body",
             "max_completion_tokens", "reasoning_effort", "n")  # fmt: skip
 

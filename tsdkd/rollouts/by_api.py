@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tsdkd.checks import LOOPBACK
 from tsdkd.data.rows import RowFile, append_rows, read_rows, replace_rows
-from tsdkd.rollouts.api_models import LOOPBACK, APIModel, Asked
+from tsdkd.rollouts.api_models import APIModel, Asked
 
 DOWN_AFTER = 3  # requests in a row that no server answered
 REFUSED_AFTER = 20  # requests in a row that failed in any way
@@ -95,10 +96,6 @@ class APIWriter:
     def stop(self) -> None:
         """Ask nothing more; what is on its way is waited for and kept. For another thread than the one that asks."""
         self._stopped.set()
-
-    def missing(self, asked: Sequence[Asked]) -> int:
-        """How many of them have no reply yet."""
-        return sum(each.hash(self.model) not in self._known for each in asked)
 
     def __call__(self, asked: Sequence[Asked], progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
         """The replies, in the order of the requests; one that failed after every try has no `text` and an `error`.

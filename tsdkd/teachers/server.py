@@ -26,6 +26,7 @@ import httpx
 import torch
 from safetensors import safe_open
 
+from tsdkd.checks import LOOPBACK
 from tsdkd.provenance import redacted
 from tsdkd.teachers.heads import head_from
 from tsdkd.types import Head, Rollouts
@@ -37,7 +38,6 @@ _START = (
 )
 _KEY = "TSDKD_TEACHER_API_KEY"
 _MOST = 1 << 20  # bytes of a reply without hidden states
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -140,7 +140,7 @@ class ServerTeacher:
                 raise ValueError(f"teacher_urls holds {redacted(url)!r}: an address is http://HOST:PORT.")
         key = os.environ.get(_KEY)
         for url in self.urls:
-            if urlsplit(url).hostname not in _LOOPBACK:
+            if urlsplit(url).hostname not in LOOPBACK:
                 logger.warning(
                     "the teacher at %s is not on this machine: anybody who reaches it can use it%s. vLLM asks for no key at "
                     "/pooling, so keep the address inside a private network, or behind a proxy that asks for one or a tunnel.",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tsdkd.checks import check_count, check_share
 from tsdkd.pipelines.qr_distill.prompts import ANSWER, ENDING, JUDGE, STYLES, check_template
 from tsdkd.pipelines.qr_distill.trainer import QRTraining
-from tsdkd.pipelines.students import Inference, part_of
+from tsdkd.pipelines.recipes import part_of, refuse_fields
+from tsdkd.pipelines.students import Inference
 from tsdkd.rollouts.api_models import APIModel
 from tsdkd.teachers.sources import expanded
 
@@ -64,16 +65,8 @@ class QRConfig:
         Raises:
             ValueError: an unknown field, one that is missing, or a value that cannot work.
         """
-        known = [member.name for member in fields(cls)]
         given = {str(name): value for name, value in given.items() if value is not None or name in ("judge", "test", "limit")}
-        unknown = sorted(set(given) - set(known))
-        missing = [name for name in ("students", "problems", "teacher") if not given.get(name)]
-        if unknown or missing:
-            raise ValueError(
-                f"unknown fields: {', '.join(unknown)}; there are: {', '.join(known)}."
-                if unknown
-                else f"the recipe lacks {', '.join(missing)}."
-            )
+        refuse_fields(cls, given, ("students", "problems", "teacher"))
         own = dict(given)
         for name in ("problems", "output_dir", "ending", "answer", "encoder", "test"):
             if own.get(name) is not None and not isinstance(own[name], str):

@@ -28,7 +28,7 @@ def bare(answer: str) -> str:
     """
     text = answer.strip()
     for _ in range(4):
-        text = text.removesuffix(".").strip() if not re.fullmatch(r"\\d+\\.", text) else text.removesuffix(".")
+        text = text.removesuffix(".").strip()
         if text.startswith(_BOXED) and (inner := _braced(text, len(_BOXED))) is not None:
             text = inner
         for left, right in _WRAPS:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsdkd.data.rendering import Rendering
-from tsdkd.pipelines.students import tokenizer_of
+from tsdkd.pipelines.students import lora_config, prompt_ids, tokenizer_of
 from tsdkd.teachers.heads import check_head, head_of, last_hidden_state
 
 
@@ -38,10 +37,9 @@ class Learner(nn.Module):
 
         self.tokenizer = tokenizer_of(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        if lora_r:
-            from peft import LoraConfig, get_peft_model
+        if (adapter := lora_config(lora_r)) is not None:
+            from peft import get_peft_model
 
-            adapter = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
             model = get_peft_model(model, adapter)
         self.model, self.device = model.to(device), device
         config = model.config.get_text_config()
@@ -51,10 +49,8 @@ class Learner(nn.Module):
     def tokens(self, rows: Sequence[Mapping[str, Any]]) -> list[Tokens]:
         """Questions and paths as ids."""
         tokenizer = self.tokenizer
-        as_chat = tokenizer.chat_template is not None
-        asked = [[{"role": "user", "content": r["question"]}] if as_chat else f"{r['question']}\n" for r in rows]
         made = []
-        for row, prompt in zip(rows, Rendering(tokenizer, tokenizer).prompts(asked), strict=True):
+        for row, prompt in zip(rows, prompt_ids(tokenizer, [row["question"] for row in rows]), strict=True):
             found = tokenizer(row["path"], add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
             spans = [tuple(span) for span in found["offset_mapping"]] if tokenizer.is_fast else []
             made.append(Tokens(prompt, [*found["input_ids"], tokenizer.eos_token_id], spans))
@@ -75,3 +71,15 @@ class Learner(nn.Module):
             losses.append(nn.functional.cross_entropy(logits, ids[number, start : start + len(row.path)]))
             states.append(hidden[number, start : start + len(row.path) - 1])
         return torch.stack(losses), states
+
+
+def check_alignment(how: str, tokenizers: Sequence[Any]) -> None:
+    """Refuse an alignment (see `mutual.aligned`) that students' tokenizers do not allow.
+
+    Raises:
+        ValueError: what to take instead.
+    """
+    if how == "characters" and not all(tokenizer.is_fast for tokenizer in tokenizers):
+        raise ValueError("alignment: characters needs fast tokenizers, which know their tokens' characters: take mean.")
+    if how == "tokens" and any(tokenizer.get_vocab() != tokenizers[0].get_vocab() for tokenizer in tokenizers):
+        raise ValueError("alignment: tokens is for students of one tokenizer, and theirs differ: take characters or mean.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from tsdkd.pipelines.qr_distill.config import QRConfig
 from tsdkd.pipelines.qr_distill.grading import right
+from tsdkd.pipelines.qr_distill.learners import check_alignment
 from tsdkd.pipelines.qr_distill.paths import OfQR
 from tsdkd.pipelines.qr_distill.trainer import QRDistillTrainer
 from tsdkd.pipelines.stage import Stage, Work, contents_of
-from tsdkd.pipelines.students import tokenizer_of
+from tsdkd.pipelines.students import lora_config, tokenizer_of
 from tsdkd.pipelines.tested import Tested
 from tsdkd.teachers.sources import refuse_unreadable
 
@@ -29,8 +31,8 @@ class Encoded(OfQR):
     is_folder = True
 
     def __init__(self, config: QRConfig, paths: Stage) -> None:
-        super().__init__("encoded", config, [paths], encoder=config.encoder)
-        self.settings["encoder's files"] = contents_of(config.encoder)
+        super().__init__("encoded", config, [paths])
+        self.depends_on("encoder", config.encoder)
 
     def check(self) -> None:
         refuse_unreadable(self.config.encoder)
@@ -89,16 +91,8 @@ class Students(OfQR):
         for name in self.config.students:
             refuse_unreadable(name)
         tokenizers = [tokenizer_of(name) for name in self.config.students]
-        how = self.config.training.alignment
-        if how == "characters" and not all(tokenizer.is_fast for tokenizer in tokenizers):
-            raise ValueError("alignment: characters needs fast tokenizers, which know their tokens' characters: take mean.")
-        if how == "tokens" and len({json.dumps(tokenizer.get_vocab(), sort_keys=True) for tokenizer in tokenizers}) > 1:
-            raise ValueError("alignment: tokens is for students of one tokenizer, and theirs differ: take characters or mean.")
-        if self.config.training.lora_r:
-            try:
-                import peft  # noqa: F401
-            except ImportError as error:
-                raise ValueError("lora_r needs the package peft: pip install 'tsdkd[peft]', or take lora_r: 0.") from error
+        check_alignment(self.config.training.alignment, tokenizers)
+        lora_config(self.config.training.lora_r)
 
     def make(self, work: Work) -> None:
         assert work.folder is not None
@@ -113,8 +107,6 @@ class Students(OfQR):
         lines = {"log.jsonl": log, "routing.jsonl": trainer.routed}
         for name, rows in lines.items():
             (work.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        import shutil
-
         shutil.rmtree(run, ignore_errors=True)
         work.count("paths", len(trainer.rows))
         work.count("too long", trainer.too_long)

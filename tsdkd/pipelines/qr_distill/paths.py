@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from tsdkd.pipelines.asking import REPLIES, ask, planned
+from tsdkd.pipelines.asking import OfRun, ask, planned
 from tsdkd.pipelines.problems import problems_of
 from tsdkd.pipelines.qr_distill.config import QRConfig
 from tsdkd.pipelines.qr_distill.grading import right
-from tsdkd.pipelines.qr_distill.prompts import filled, verdict
-from tsdkd.pipelines.stage import Planned, Stage, Work, contents_of
+from tsdkd.pipelines.qr_distill.prompts import verdict
+from tsdkd.pipelines.stage import Planned, Stage, Work
+from tsdkd.pipelines.templates import filled
 from tsdkd.rollouts.api_models import APIModel, Asked
 
 PATH = ("id", "problem", "question", "label", "style", "path")
 
 
-class OfQR(Stage):
-    """A stage of a run.
-
-    Args:
-        config: the run's.
-    """
-
-    def __init__(self, name: str, config: QRConfig, after: Sequence[Stage] = (), **settings: Any) -> None:
-        super().__init__(name, tuple(after), settings)
-        self.config = config
+class OfQR(OfRun[QRConfig]):
+    """A stage of a run, which asks one model at a time."""
 
     def ask(self, model: APIModel, asked: list[Asked], work: Work) -> list[dict[str, Any]]:
         """One model's replies."""
-        folder = Path(self.config.output_dir) / REPLIES
-        return ask([model], {model.name: asked}, folder, work, self.config.allow_failed)[model.name]
+        return ask([model], {model.name: asked}, self.replies, work, self.config.allow_failed)[model.name]
 
     def planned(self, model: APIModel, asked: list[Asked]) -> Planned:
         """What that would be."""
-        return planned([model], {model.name: asked}, Path(self.config.output_dir) / REPLIES)
+        return planned([model], {model.name: asked}, self.replies)
 
 
 class Paths(OfQR):
@@ -47,10 +37,7 @@ class Paths(OfQR):
     def __init__(self, config: QRConfig) -> None:
         super().__init__("paths", config, teacher=config.teacher.settings, styles=config.styles, ending=config.ending)
         self.settings["limit"] = config.limit
-        path = Path(config.problems).expanduser()
-        self.files = [path] if path.is_file() else []
-        if not self.files:
-            self.settings.update({"problems": config.problems, "problems' files": contents_of(config.problems)})
+        self.depends_on("problems", config.problems)
 
     def _asked(self) -> tuple[list[dict[str, Any]], list[Asked]]:
         problems = problems_of(self.config.problems, self.config.limit, labelled=True)

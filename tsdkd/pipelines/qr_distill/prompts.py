@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from tsdkd.pipelines.templates import fields_of
+
 # Figure 2; the field is called {question} here.
 STYLES = {
     "vanilla": "Reason to solve the problem:\n{question}",
@@ -37,11 +39,6 @@ Think briefly, then end with one line, "Verdict: valid" or "Verdict: invalid".""
 _VERDICT = re.compile(r"(?im)^[ \t*_#>]*verdict[*_]*[ \t]*:[*_ \t]*(valid|invalid)[*_ \t]*\.?[ \t]*$")
 
 
-def filled(template: str, **values: str) -> str:
-    """A template with its fields; braces in the values stay."""
-    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
-
-
 def check_template(name: str, template: object, fields: set[str]) -> None:
     """Refuse a template that lacks a field, or has another.
 
@@ -50,7 +47,7 @@ def check_template(name: str, template: object, fields: set[str]) -> None:
     """
     if not isinstance(template, str):
         raise ValueError(f"the template {name} must be a text, not {template!r}.")
-    found = set(re.findall(r"\{(\w*)\}", template))
+    found = fields_of(template)
     if found != fields:
         raise ValueError(f"the template {name} has the fields {sorted(found)}; it needs {sorted(fields)}.")
 

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from tsdkd.checks import check_choice, check_count, check_positive, check_share, check_weight
 from tsdkd.data import commits
-from tsdkd.pipelines.qr_distill.learners import Learner
+from tsdkd.pipelines.qr_distill.learners import Learner, check_alignment
 from tsdkd.pipelines.qr_distill.mutual import ALIGNMENTS, Mutual
 from tsdkd.pipelines.qr_distill.objective import ENTROPY_WEIGHT, MUTUAL_WEIGHT, baseline, mean_of_given
 from tsdkd.pipelines.qr_distill.routing import Router, routing_entropy, temperature_at
+from tsdkd.pipelines.students import save_student
 
 ROUTING = ("learned", "random", "all")
 
@@ -140,8 +141,7 @@ class QRDistillTrainer:
             raise ValueError(f"no path fits into max_length={options.max_length} and the students' contexts ({limits}).")
         self.rows, self.encodings = [rows[number] for number in kept], encodings[kept].float()
         self.tokens = [[each[number] for number in kept] for each in made]
-        if options.alignment == "characters" and not all(learner.tokenizer.is_fast for learner in self.learners):
-            raise ValueError("alignment: characters needs fast tokenizers, which know their tokens' characters: take mean.")
+        check_alignment(options.alignment, [learner.tokenizer for learner in self.learners])
         self.of_question: dict[Any, list[int]] = {}
         for number, row in enumerate(self.rows):
             self.of_question.setdefault(row["problem"], []).append(number)
@@ -189,16 +189,16 @@ class QRDistillTrainer:
         gates = alpha.detach().clone().requires_grad_()
         on = gates.detach() > 0.5
         given, base = on.sum(0), self._baseline(numbers, on)
-        together = [row for row in range(len(numbers)) if int((gates[row] > 0.5).sum()) > 1] if options.mutual_weight else []
+        together = set((on.sum(1) > 1).nonzero().flatten().tolist()) if options.mutual_weight else set()
         distill, mutual, norm = torch.zeros(count), 0.0, 0.0
         for start in range(0, len(numbers), options.micro_batch):
             part = range(start, min(start + options.micro_batch, len(numbers)))
-            losses, states = self._read(numbers, part, gates)
+            losses, states = self._read(numbers, part, on)
             each = mean_of_given(losses, gates[list(part)], given, base)
             loss = each.sum()
             distill += each.detach()
-            for row in (row for row in part if row in together):
-                found = {s: states[s][row] for s in range(count) if row in states[s] and gates[row, s] > 0.5}
+            for row in sorted(together.intersection(part)):
+                found = {student: own[row] for student, own in enumerate(states) if row in own}
                 spans = {s: self.tokens[s][numbers[row]].spans for s in found}
                 try:
                     result = self.mutual({s: state.cpu() for s, state in found.items()}, spans)
@@ -213,17 +213,16 @@ class QRDistillTrainer:
         if options.routing == "learned" and gates.grad is not None:
             ((alpha * gates.grad).sum() - options.entropy_weight * entropy).backward()
         total = distill.sum().item() - options.entropy_weight * entropy.item() + options.mutual_weight * mutual
-        rates = gates.detach().mean(0).tolist()
         for row, number in enumerate(numbers):
             about = {"step": step, "style": self.rows[number]["style"], "problem": self.rows[number]["problem"]}
-            self.routed.append({**about, "to": [int(value > 0.5) for value in gates[row].tolist()]})
+            self.routed.append({**about, "to": on[row].int().tolist()})
         return {
             "loss": total,
             "distill": distill.tolist(),
             "entropy": entropy.item(),
             "mutual": mutual,
             "norm": norm,
-            "rates": rates,
+            "rates": on.float().mean(0).tolist(),
         }
 
     def _baseline(self, numbers: Sequence[int], on: torch.Tensor) -> torch.Tensor:
@@ -244,17 +243,17 @@ class QRDistillTrainer:
         self._values = torch.stack(columns, 1)
         return baseline(self._values, on)
 
-    def _read(self, numbers: Sequence[int], part: Sequence[int], gates: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
+    def _read(self, numbers: Sequence[int], part: Sequence[int], on: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
         """`[paths, students]` losses, with gradient where a path is given, and the hidden states of those."""
         columns, states = [], []
         for student, learner in enumerate(self.learners):
-            on = [row for row in part if gates[row, student] > 0.5]
+            given = [row for row in part if on[row, student]]
             values = {row: self._values[row, student] for row in part} if self.options.routing == "learned" else {}
             own: dict[int, torch.Tensor] = {}
-            if on:
-                losses, hidden = learner.read([self.tokens[student][numbers[row]] for row in on])
-                values.update(zip(on, losses.cpu(), strict=True))
-                own = dict(zip(on, hidden, strict=True))
+            if given:
+                losses, hidden = learner.read([self.tokens[student][numbers[row]] for row in given])
+                values.update(zip(given, losses.cpu(), strict=True))
+                own = dict(zip(given, hidden, strict=True))
             columns.append(torch.stack([values.get(row, torch.zeros(())) for row in part]))
             states.append(own)
         return torch.stack(columns, 1), states
@@ -272,9 +271,7 @@ class QRDistillTrainer:
                 module.train()
             self.optimizer.zero_grad(set_to_none=True)
             row = self.backward(self.batch(step), step)
-            if not all(
-                torch.isfinite(p.grad).all() for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
-            ):
+            if not all(torch.isfinite(p.grad).all() for p in self._named().values() if p.grad is not None):
                 raise FloatingPointError(
                     f"step {step + 1}: NaN or Inf in a gradient; the step was not made. Lower the learning rate."
                 )
@@ -353,9 +350,6 @@ class QRDistillTrainer:
     def save(self, folder: Path) -> None:
         """Every student's folder, adapters merged, and the router and projections beside them."""
         for number, learner in enumerate(self.learners, 1):
-            model = learner.model.merge_and_unload() if self.options.lora_r else learner.model
-            model.config.use_cache = True
-            model.save_pretrained(folder / f"student-{number}")
-            learner.tokenizer.save_pretrained(folder / f"student-{number}")
+            save_student(learner.model, learner.tokenizer, folder / f"student-{number}")
         for name, module in (("router", self.router), ("mutual", self.mutual)):
             save_file({key: value.contiguous() for key, value in module.state_dict().items()}, folder / f"{name}.safetensors")

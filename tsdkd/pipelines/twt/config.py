@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tsdkd.checks import check_choice, check_count, check_share
-from tsdkd.pipelines.students import Inference, part_of
+from tsdkd.pipelines.recipes import part_of, refuse_fields
+from tsdkd.pipelines.students import Inference
 from tsdkd.pipelines.twt.prompts import Task, task_of
 from tsdkd.pipelines.twt.sampling import DIVERSITY, QUALITY, VOICES
 from tsdkd.pipelines.twt.training import Training
@@ -114,13 +115,7 @@ class TwTConfig:
         Raises:
             ValueError: an unknown field, one that is missing, or a value that cannot work.
         """
-        known = [member.name for member in fields(cls)]
-        missing = [name for name in ("student", "problems", "teachers") if not given.get(name)]
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise ValueError(f"unknown fields: {', '.join(unknown)}; there are: {', '.join(known)}.")
-        if missing:
-            raise ValueError(f"the recipe lacks {', '.join(missing)}.")
+        refuse_fields(cls, given, ("student", "problems", "teachers"))
         own = dict(given)
         for name, kind in (("student", str), ("problems", str), ("test", str), ("output_dir", str), ("seed", int)):
             if own.get(name) is not None and (not isinstance(own[name], kind) or isinstance(own[name], bool)):

@@ -10,14 +10,14 @@ from typing import Any
 from tsdkd.data.answers import is_correct
 from tsdkd.pipelines.asking import ask, planned
 from tsdkd.pipelines.problems import problems_of
-from tsdkd.pipelines.stage import Planned, Stage, Work, contents_of
-from tsdkd.pipelines.students import student_answers, tokenizer_of
+from tsdkd.pipelines.stage import Planned, Stage, Work
+from tsdkd.pipelines.students import lora_config, student_answers, tokenizer_of
 from tsdkd.pipelines.tested import Tested
 from tsdkd.pipelines.twt.config import TwTConfig
 from tsdkd.pipelines.twt.labelling import TRIPLET, OfTwT
 from tsdkd.pipelines.twt.parsing import Unreadable, rewritten
-from tsdkd.pipelines.twt.training import lora_of, train, weighted
-from tsdkd.pipelines.twt.writing import rationale_of
+from tsdkd.pipelines.twt.prompts import Task
+from tsdkd.pipelines.twt.training import train, weighted
 from tsdkd.rollouts.api_models import Asked
 from tsdkd.teachers.sources import refuse_unreadable
 
@@ -33,14 +33,13 @@ class Student(OfTwT):
         templates = {"student": task.student, "completion": task.completion, "answer_only": task.answer_only}
         super().__init__(name, config, after, form=form, templates=templates, seed=config.seed, **settings)
         if before is None:
-            self.settings["from"] = config.student
-            self.settings["from's files"] = contents_of(config.student)
+            self.depends_on("from", config.student)
         if form == "tasks":
             self.settings["rationale_weight"] = config.rationale_weight
         self.form, self.before = form, before
 
     def check(self) -> None:
-        lora_of(self.config.training)
+        lora_config(self.config.training.lora_r)
         if self.before is None:
             refuse_unreadable(self.config.student)
             tokenizer_of(self.config.student)
@@ -109,10 +108,9 @@ class Compressed(OfTwT):
             settings["teachers"] = [teacher.settings for teacher in config.asked]
         else:
             settings["share"] = how.share
-        if how.by == "compressor":
-            settings["compressor_model"] = how.compressor_model
-            settings["compressor_model's files"] = contents_of(how.compressor_model)
         super().__init__(name, config, [rows] if answers is None else [rows, answers], **settings)
+        if how.by == "compressor":
+            self.depends_on("compressor_model", how.compressor_model)
 
     def _asked(self) -> dict[str, list[Asked]]:
         task = self.config.task
@@ -170,6 +168,12 @@ class Compressed(OfTwT):
             reply = next(replies[row["teacher"]])
             texts.append(Unreadable("failed") if "error" in reply else rewritten(reply["text"], reply["finish"]))
         return texts
+
+
+def rationale_of(text: str, task: Task) -> str:
+    """What a student wrote before its answer."""
+    found = list(re.finditer(task.answer or r"####|\\boxed", text))
+    return text[: found[-1].start()].strip() if found else text.strip()
 
 
 def _first_words(text: str, share: float) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
+import functools
 from typing import Any
 
-from tsdkd.pipelines.asking import REPLIES, ask, planned
+from tsdkd.pipelines.asking import OfRun, ask, planned
 from tsdkd.pipelines.problems import problems_of
-from tsdkd.pipelines.stage import Planned, Stage, Work, contents_of
+from tsdkd.pipelines.stage import Planned, Stage, Work
 from tsdkd.pipelines.twt.config import TwTConfig
 from tsdkd.pipelines.twt.parsing import Unreadable, parsed
 from tsdkd.pipelines.twt.sampling import Embedder, diverse, label_accuracy, quality, shares
@@ -18,20 +17,7 @@ from tsdkd.rollouts.api_models import Asked
 TRIPLET = ("id", "problem", "question", "teacher", "rationale", "answer", "confidence")
 
 
-class OfTwT(Stage):
-    """A stage of a run.
-
-    Args:
-        config: the run's.
-    """
-
-    def __init__(self, name: str, config: TwTConfig, after: Sequence[Stage] = (), **settings: Any) -> None:
-        super().__init__(name, tuple(after), settings)
-        self.config = config
-
-    @property
-    def replies(self) -> Path:
-        return Path(self.config.output_dir) / REPLIES
+OfTwT = OfRun[TwTConfig]
 
 
 class Labels(OfTwT):
@@ -46,10 +32,7 @@ class Labels(OfTwT):
             samples=config.sampling.samples,
             limit=config.limit,
         )
-        path = Path(config.problems).expanduser()
-        self.files = [path] if path.is_file() else []
-        if not self.files:
-            self.settings.update({"problems": config.problems, "problems' files": contents_of(config.problems)})
+        self.depends_on("problems", config.problems)
 
     def _asked(self) -> tuple[list[dict[str, Any]], dict[str, list[Asked]]]:
         problems = problems_of(self.config.problems, self.config.limit)
@@ -152,23 +135,26 @@ class Diversity(OfTwT):
         how = config.sampling
         super().__init__("diversity", config, [kept], diversity=how.diversity, voices=how.voices)
         if how.diversity == "embedding":
-            self.settings["embedding_model"] = how.embedding_model
-            self.settings["embedding_model's files"] = contents_of(how.embedding_model)
+            self.depends_on("embedding_model", how.embedding_model)
         if how.diversity == "random":
             self.settings["seed"] = config.seed
 
+    @functools.cached_property
+    def embed(self) -> Embedder | None:
+        """The embedding model, loaded once: `check` wants it before anything is paid for, `make` behind that."""
+        how = self.config.sampling
+        return Embedder(how.embedding_model) if how.diversity == "embedding" else None
+
     def check(self) -> None:
-        if self.config.sampling.diversity == "embedding":
-            Embedder(self.config.sampling.embedding_model)
+        _ = self.embed
 
     def make(self, work: Work) -> None:
         how = self.config.sampling
         by_problem: dict[int, list[dict[str, Any]]] = {}
         for row in self.after[0].rows:
             by_problem.setdefault(row["problem"], []).append(row)
-        embed = Embedder(how.embedding_model) if how.diversity == "embedding" else None
         for number, rows in enumerate(by_problem.values(), 1):
-            chosen = diverse(rows, how.diversity, embed, voices=how.voices, seed=self.config.seed)
+            chosen = diverse(rows, how.diversity, self.embed, voices=how.voices, seed=self.config.seed)
             for place, similarity in chosen:
                 work.add({**rows[place], "similarity": similarity})
             work.count("pairs" if len(chosen) == 2 and len(rows) > 2 else "whole")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from tsdkd.pipelines.templates import fields_of, filled
+
 _FOLDER = Path(__file__).parent / "templates"  # Figures 4 and 8, each of their paragraphs and items a line
 _FIGURE = {name: (_FOLDER / f"{name}.txt").read_text().rstrip("\n") for name in ("maths", "choice", "code", "rewrite")}
 REWRITE = _FIGURE["rewrite"]
@@ -69,7 +71,7 @@ class Task:
             "answer_only": {"answer"},
         }  # fmt: skip
         for name, needed in wanted.items():
-            found = set(re.findall(r"\{(\w*)\}", getattr(self, name)))
+            found = fields_of(getattr(self, name))
             if found != needed:
                 lacks, has = sorted(needed - found), sorted(found - needed)
                 what = f"lacks {', '.join(f'{{{n}}}' for n in lacks)}" if lacks else f"has {', '.join(f'{{{n}}}' for n in has)}"
@@ -88,7 +90,7 @@ class Task:
 
     def filled(self, template: str, **values: str) -> str:
         """One of its templates with its fields; braces in the values stay."""
-        return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], getattr(self, template))
+        return filled(getattr(self, template), **values)
 
     def messages(self, question: str) -> list[dict[str, str]]:
         """What a teacher is asked about a question."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tsdkd.data.rows import read_scores
+from tsdkd.pipelines.tested import score_table, scored
 
 _PAPER = Path(__file__).parent / "paper.json"
 
@@ -15,25 +15,6 @@ _PAPER = Path(__file__).parent / "paper.json"
 def paper() -> dict[str, Any]:
     """The paper's tables by number: `title`, `columns`, `rows` (`label`, `values`) and a `note` where they contradict."""
     return json.loads(_PAPER.read_text())["tables"]
-
-
-def ours(file: Path) -> list[dict[str, Any]]:
-    """Each student's accuracy with its interval and its mean output tokens, in the order in which they were scored."""
-    made: dict[str, dict[str, Any]] = {}
-    for row in read_scores(file):
-        own = made.setdefault(row.label, {"label": row.label, "n": row.n})
-        own[row.metric] = row.score
-        own.update({name: row.more[name] for name in ("low", "high", "cut") if name in row.more})
-    return list(made.values())
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown of `ours`."""
-    lines = ["| student | accuracy | 95 % | mean output tokens | cut | n |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        right = f"{row['accuracy']:.1%} | {row['low']:.1%}-{row['high']:.1%}" if "accuracy" in row else "not scored | "
-        lines.append(f"| {row['label']} | {right} | {row['tokens']:.1f} | {row.get('cut', 0)} | {row['n']} |")
-    return "\n".join(lines)
 
 
 def paper_table(number: str) -> str:
@@ -55,18 +36,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """
     from tsdkd.reporting.figures import MARKS, PALETTE, pyplot, save
 
-    scored = [row for row in rows if "accuracy" in row]
-    if not scored:
+    graded = [row for row in rows if "accuracy" in row]
+    if not graded:
         raise ValueError("no student has an accuracy: there is nothing to draw.")
     figure, axis = pyplot().subplots(figsize=(6.4, 4.4), constrained_layout=True)
-    stages = [row for row in scored if row["label"].removeprefix("student-").isdigit()]
+    stages = [row for row in graded if row["label"].removeprefix("student-").isdigit()]
     axis.plot([row["tokens"] for row in stages], [row["accuracy"] for row in stages], color="0.6", linewidth=1, zorder=1)
-    for number, row in enumerate(scored):
+    for number, row in enumerate(graded):
         bars = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
         style = {"fmt": MARKS[number % len(MARKS)], "color": PALETTE[number % len(PALETTE)]}
         axis.errorbar(row["tokens"], row["accuracy"], yerr=bars, capsize=3, label=row["label"], zorder=2, **style)
     axis.set(
-        xlabel="mean output tokens", ylabel=f"accuracy (bars: 95 %, n = {scored[0]['n']})", title="Accuracy against tokens"
+        xlabel="mean output tokens", ylabel=f"accuracy (bars: 95 %, n = {graded[0]['n']})", title="Accuracy against tokens"
     )
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
@@ -95,8 +76,8 @@ def chosen(folder: Path) -> str:
 def report(file: Path, folder: Path) -> str:
     """What is printed at the end of a run; `report.md` has it with all of the paper's tables, beside a picture where there is
     matplotlib."""
-    rows = ours(file)
-    own = [part for part in (table(rows), chosen(folder)) if part]
+    rows = scored(file)
+    own = [part for part in (score_table(rows), chosen(folder)) if part]
     (folder / "report.md").write_text("\n\n".join([*own, *map(paper_table, paper())]) + "\n")
     try:
         draw(rows, folder / "accuracy-tokens.png")

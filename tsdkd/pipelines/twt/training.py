@@ -14,7 +14,7 @@ import torch
 
 from tsdkd.checks import check_choice, check_count, check_positive
 from tsdkd.data import commits
-from tsdkd.pipelines.students import tokenizer_of
+from tsdkd.pipelines.students import lora_config, save_student, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def train(
     Raises:
         ValueError: no row fits.
     """
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from tsdkd.data.files import data_set
@@ -138,7 +138,7 @@ def train(
         config,
         train_dataset=data_set(fits, "the stage's rows"),
         processing_class=tokenizer,
-        peft_config=lora_of(options),
+        peft_config=lora_config(options.lora_r, options.lora_alpha),
     )
 
     class Whole(TrainerCallback):
@@ -153,15 +153,11 @@ def train(
                 shutil.rmtree(older, ignore_errors=True)
 
     trainer.add_callback(Whole())
-    trainer.remove_callback(_printer())
+    trainer.remove_callback(PrinterCallback)
     checkpoint, _ = commits.newest(run)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    if options.lora_r:
-        trained = trained.merge_and_unload()
-    trained.config.use_cache = True
-    trained.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_student(trained, tokenizer, folder)
     shutil.rmtree(run, ignore_errors=True)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     said = {"rows": len(fits), "too long": len(made) - len(fits), "steps": trainer.state.global_step}
@@ -183,25 +179,3 @@ def _length(tokenizer: Any, row: dict[str, Any], as_chat: bool) -> int:
         found = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=True)
         return len(found["input_ids"] if hasattr(found, "keys") else found)
     return len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1
-
-
-def lora_of(options: Training) -> Any:
-    """PEFT's configuration; None of a student that is trained whole.
-
-    Raises:
-        ValueError: peft is not installed.
-    """
-    if not options.lora_r:
-        return None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ValueError("lora_r needs the package peft: pip install 'tsdkd[peft]', or take lora_r: 0.") from error
-    alpha = options.lora_alpha or 2 * options.lora_r
-    return LoraConfig(r=options.lora_r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def _printer() -> Any:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
