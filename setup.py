@@ -69,6 +69,7 @@ setup(
             "demo/models/*/*",
             "demo/eval_tasks/*",
             "evaluation/paper.json",
+            "pipelines/qr_distill/paper.json",
             "pipelines/twt/paper.json",
             "pipelines/twt/templates/*",
             "reporting/templates/*",

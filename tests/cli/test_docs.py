@@ -165,10 +165,28 @@ def test_the_recipe_of_twt_is_one(tmp_path):
     from tsdkd.cli.recipes import read_recipes
     from tsdkd.pipelines.twt import TwTConfig, stages
 
-    (recipe,) = (ROOT / "examples" / "pipelines").glob("*.yaml")
+    recipe = ROOT / "examples" / "pipelines" / "twt.yaml"
     made = TwTConfig.of(read_recipes([recipe]))
     assert made.sampling.threshold == 0.95 and made.training.lora_r == 8 and made.inference.max_tokens == 2048
     assert [stage.name for stage in stages(made)][-3:] == ["student-3", "tested", "scores"]
+
+
+def test_example_07_is_qr_distill_from_questions_to_a_table(tmp_path):
+    said = run_example("07_qr_distill.py", tmp_path, "16")
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    labels = {row.split(" | ")[0].removeprefix("| ") for row in rows[1:]}
+    assert {"start-1", "student-2", "student-1, at random", "student-2, every path to both", "program", "level 2"} <= labels
+    assert (tmp_path / "out" / "table.md").is_file() and "paths: calls of this run 9" in said
+
+
+def test_the_recipe_of_qr_distill_is_one():
+    from tsdkd.cli.recipes import read_recipes
+    from tsdkd.pipelines.qr_distill import QRConfig, stages
+
+    made = QRConfig.of(read_recipes([ROOT / "examples" / "pipelines" / "qr_distill.yaml"]))
+    assert made.training.learning_rates == (5e-6, 2e-4) and made.training.lora_r == 32 and made.training.four_bit
+    names = ["paths", "correct", "judged", "encoded", "students", "tested", "scores"]
+    assert [stage.name for stage in stages(made)] == names
 
 
 YOUR_OWN = sorted((ROOT / "examples" / "your_own").glob("*.py"))

@@ -8,12 +8,13 @@ import pytest
 import torch
 import yaml
 from api import Stub, reply
+from qr import mapping_of, run
 from tiny import save_tiny
-from twt import QUESTIONS, rows, small_embedder, solved
+from twt import rows, small_embedder, solved
 
 from tsdkd.cli import main
 from tsdkd.demo.recreate import make_tokenizer
-from tsdkd.pipelines.qr_distill import QRConfig, pipeline
+from tsdkd.pipelines.qr_distill import QRConfig
 from tsdkd.pipelines.qr_distill.prompts import ANSWER, ENDING, JUDGE, STYLES, verdict
 
 
@@ -52,33 +53,8 @@ def answer(body, times):
 @pytest.fixture
 def made(httpserver, tmp_path):
     stub = Stub(httpserver, answer)
-    for name, some in (("problems", QUESTIONS[:6]), ("test", QUESTIONS[6:9])):
-        lines = (json.dumps({"question": q, "answer": str(solved(q)[2])}) for q in some)
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     students = [save_tiny(tmp_path / "a", seed=1, positions=256), save_tiny(tmp_path / "b", seed=2, hidden=48, positions=256)]
-    encoder = save_roberta(tmp_path / "encoder")
-
-    def mapping(**more):
-        api = {"base_url": stub.url, "tries": 2}
-        recipe = {
-            "students": students, "problems": str(tmp_path / "problems.jsonl"), "test": str(tmp_path / "test.jsonl"),
-            "teacher": {"name": "t", "model": "teacher", **api}, "judge": {"name": "j", "model": "judge", **api},
-            "encoder": encoder, "output_dir": str(tmp_path / "out"),
-            "training": {
-                "learning_rates": [1e-3, 1e-3], "epochs": 2, "batch_size": 6, "lora_r": 0, "shared": 8, "max_length": 200
-            },
-            "inference": {"max_tokens": 8},
-        }  # fmt: skip
-        return {**recipe, **more}
-
-    return stub, mapping
-
-
-def run(recipe, **how):
-    said = []
-    line = pipeline(QRConfig.of(recipe), said.append)
-    line.run(**how)
-    return line, said
+    return stub, mapping_of(stub, tmp_path, students, save_roberta(tmp_path / "encoder"))
 
 
 def test_from_questions_to_scores(made, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,20 @@ def main(arguments: list[str]) -> int:
     _quiet()
     made.run(own.from_stage, own.until_stage, own.dry_run, own.accept_stage)
     scores = made.stages[-1]
-    if not own.dry_run and scores.name == "scores" and scores.is_current:
-        from tsdkd.pipelines.tested import score_table, scored
+    if not own.dry_run and scores.name == "scores" and scores.is_current and os.environ.get("RANK", "0") == "0":
+        print(f"\n{_report(own.name, made)}")
+    return 0
+
+
+def _report(name: str, made: Any) -> str:
+    if name == "twt":
         from tsdkd.pipelines.twt.report import report
 
-        print(f"\n{report(scores.output, made.folder) if own.name == 'twt' else score_table(scored(scores.output))}")
-    return 0
+        return report(made.stages[-1].output, made.folder)
+    from tsdkd.pipelines.qr_distill.report import report as told
+
+    students = next(stage for stage in made.stages if stage.name == "students")
+    return told(made.stages[-1].output, students.output, made.folder)
 
 
 def _pipeline(name: str, recipe: dict[str, Any]) -> Any:

@@ -3,7 +3,8 @@
 Models of this size follow none, so the server does what is asked of a large one: it puts a worked solution into the frame of
 thinking, answer and score; the score is the geometric mean of the tokens' probabilities; and asked to compare a thinking
 process with a student's and to align it (TwT, Figure 8), it leaves the results of its steps. Everything else is the model's:
-solutions, mistakes, confidence. `python -m tsdkd.demo.api_server --model FOLDER --port 8001` serves until it is stopped.
+solutions, mistakes, confidence. QR-Distill's prompts are answered by the rules of `tsdkd.demo.styles`.
+`python -m tsdkd.demo.api_server --model FOLDER --port 8001` serves until it is stopped.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from tsdkd.data.answers import final_answer
 from tsdkd.data.rendering import Rendering
+from tsdkd.demo.styles import reply_to
 
 _MOST = 1 << 20  # bytes of a request
 _GATHER = 0.01  # seconds in which requests come together to a batch
@@ -151,6 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
         if previous is not None:
             content, read = f"Thinking: {shortened(previous[1])}", len(text.split())
             written = len(content.split())
+        elif (styled := reply_to(text, lambda question: self.server.writer(question, temperature)[0])) is not None:
+            content, read, written = styled, len(text.split()), len(styled.split())
         else:
             solution, values, read, ended = self.server.writer(text, temperature)
             content, written = framed(solution, math.exp(sum(values) / len(values))), len(values)

@@ -18,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from tsdkd.demo.problems import FACTORS, GAINS, ITEMS, LOSSES, NAMES, held_out, make_problem
+from tsdkd.pipelines.students import prompt_ids
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>")
 CHAT_TEMPLATE = (
@@ -89,9 +90,7 @@ def _batch(tokenizer, rng, size, faulty, levels):
     rows, starts = [], []
     for _ in range(size):
         problem = make_problem(rng, rng.choice(levels), faulty)
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": problem.question}], add_generation_prompt=True, return_dict=False
-        )
+        prompt = prompt_ids(tokenizer, [problem.question])[0]
         starts.append(len(prompt))
         rows.append(prompt + tokenizer(problem.solution)["input_ids"] + [tokenizer.eos_token_id])
     width = max(map(len, rows))

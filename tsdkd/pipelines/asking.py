@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from tsdkd.data import commits
 from tsdkd.data.rows import read_rows
 from tsdkd.pipelines.stage import Planned, Stage, Work
 from tsdkd.rollouts.api_models import APIModel, Asked
@@ -22,6 +23,9 @@ class RunConfig(Protocol):
 
     @property
     def output_dir(self) -> str: ...
+
+    @property
+    def replies_dir(self) -> str | None: ...
 
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -41,7 +45,8 @@ class OfRun(Stage, Generic[Config]):
     @property
     def replies(self) -> Path:
         """Where the run's replies are kept."""
-        return Path(self.config.output_dir) / REPLIES
+        shared = self.config.replies_dir
+        return Path(self.config.output_dir) / REPLIES if shared is None else Path(shared)
 
 
 def ask(
@@ -53,10 +58,16 @@ def ask(
         APIError: a teacher is down, or refuses.
         ValueError: a key is missing, or more requests failed than may.
     """
-    total, done = sum(map(len, asked.values())), dict.fromkeys(asked, 0)
-
     for teacher in teachers:
         teacher.check()  # before any call
+    with commits.locked(folder, "a pipeline asks, and keeps its replies there"):
+        return _ask(teachers, asked, folder, work, allow_failed)
+
+
+def _ask(
+    teachers: Sequence[APIModel], asked: dict[str, list[Asked]], folder: Path, work: Work, allow_failed: float
+) -> dict[str, list[dict[str, Any]]]:
+    total, done = sum(map(len, asked.values())), dict.fromkeys(asked, 0)
 
     def of(writer: APIWriter) -> list[dict[str, Any]]:
         def told(number: int, of: int) -> None:

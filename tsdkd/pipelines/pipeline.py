@@ -12,6 +12,7 @@ from typing import Any
 
 from tsdkd.data import commits
 from tsdkd.data.rows import RowFile
+from tsdkd.pipelines.processes import Processes, is_one_of_several
 from tsdkd.pipelines.stage import Stage, Work, about_path, digest_of
 from tsdkd.provenance import provenance, redacted
 
@@ -67,9 +68,15 @@ class Pipeline:
             return self._planned(begin, end, forced=first is not None)
         for name in accepted:
             self._place(name, 0)
-        for stage in self._to_make(begin, end, forced=first is not None):
+        fresh = self._to_make(begin, end, forced=first is not None)
+        for stage in fresh:
             if self.stages.index(stage) >= begin:
                 stage.check()
+        if is_one_of_several():
+            self._refuse_apart(fresh)
+            Processes().wait()  # until each has seen what is to be made
+            if not Processes().is_first:
+                return self._help(fresh)
         with commits.locked(self.folder, f"tsdkd pipeline {self.kind} writes there"):
             self._mark()
             self._put_strangers_aside()
@@ -77,6 +84,23 @@ class Pipeline:
                 if stage.name in accepted:
                     self._accept(stage)
                 self._do(stage, number >= begin, forced=first is not None and number >= begin and stage.name not in accepted)
+
+    def _refuse_apart(self, fresh: Sequence[Stage]) -> None:
+        """Several processes make some stages together; what one process makes before them is made before."""
+        last = max((number for number, stage in enumerate(fresh) if stage.is_together), default=0)
+        alone = [stage.name for stage in fresh[:last] if not stage.is_together]
+        if alone:
+            raise ValueError(
+                f"several processes make {fresh[last].name} together, and one process makes {', '.join(alone)} before it: run "
+                f"once without accelerate launch and with --until_stage {alone[-1]}."
+            )
+
+    def _help(self, fresh: Sequence[Stage]) -> None:
+        """Another process than the first takes part in what is made together, and writes nothing."""
+        for stage in fresh:
+            if stage.is_together:
+                Processes().wait()  # the folder is there
+                stage.make(Work(stage.name, None, _part(stage), lambda text: None))
 
     def _do(self, stage: Stage, wanted: bool, forced: bool) -> None:
         about = stage.about
@@ -111,7 +135,7 @@ class Pipeline:
         commits.put_text(about_path(stage.output), json.dumps(about, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def _make(self, stage: Stage) -> None:
-        began, key, part = time.monotonic(), stage.key, stage.output.with_name(f"{stage.output.name}.part")
+        began, key, part = time.monotonic(), stage.key, _part(stage)
         mark = part.with_name(f"{part.name}.key")
         if part.exists() and (not mark.is_file() or mark.read_text() != key):
             self.say(f"{stage.name}: what an interrupted making with other settings or inputs left goes to {REPLACED}/")
@@ -120,6 +144,8 @@ class Pipeline:
         if stage.is_folder:
             part.mkdir(exist_ok=True)
             work = Work(stage.name, None, part, self.say)
+            if stage.is_together and is_one_of_several():
+                Processes().wait()
             stage.make(work)
             commits.write_manifest(part, {"step": 0, "stage": stage.name})
         else:
@@ -223,6 +249,11 @@ class Pipeline:
             if name not in own and path.exists():
                 self.say(f"{path.name} is no stage of this order: it goes to {REPLACED}/")
                 _put_aside(path, self.folder)
+
+
+def _part(stage: Stage) -> Path:
+    """Where a stage's output is while it is made."""
+    return stage.output.with_name(f"{stage.output.name}.part")
 
 
 def _put_aside(path: Path, folder: Path) -> None:

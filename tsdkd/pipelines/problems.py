@@ -9,7 +9,7 @@ from tsdkd.data.files import load_rows
 
 
 def problems_of(name: str, limit: int | None = None, labelled: bool = False) -> list[dict[str, Any]]:
-    """The rows of a file of problems: `question` (or `prompt`), and `label`, what it calls `answer`.
+    """The rows of a file of problems: `question` (or `prompt`), `label`, what it calls `answer`, and `level` where it has one.
 
     Raises:
         ValueError: a row without a question, or without an answer where there must be one.
@@ -24,7 +24,8 @@ def problems_of(name: str, limit: int | None = None, labelled: bool = False) -> 
             raise ValueError(f"{name}, row {number} has no question; its columns are {', '.join(row)}.")
         if labelled and label is None:
             raise ValueError(f"{name}, row {number} has no answer to score by; its columns are {', '.join(row)}.")
-        made.append({"problem": number, "question": question, "label": None if label is None else str(label)})
+        level = {"level": str(row["level"])} if row.get("level") is not None else {}
+        made.append({"problem": number, "question": question, "label": None if label is None else str(label), **level})
     if not made:
         raise ValueError(f"{name} holds no problems.")
     return made

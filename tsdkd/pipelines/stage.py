@@ -109,6 +109,7 @@ class Stage(abc.ABC):
     settings: dict[str, Any] = field(default_factory=dict)
     files: Sequence[Path] = ()
     is_folder = False
+    is_together = False  # every process of `accelerate launch` takes part in making it
     columns: ClassVar[tuple[str, ...]] = ("id",)  # that each of its rows has
     output: Path = field(default=Path(), init=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,36 @@ def lora_config(r: int, alpha: int | None = None) -> Any:
     except ImportError as error:
         raise ValueError("lora_r needs the package peft: pip install 'tsdkd[peft]', or take lora_r: 0.") from error
     return LoraConfig(r=r, lora_alpha=alpha or 2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def load_student(name: str, device: Any, four_bit: bool = False) -> Any:
+    """A student's model on a device, in float32; with `four_bit` its linear layers in NF4, quantised twice (QLoRA).
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if not four_bit:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
+    check_four_bit()
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = torch.bfloat16 if half else torch.float32
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantised, dtype=dtype, device_map={"": device})
+
+
+def check_four_bit() -> None:
+    """Refuse weights in 4 bits where nothing is installed that holds them.
+
+    Raises:
+        ValueError: saying what to install.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("four_bit: true needs the package bitsandbytes: pip install bitsandbytes, or take four_bit: false.")
 
 
 def save_student(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -70,6 +70,13 @@ def last_hidden_state(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torc
     return backbone_output(model, ids, mask).last_hidden_state
 
 
+def without_dropout(model: Any) -> None:
+    """As `model.eval()`, but for layers in 4 bits, which have no dropout: on some CPUs a pass in `eval` repacks their weights
+    for good, and no gradient goes through them then (bitsandbytes 0.50, AVX512-BF16)."""
+    for module in model.modules():
+        module.training = type(module).__name__ == "Linear4bit"
+
+
 @torch.no_grad()
 def check_head(model: Any, role: str, vocab_size: int, gathered: Callable[..., AbstractContextManager] = _whole) -> None:
     """Refuse a model whose logits are not head(last hidden state), or are not finite, on a short text.
@@ -83,7 +90,7 @@ def check_head(model: Any, role: str, vocab_size: int, gathered: Callable[..., A
     inner = without_adapter_wrapper(model)
     device = model.get_input_embeddings().weight.device
     was_training = model.training
-    model.eval()
+    without_dropout(model)
     ids = (torch.arange(8, device=device) * 7 % vocab_size).unsqueeze(0)
     mask = torch.ones_like(ids)
     forward = getattr(inner, "_original_forward", inner)  # without the mixed precision that accelerate puts around it

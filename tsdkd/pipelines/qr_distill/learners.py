@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsdkd.pipelines.students import lora_config, prompt_ids, tokenizer_of
+from tsdkd.pipelines.students import load_student, lora_config, prompt_ids, tokenizer_of
 from tsdkd.teachers.heads import check_head, head_of, last_hidden_state
 
 
@@ -27,21 +28,23 @@ class Learner(nn.Module):
 
     Args:
         name: of a model, or its folder.
-        lora_r: see `QRTraining`.
+        lora_r, four_bit: see `QRTraining`.
         device: where it is.
     """
 
-    def __init__(self, name: str, lora_r: int, device: torch.device) -> None:
+    def __init__(self, name: str, lora_r: int, device: torch.device, four_bit: bool = False) -> None:
         super().__init__()
-        from transformers import AutoModelForCausalLM
-
+        self.name, self.device, self.four_bit = name, device, four_bit
         self.tokenizer = tokenizer_of(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = load_student(name, device, four_bit)
         if (adapter := lora_config(lora_r)) is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, adapter)
-        self.model, self.device = model.to(device), device
+        self.in_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        if device.type == "cuda":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model = model
         config = model.config.get_text_config()
         self.width, self.context = config.hidden_size, int(getattr(config, "max_position_embeddings", None) or 10**9)
         check_head(model, "student", config.vocab_size)
@@ -63,14 +66,27 @@ class Learner(nn.Module):
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=self.device)
         mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=self.device)
-        hidden = last_hidden_state(self.model, ids, mask)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16):
+            hidden = last_hidden_state(self.model, ids, mask)
         head, losses, states = head_of(self.model), [], []
         for number, row in enumerate(rows):
             start = len(row.prompt)
-            logits = head.logits(hidden[number, start - 1 : start - 1 + len(row.path)]).float()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16):
+                logits = head.logits(hidden[number, start - 1 : start - 1 + len(row.path)]).float()
             losses.append(nn.functional.cross_entropy(logits, ids[number, start : start + len(row.path)]))
             states.append(hidden[number, start : start + len(row.path) - 1])
         return torch.stack(losses), states
+
+    def whole(self) -> Any:
+        """The trained model; of one in 4 bits the same in whole numbers, so that what is saved is what was trained."""
+        if not self.four_bit:
+            return self.model
+        from peft import PeftModel
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            base = load_student(self.name, self.device, four_bit=True).dequantize()
+            return PeftModel.from_pretrained(base, folder)
 
 
 def check_alignment(how: str, tokenizers: Sequence[Any]) -> None:

@@ -15,9 +15,10 @@ from tsdkd.pipelines.qr_distill.config import QRConfig
 from tsdkd.pipelines.qr_distill.grading import right
 from tsdkd.pipelines.qr_distill.learners import check_alignment
 from tsdkd.pipelines.qr_distill.paths import OfQR
+from tsdkd.pipelines.qr_distill.report import last_epoch, routing_rates
 from tsdkd.pipelines.qr_distill.trainer import QRDistillTrainer
 from tsdkd.pipelines.stage import Stage, Work, contents_of
-from tsdkd.pipelines.students import lora_config, tokenizer_of
+from tsdkd.pipelines.students import check_four_bit, lora_config, tokenizer_of
 from tsdkd.pipelines.tested import Tested
 from tsdkd.teachers.sources import refuse_unreadable
 
@@ -81,29 +82,34 @@ class Students(OfQR):
     """All students, trained together on the filtered paths; `routing.jsonl` has where each path went at each step."""
 
     is_folder = True
+    is_together = True
 
-    def __init__(self, config: QRConfig, paths: Stage, encoded: Stage) -> None:
-        super().__init__("students", config, [paths, encoded], students=list(config.students), seed=config.seed)
-        self.settings.update(config.training.settings)
+    def __init__(self, config: QRConfig, paths: Stage, encoded: Stage | None) -> None:
+        after = [paths] if encoded is None else [paths, encoded]
+        super().__init__("students", config, after, students=list(config.students), seed=config.seed)
+        self.settings.update(config.taught.settings)
         self.settings["students' files"] = [contents_of(name) for name in config.students]
 
     def check(self) -> None:
         for name in self.config.students:
             refuse_unreadable(name)
         tokenizers = [tokenizer_of(name) for name in self.config.students]
-        check_alignment(self.config.training.alignment, tokenizers)
-        lora_config(self.config.training.lora_r)
+        if self.config.taught.mutual_weight:
+            check_alignment(self.config.taught.alignment, tokenizers)
+        lora_config(self.config.taught.lora_r)
+        if self.config.taught.four_bit:
+            check_four_bit()
 
     def make(self, work: Work) -> None:
         assert work.folder is not None
-        encodings = load_file(self.after[1].output / ENCODINGS)["encodings"]
-        config = self.config
-        run = work.folder / "run"
-        trainer = QRDistillTrainer(
-            config.students, self.after[0].rows, encodings, config.training, run, config.seed, work.progress
-        )
+        config, rows, run = self.config, self.after[0].rows, work.folder / "run"
+        encoded = self.after[1].output / ENCODINGS if len(self.after) > 1 else None
+        encodings = torch.zeros(len(rows), 1) if encoded is None else load_file(encoded)["encodings"]
+        trainer = QRDistillTrainer(config.students, rows, encodings, config.taught, run, config.seed, work.progress)
         log = trainer.train()
         trainer.save(work.folder)
+        if not trainer.processes.is_first:
+            return
         lines = {"log.jsonl": log, "routing.jsonl": trainer.routed}
         for name, rows in lines.items():
             (work.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -114,16 +120,8 @@ class Students(OfQR):
         work.count("steps", len(log))
         work.counts["loss"] = round(log[-1]["loss"], 4)
         work.counts["projections' norm"] = f"{log[0]['norm']:.3g} → {log[-1]['norm']:.3g}"
-        for style, rates in routing_rates(trainer.routed).items():
+        for style, rates in routing_rates(last_epoch(trainer.routed)).items():
             work.counts[f"routed, {style}"] = " ".join(f"{rate:.0%}" for rate in rates)
-
-
-def routing_rates(routed: list[dict[str, Any]], by: str = "style") -> dict[str, list[float]]:
-    """How often each student was given paths, by style (the paper's Figure 4) or another column."""
-    found: dict[str, list[list[int]]] = {}
-    for row in routed:
-        found.setdefault(str(row[by]), []).append(row["to"])
-    return {name: [sum(column) / len(rows) for column in zip(*rows, strict=True)] for name, rows in sorted(found.items())}
 
 
 def tested(config: QRConfig, students: Stage) -> Tested:
@@ -137,8 +135,9 @@ def tested(config: QRConfig, students: Stage) -> Tested:
     starts = {f"start-{number}": name for number, name in zip(numbers, config.students, strict=True)}
 
     def asked(question: str, label: str) -> str:
-        return question + config.ending if label in starts else question  # nobody has told those how an answer is stated
+        return question + config.ending if label in starts else mark + question  # nobody told starts how an answer is stated
 
+    mark = config.marks["label"] if config.recipe == "step_by_step" else ""
     marked = lambda text, label: right(text, label, config.answer)  # noqa: E731
-    settings = {"answer": config.answer, "ending": config.ending}
+    settings = {"answer": config.answer, "ending": config.ending} | ({"mark": mark} if mark else {})
     return Tested([students], config.test, starts, trained, config.inference, asked, marked, **settings)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tsdkd.pipelines.asking import OfRun, ask, planned
 from tsdkd.pipelines.problems import problems_of
 from tsdkd.pipelines.qr_distill.config import QRConfig
-from tsdkd.pipelines.qr_distill.grading import right
+from tsdkd.pipelines.qr_distill.grading import right, stated
 from tsdkd.pipelines.qr_distill.prompts import verdict
 from tsdkd.pipelines.stage import Planned, Stage, Work
 from tsdkd.pipelines.templates import filled
 from tsdkd.rollouts.api_models import APIModel, Asked
 
 PATH = ("id", "problem", "question", "label", "style", "path")
+
+
+def at_most(config: QRConfig, each: int) -> Planned:
+    """So many calls a question, where the stages before have not said of which."""
+    return Planned(None, said=f"at most {len(problems_of(config.problems, config.limit)) * each:,} calls")
 
 
 class OfQR(OfRun[QRConfig]):
@@ -30,68 +36,98 @@ class OfQR(OfRun[QRConfig]):
 
 
 class Paths(OfQR):
-    """The teacher's path of each style to each question (2.2)."""
+    """The teacher's path of each style to each question (2.2).
+
+    Args:
+        name: of the stage.
+        styles: templates by name; None: the run's.
+        questions: a stage whose rows they are; None: the run's problems.
+        samples: paths of each style.
+    """
 
     columns = PATH
 
-    def __init__(self, config: QRConfig) -> None:
-        super().__init__("paths", config, teacher=config.teacher.settings, styles=config.styles, ending=config.ending)
-        self.settings["limit"] = config.limit
-        self.depends_on("problems", config.problems)
+    def __init__(
+        self,
+        config: QRConfig,
+        name: str = "paths",
+        styles: Mapping[str, str] | None = None,
+        questions: Stage | None = None,
+        samples: int = 1,
+    ) -> None:
+        self.styles, self.samples, self.questions = config.styles if styles is None else styles, samples, questions
+        after = [] if questions is None else [questions]
+        super().__init__(name, config, after, teacher=config.teacher.settings, styles=self.styles, ending=config.ending)
+        if samples > 1:
+            self.settings["samples"] = samples
+        if questions is None:
+            self.settings["limit"] = config.limit
+            self.depends_on("problems", config.problems)
 
     def _asked(self) -> tuple[list[dict[str, Any]], list[Asked]]:
-        problems = problems_of(self.config.problems, self.config.limit, labelled=True)
-        texts = [
-            filled(template, question=row["question"]) + self.config.ending
-            for row in problems
-            for template in self.config.styles.values()
-        ]
-        return problems, [Asked([{"role": "user", "content": text}]) for text in texts]
+        """The paths' rows without the paths, and what is asked for them."""
+        config, source = self.config, self.questions
+        problems = problems_of(config.problems, config.limit, labelled=True) if source is None else source.rows
+        rows, asked = [], []
+        for problem in problems:
+            for style, template in self.styles.items():
+                text = filled(template, question=problem["question"]) + config.ending
+                for sample in range(self.samples):
+                    name = f"{problem['problem']}/{style}" + (f"/{sample}" if self.samples > 1 else "")
+                    rows.append({**problem, "id": name, "style": style})
+                    asked.append(Asked([{"role": "user", "content": text}], sample))
+        return rows, asked
 
     def check(self) -> None:
         self.config.teacher.check()
-        self._asked()
+        if self.questions is None:
+            self._asked()
 
     def plan(self) -> Planned:
+        if self.questions is not None and not self.questions.is_current:
+            return at_most(self.config, len(self.styles) * self.samples)
         return self.planned(self.config.teacher, self._asked()[1])
 
     def make(self, work: Work) -> None:
-        problems, asked = self._asked()
-        replies = iter(self.ask(self.config.teacher, asked, work))
-        for problem in problems:
-            for style in self.config.styles:
-                reply = next(replies)
-                if "error" in reply:
-                    continue
-                row = {"id": f"{problem['problem']}/{style}", **problem, "style": style, "path": reply["text"]}
-                work.add({**row, "finish": reply["finish"]})
+        rows, asked = self._asked()
+        for row, reply in zip(rows, self.ask(self.config.teacher, asked, work), strict=True):
+            if "error" not in reply:
+                work.add({**row, "path": reply["text"], "finish": reply["finish"]})
         work.count("paths", len(work.done))
 
 
 class Correct(OfQR):
-    """The paths whose final answer is the label (2.3, step 1), by the grader that scores students."""
+    """The paths whose final answer is the label (2.3, step 1), by the grader that scores students; of a question without a
+    label those that state one."""
 
     columns = PATH
 
-    def __init__(self, config: QRConfig, paths: Stage) -> None:
-        super().__init__("correct", config, [paths], answer=config.answer)
+    def __init__(self, config: QRConfig, paths: Sequence[Stage]) -> None:
+        super().__init__("correct", config, paths, answer=config.answer)
+        if config.keep_wrong:
+            self.settings["keep_wrong"] = True
 
     def make(self, work: Work) -> None:
         wrong: Counter[str] = Counter()
-        for row in self.after[0].rows:
+        pattern, rows = self.config.answer, [row for stage in self.after for row in stage.rows]
+        for row in rows:
+            label, style = row["label"], row["style"]
             if row.get("finish") == "length":
                 wrong["cut"] += 1
             elif not row["path"].strip():
                 wrong["empty"] += 1
-            elif right(row["path"], row["label"], self.config.answer):
+            elif stated(row["path"], pattern) is not None if label is None else right(row["path"], label, pattern):
                 work.add(row)
-                work.count(f"right, {row['style']}")
+                work.count(f"{'stated' if label is None else 'right'}, {style}")
+            elif self.config.keep_wrong:
+                work.add(row)
+                work.count(f"wrong and kept, {style}")
             else:
-                wrong[f"wrong, {row['style']}"] += 1
+                wrong[f"{'no answer' if label is None else 'wrong'}, {style}"] += 1
         work.count("kept", len(work.done))
         work.counts.update(sorted(wrong.items()))
         if not work.done:
-            first = next((row["path"] for row in self.after[0].rows), "")
+            first = next((row["path"] for row in rows), "")
             raise ValueError(
                 f"no path reaches its label's answer; the first is {first[:300]!r}. Look at `ending` and `answer`."
             )
@@ -120,8 +156,7 @@ class Judged(OfQR):
         if self.config.judge is None:
             return Planned()
         if not self.after[0].is_current:
-            most = len(problems_of(self.config.problems, self.config.limit)) * len(self.config.styles)
-            return Planned(None, said=f"at most {most:,} calls")
+            return at_most(self.config, len(self.config.styles))
         return self.planned(self.config.judge, self._asked())
 
     def make(self, work: Work) -> None:

@@ -20,6 +20,8 @@ STYLES = {
     " final verified answer.\n{question}",
 }
 
+SINGLE = "chain_of_thought"  # of the baselines' one path
+
 # The paper says not how a path's answer is found; nothing is guessed out of running text here, so it is asked for.
 ENDING = "\n\nEnd with a line: The answer is: ANSWER"
 ANSWER = r"(?im)^[ \t>*_#]*the answer is[:*_ \t]*([^\n]+)$"
@@ -35,6 +37,21 @@ Reasoning path:
 {path}
 
 Think briefly, then end with one line, "Verdict: valid" or "Verdict: invalid"."""
+
+# What the paper's baselines ask a teacher for besides paths; the papers that they are from have longer prompts, with examples.
+REQUESTS = {
+    "rephrase": "Rephrase the following question in other words, so that its answer stays the same. Write the new question"
+    " alone.\n{question}",
+    "new_question": "Write a new question of the same kind as the following one, with another answer. Write the new question"
+    " alone.\n{question}",
+    "inverse": "Write the inverse of the following question: one that states its answer, and asks for something that the"
+    " question states. Write the inverse question alone.\nQuestion: {question}\nAnswer: {answer}",
+    "consistent": "Below are a question with its answer, and an inverse question with a reasoning path. Does the path's answer"
+    ' agree with what the question states? End with one line, "Verdict: valid" or "Verdict: invalid".\n\nQuestion:\n{question}'
+    "\nAnswer: {answer}\n\nInverse question:\n{inverse}\n\nReasoning path:\n{path}",
+}
+ANSWER_ALONE = "The answer is: {answer}"
+MARKS = {"label": "[label] ", "rationale": "[rationale] ", "inverse": "[inverse] "}  # before a question: which task it is
 
 _VERDICT = re.compile(r"(?im)^[ \t*_#>]*verdict[*_]*[ \t]*:[*_ \t]*(valid|invalid)[*_ \t]*\.?[ \t]*$")
 

@@ -19,13 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from tsdkd.checks import check_choice, check_count, check_positive, check_share, check_weight
 from tsdkd.data import commits
+from tsdkd.pipelines.processes import Processes
 from tsdkd.pipelines.qr_distill.learners import Learner, check_alignment
 from tsdkd.pipelines.qr_distill.mutual import ALIGNMENTS, Mutual
 from tsdkd.pipelines.qr_distill.objective import ENTROPY_WEIGHT, MUTUAL_WEIGHT, baseline, mean_of_given
 from tsdkd.pipelines.qr_distill.routing import Router, routing_entropy, temperature_at
 from tsdkd.pipelines.students import save_student
+from tsdkd.teachers.heads import without_dropout
 
 ROUTING = ("learned", "random", "all")
+ROUTED = ("id", "problem", "style", "level")  # what is kept of a path beside its gates
 
 
 @dataclass(frozen=True)
@@ -35,25 +38,33 @@ class QRTraining:
     Args:
         learning_rates: of each student (3.2: 5e-6 Mistral, 2e-4 Gemma).
         auxiliary_learning_rate: of router and projections.
-        epochs, batch_size: over the paths; paths a step.
-        micro_batch: paths at a time; a step's values depend on it by dropout alone.
+        decay, warmup_steps: of all rates: `linear`, down to 0 at the last step, as transformers' trainer has it, or `constant`;
+            after so many steps of rising.
+        epochs, batch_size: over the paths; paths a step, of all processes together.
+        max_steps: as many steps in place of the epochs'; None: `epochs`.
+        micro_batch: paths at a time on a process; a step's values depend on it by dropout alone.
         max_length: prompt and path, tokens; longer paths are left out and counted.
         lora_r: rank of the adapters, merged at the end; 0 trains all weights.
+        four_bit: the students' own weights in 4 bits under the adapters (QLoRA, 3.2: NF4, quantised twice), by bitsandbytes.
         entropy_weight, mutual_weight: λ1 and λ2 of Eq. 9.
         temperature, last_temperature, schedule: of the gates, see `temperature_at`.
         shared, alignment, normalise: see `Mutual`.
         per_student: see `routing_entropy`.
         routing: `learned`; `all`, every path to every student (without routing); `random`, a control: each gate on with `rate`.
-        rate: of `random`.
+        rate: of `random`, one for all students or one each.
     """
 
     learning_rates: tuple[float, ...] = (5e-6, 2e-4)
     auxiliary_learning_rate: float = 1e-4
+    decay: str = "linear"
+    warmup_steps: int = 0
     epochs: int = 3
     batch_size: int = 8
+    max_steps: int | None = None
     micro_batch: int = 8
     max_length: int = 768
     lora_r: int = 32
+    four_bit: bool = False
     entropy_weight: float = ENTROPY_WEIGHT
     mutual_weight: float = MUTUAL_WEIGHT
     temperature: float = 1.0
@@ -64,7 +75,7 @@ class QRTraining:
     normalise: bool = False
     per_student: bool = False
     routing: str = "learned"
-    rate: float = 0.5
+    rate: float | tuple[float, ...] = 0.5
 
     def __post_init__(self) -> None:
         rates = self.learning_rates if isinstance(self.learning_rates, (list, tuple)) else (self.learning_rates,)
@@ -73,18 +84,42 @@ class QRTraining:
             check_positive(f"learning_rates[{number}]", value)
         for name in ("auxiliary_learning_rate", "temperature", "last_temperature"):
             check_positive(name, getattr(self, name))
-        for name in ("epochs", "batch_size", "micro_batch", "max_length", "shared"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "micro_batch",
+            "max_length",
+            "shared",
+            *(("max_steps",) if self.max_steps else ()),
+        ):
             check_count(name, getattr(self, name))
         check_count("lora_r", self.lora_r, smallest=0)
+        check_count("warmup_steps", self.warmup_steps, smallest=0)
+        check_choice("decay", self.decay, ("linear", "constant"))
         check_weight("entropy_weight", self.entropy_weight)
         check_weight("mutual_weight", self.mutual_weight)
         check_choice("schedule", self.schedule, ("exponential", "linear", "constant"))
         check_choice("alignment", self.alignment, ALIGNMENTS)
         check_choice("routing", self.routing, ROUTING)
-        check_share("rate", self.rate)
-        for name in ("normalise", "per_student"):
+        object.__setattr__(self, "rate", tuple(self.rate) if isinstance(self.rate, (list, tuple)) else self.rate)
+        for value in self.rate if isinstance(self.rate, tuple) else (self.rate,):
+            check_share("rate", value)
+        for name in ("normalise", "per_student", "four_bit"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
+        if self.four_bit and not self.lora_r:
+            raise ValueError("four_bit: true trains adapters on weights that stay as they are: give a lora_r above 0 (32).")
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """What the learning rates are multiplied with at a step, from 0, of so many.
+
+        Example:
+            >>> [QRTraining(warmup_steps=2).rate_at(step, 6) for step in range(6)]
+            [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return 1.0 if self.decay == "constant" else (steps - step) / max(1, steps - self.warmup_steps)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -93,7 +128,7 @@ class QRTraining:
 
 
 class QRDistillTrainer:
-    """Trains students, router and projections together, in one process.
+    """Trains students, router and projections together, in one process or, under `accelerate launch`, in several.
 
     Args:
         students: their names or folders, at least two.
@@ -104,10 +139,11 @@ class QRDistillTrainer:
         seed: of every draw.
         progress: is told of steps.
 
-    Several GPUs hold a student each, in turn.
+    One process places the students on the GPUs that it sees, in turn. Of several processes each holds all students and reads
+    its part of a step's paths; gates, losses' means and gradients are those of one process that reads them all.
 
     Raises:
-        ValueError: fewer than two students, another number of learning rates, or no path that fits.
+        ValueError: fewer than two students, another number of learning rates or rates, or no path that fits.
     """
 
     def __init__(
@@ -124,13 +160,17 @@ class QRDistillTrainer:
             raise ValueError(f"QR-Distill trains at least two students together; {len(students)} was given.")
         if len(options.learning_rates) != len(students):
             raise ValueError(f"{len(students)} students have {len(options.learning_rates)} learning rates: give one each.")
+        if isinstance(options.rate, tuple) and len(options.rate) != len(students):
+            raise ValueError(f"{len(students)} students have {len(options.rate)} rates: give one for all, or one each.")
         if len(encodings) != len(rows):
             raise ValueError(f"{len(rows)} paths have {len(encodings)} encodings.")
         self.options, self.folder, self.seed, self.progress = options, Path(folder), seed, progress
         torch.manual_seed(seed)
-        gpus = torch.cuda.device_count()
-        devices = [torch.device(f"cuda:{number % gpus}" if gpus else "cpu") for number in range(len(students))]
-        self.learners = [Learner(name, options.lora_r, device) for name, device in zip(students, devices, strict=True)]
+        self.processes = Processes()
+        devices = self.processes.devices(len(students))
+        self.learners = [
+            Learner(name, options.lora_r, device, options.four_bit) for name, device in zip(students, devices, strict=True)
+        ]
         made = [learner.tokens(rows) for learner in self.learners]
         limits = [min(options.max_length, learner.context) for learner in self.learners]
         sizes = [[len(each[n].prompt) + len(each[n].path) for each in made] for n in range(len(rows))]
@@ -154,11 +194,11 @@ class QRDistillTrainer:
             for learner, rate in zip(self.learners, options.learning_rates, strict=True)
         ]
         auxiliary = [*self.router.parameters(), *self.mutual.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            [*groups, {"params": auxiliary, "lr": options.auxiliary_learning_rate}], weight_decay=0.0
-        )
+        groups.append({"params": auxiliary, "lr": options.auxiliary_learning_rate})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self._rates = [*options.learning_rates, options.auxiliary_learning_rate]
         self.steps_of_epoch = -(-len(self.rows) // options.batch_size)
-        self.steps = self.steps_of_epoch * options.epochs
+        self.steps = options.max_steps or self.steps_of_epoch * options.epochs
         self.routed: list[dict[str, Any]] = []  # every step's gates
 
     # ------------------------------------------------------------------ a step
@@ -178,7 +218,7 @@ class QRDistillTrainer:
         if options.routing == "all":
             return torch.ones(shape)
         if options.routing == "random":
-            return (torch.rand(shape, generator=draws) < options.rate).float()
+            return (torch.rand(shape, generator=draws) < torch.tensor(options.rate)).float()
         heat = temperature_at(step, self.steps, options.temperature, options.last_temperature, options.schedule)
         return self.router(self.encodings[list(numbers)], heat, draws).alpha
 
@@ -190,13 +230,12 @@ class QRDistillTrainer:
         on = gates.detach() > 0.5
         given, base = on.sum(0), self._baseline(numbers, on)
         together = set((on.sum(1) > 1).nonzero().flatten().tolist()) if options.mutual_weight else set()
-        distill, mutual, norm = torch.zeros(count), 0.0, 0.0
-        for start in range(0, len(numbers), options.micro_batch):
-            part = range(start, min(start + options.micro_batch, len(numbers)))
+        sums = torch.zeros(count + 2)  # what the students' losses, the mutual loss and the norm come to
+        for part in self._parts(numbers):
             losses, states = self._read(numbers, part, on)
-            each = mean_of_given(losses, gates[list(part)], given, base)
+            each = mean_of_given(losses, gates[part], given, base)
             loss = each.sum()
-            distill += each.detach()
+            sums[:count] += each.detach()
             for row in sorted(together.intersection(part)):
                 found = {student: own[row] for student, own in enumerate(states) if row in own}
                 spans = {s: self.tokens[s][numbers[row]].spans for s in found}
@@ -206,18 +245,21 @@ class QRDistillTrainer:
                     self.unaligned.add(numbers[row])
                     continue
                 loss = loss + options.mutual_weight * result.loss / len(together)
-                mutual, norm = mutual + result.loss.item() / len(together), norm + result.norm.item() / len(together)
+                sums[count:] += torch.stack([result.loss.detach(), result.norm]) / len(together)
             loss.backward()
-        questions = [self.rows[number]["problem"] for number in numbers]
-        entropy = routing_entropy(alpha, questions, options.per_student)
-        if options.routing == "learned" and gates.grad is not None:
-            ((alpha * gates.grad).sum() - options.entropy_weight * entropy).backward()
-        total = distill.sum().item() - options.entropy_weight * entropy.item() + options.mutual_weight * mutual
+        parts = (*self.learners, self.mutual)
+        self.processes.add_gradients([p for module in parts for p in module.parameters() if p.requires_grad])
+        slopes = self.processes.sum(torch.zeros_like(gates) if gates.grad is None else gates.grad)
+        sums = self.processes.sum(sums)
+        entropy = routing_entropy(alpha, [self.rows[number]["problem"] for number in numbers], options.per_student)
+        if options.routing == "learned":
+            ((alpha * slopes).sum() - options.entropy_weight * entropy).backward()
+        distill, mutual, norm = sums[:count], sums[count].item(), sums[count + 1].item()
         for row, number in enumerate(numbers):
-            about = {"step": step, "style": self.rows[number]["style"], "problem": self.rows[number]["problem"]}
-            self.routed.append({**about, "to": on[row].int().tolist()})
+            about = {name: self.rows[number][name] for name in ROUTED if name in self.rows[number]}
+            self.routed.append({"step": step, **about, "to": on[row].int().tolist()})
         return {
-            "loss": total,
+            "loss": distill.sum().item() - options.entropy_weight * entropy.item() + options.mutual_weight * mutual,
             "distill": distill.tolist(),
             "entropy": entropy.item(),
             "mutual": mutual,
@@ -225,22 +267,24 @@ class QRDistillTrainer:
             "rates": on.float().mean(0).tolist(),
         }
 
+    def _parts(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The places of this process's paths of a step, some at a time."""
+        own = list(range(self.processes.rank, len(numbers), self.processes.count))
+        return [own[start : start + self.options.micro_batch] for start in range(0, len(own), self.options.micro_batch)]
+
     def _baseline(self, numbers: Sequence[int], on: torch.Tensor) -> torch.Tensor:
         """Every path's loss by every student, without dropout and without gradient, for the router's gradient; and `baseline`.
         Where the router learns nothing, neither is read."""
         if self.options.routing != "learned":
             return torch.zeros(len(self.learners))
-        columns = []
+        values = torch.zeros(on.shape)
         for student, learner in enumerate(self.learners):
-            learner.model.eval()
-            values = []
-            for start in range(0, len(numbers), self.options.micro_batch):
-                some = [self.tokens[student][number] for number in numbers[start : start + self.options.micro_batch]]
+            without_dropout(learner)
+            for part in self._parts(numbers):
                 with torch.no_grad():
-                    values.append(learner.read(some)[0].cpu())
-            learner.model.train()
-            columns.append(torch.cat(values))
-        self._values = torch.stack(columns, 1)
+                    values[part, student] = learner.read([self.tokens[student][numbers[row]] for row in part])[0].cpu()
+            learner.train()
+        self._values = self.processes.sum(values)
         return baseline(self._values, on)
 
     def _read(self, numbers: Sequence[int], part: Sequence[int], on: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
@@ -266,7 +310,8 @@ class QRDistillTrainer:
         """
         every, log = save_every or self.steps_of_epoch, self._resume()
         for step in range(len(log), self.steps):
-            torch.manual_seed(random.Random(f"{self.seed}/dropout/{step}").getrandbits(60))
+            own = f"/{self.processes.rank}" if self.processes.rank else ""
+            torch.manual_seed(random.Random(f"{self.seed}/dropout/{step}{own}").getrandbits(60))
             for module in (*self.learners, self.router, self.mutual):
                 module.train()
             self.optimizer.zero_grad(set_to_none=True)
@@ -275,11 +320,14 @@ class QRDistillTrainer:
                 raise FloatingPointError(
                     f"step {step + 1}: NaN or Inf in a gradient; the step was not made. Lower the learning rate."
                 )
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * self.options.rate_at(step, self.steps)
             self.optimizer.step()
             log.append({"step": step + 1, **row})
             self.progress(step + 1, self.steps)
             if (step + 1) % every == 0 and step + 1 < self.steps:
                 self._checkpoint(log)
+        self.unaligned = self.processes.union(self.unaligned)
         return log
 
     # ------------------------------------------------------------------ checkpoints and students
@@ -305,6 +353,11 @@ class QRDistillTrainer:
         }
 
     def _checkpoint(self, log: list[dict[str, Any]]) -> None:
+        if self.processes.is_first:
+            self._write_checkpoint(log)
+        self.processes.wait()
+
+    def _write_checkpoint(self, log: list[dict[str, Any]]) -> None:
         root, place = self.folder / commits.SAVING, self.folder / f"checkpoint-{len(log)}"
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
@@ -348,8 +401,10 @@ class QRDistillTrainer:
         return kept["log"]
 
     def save(self, folder: Path) -> None:
-        """Every student's folder, adapters merged, and the router and projections beside them."""
+        """Every student's folder, adapters merged, and the router and projections beside them; the first process writes."""
+        if not self.processes.is_first:
+            return
         for number, learner in enumerate(self.learners, 1):
-            save_student(learner.model, learner.tokenizer, folder / f"student-{number}")
+            save_student(learner.whole(), learner.tokenizer, folder / f"student-{number}")
         for name, module in (("router", self.router), ("mutual", self.mutual)):
             save_file({key: value.contiguous() for key, value in module.state_dict().items()}, folder / f"{name}.safetensors")

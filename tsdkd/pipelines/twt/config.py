@@ -83,6 +83,7 @@ class TwTConfig:
         problems: a file of rows with `question` and, where there are labels, `answer`.
         teachers: models behind an API; of `step_by_step` and `standard_kd` the first alone is asked.
         output_dir: where the stages write.
+        replies_dir: where replies are kept, so that runs share what was paid for; None: in `output_dir`.
         test: a file of rows with `question` and `answer` that students are scored on; None: they are not.
         task: `maths`, `choice`, `code`, or a mapping of templates, see `prompts.Task`.
         recipe: `twt`; or what the paper compares it with: `standard_kd` (the teacher's labels alone), `step_by_step`
@@ -97,6 +98,7 @@ class TwTConfig:
     problems: str
     teachers: tuple[APIModel, ...]
     output_dir: str = "twt"
+    replies_dir: str | None = None
     test: str | None = None
     task: Task = field(default_factory=lambda: task_of("maths"))
     recipe: str = "twt"
@@ -117,7 +119,14 @@ class TwTConfig:
         """
         refuse_fields(cls, given, ("student", "problems", "teachers"))
         own = dict(given)
-        for name, kind in (("student", str), ("problems", str), ("test", str), ("output_dir", str), ("seed", int)):
+        for name, kind in (
+            ("student", str),
+            ("problems", str),
+            ("test", str),
+            ("output_dir", str),
+            ("replies_dir", str),
+            ("seed", int),
+        ):
             if own.get(name) is not None and (not isinstance(own[name], kind) or isinstance(own[name], bool)):
                 raise ValueError(f"{name}={own[name]!r} must be a {'text' if kind is str else 'whole number'}.")
         if own.get("output_dir", "twt") is None:
@@ -125,8 +134,9 @@ class TwTConfig:
         weight = own.get("rationale_weight", 1.0)
         if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight < float("inf"):
             raise ValueError(f"rationale_weight={weight!r} must be a number of 0 or above.")
-        if "output_dir" in own:
-            own["output_dir"] = str(Path(own["output_dir"]).expanduser())
+        for name in ("output_dir", "replies_dir"):
+            if own.get(name) is not None:
+                own[name] = str(Path(own[name]).expanduser())
         own["student"] = expanded(own["student"])
         if own.get("recipe", "twt") in RECIPES[1:]:
             chosen = [name for name in ("quality", "threshold", "diversity", "voices") if name in (own.get("sampling") or {})]

@@ -7,25 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tsdkd.pipelines.published import published, published_table
 from tsdkd.pipelines.tested import score_table, scored
 
 _PAPER = Path(__file__).parent / "paper.json"
 
 
 def paper() -> dict[str, Any]:
-    """The paper's tables by number: `title`, `columns`, `rows` (`label`, `values`) and a `note` where they contradict."""
-    return json.loads(_PAPER.read_text())["tables"]
+    """The paper's tables by number, see `published`."""
+    return published(_PAPER)
 
 
 def paper_table(number: str) -> str:
     """Markdown of one of the paper's tables, with its note."""
-    told = paper()[number]
-    heads = ["", *told["columns"]]
-    lines = [f"The paper's Table {number}: {told['title']}.", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in told["rows"]:
-        name = row["label"] + (f", {row['student']}" if row.get("student") else "")
-        lines.append(f"| {name} | {' | '.join('' if value is None else f'{value:g}' for value in row['values'])} |")
-    return "\n".join([*lines, *(["", told["note"]] if "note" in told else [])])
+    return published_table(_PAPER, number)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:

@@ -1,0 +1,68 @@
+"""A student of another width with another tokenizer than the demo's, for systems that teach two: made in a minute or two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tsdkd.demo.problems import make_problems
+from tsdkd.demo.recreate import fit
+
+SPECIAL = ("<pad>", "</s>")
+VOCAB_SIZE = 320
+MAX_POSITIONS = 256
+
+
+def make_second_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the problems' texts, digits apart, without a chat template."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    texts = (f"{p.question}\n{p.solution}" for p in make_problems(500, seed=12))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[1],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def make_second_student(folder: Path, steps: int = 1200, habit: int = 60, hidden: int = 96, seed: int = 3) -> Path:
+    """Train one on worked solutions, then give it the demo's habit of miscounting, and write it into a folder.
+
+    Of equal arguments the same on one machine.
+    """
+    tokenizer = make_second_tokenizer()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=2,
+            num_attention_heads=hidden // 32,
+            num_key_value_heads=1,
+            max_position_embeddings=MAX_POSITIONS,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    fit(model, tokenizer, steps=steps, lr=3e-3, batch=64, seed=seed, levels=(1, 2), warmup=50, report=steps)
+    fit(model, tokenizer, steps=habit, lr=5e-4, batch=64, seed=seed + 1, faulty=0.5, levels=(1, 2), warmup=10, report=habit)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
