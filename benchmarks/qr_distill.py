@@ -26,15 +26,20 @@ from tsdkd.provenance import provenance
 RESULTS = Path(__file__).parent / "results" / "qr_distill.jsonl"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "07_qr_distill.py"
 # What differs from the recipe; `training` is merged.
+# These models' words are few: marks and labels are of those.
 VARIANTS: dict[str, dict[str, Any]] = {
     "QR-Distill": {},
     "all paths, each alone (SFT)": {"recipe": "sft", "judge": None},
     "SKD": {"recipe": "skd"},
-    "Distilling Step-by-Step": {"recipe": "step_by_step"},
+    "Distilling Step-by-Step": {
+        "recipe": "step_by_step",
+        "answer_alone": "#### {answer}",
+        "marks": {"label": "= ", "rationale": "? "},
+    },
     "question rephrasing": {"recipe": "rephrase"},
     "question augmentation": {"recipe": "question_aug"},
     "answer augmentation": {"recipe": "answer_aug"},
-    "backward reasoning": {"recipe": "backward"},
+    "backward reasoning": {"recipe": "backward", "marks": {"inverse": "? "}},
     "without the filter": {"judge": None, "keep_wrong": True},
     "without routing": {"training": {"routing": "all"}},
     "without collaboration": {"training": {"mutual_weight": 0.0}},

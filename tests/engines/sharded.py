@@ -45,6 +45,8 @@ SCENARIOS: dict[str, dict] = {
     "loaded in bf16 shares": {},
     "plain, lora": {},
     "ddp, teacher zero3, lora": TEACHER,
+    "plain, own prompts": {},
+    "ddp, teacher zero3, own prompts": TEACHER,
     "ddp, teacher zero3, recorded": TEACHER,
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
 }
@@ -150,18 +152,25 @@ def main(folder: Path, name: str) -> dict:
         adapters.update(model_init_kwargs={"attention_dropout": 0.1})
     if name.endswith("poisoned"):
         adapters.update(save_strategy="steps", save_steps=1)
+
+    def asked(count: int):
+        """Rows, with prompts of the teacher's own of very different lengths where the scenario says so."""
+        rows = prompts(count)
+        theirs = [prompt + " 1+1=2" * (row % 5) for row, prompt in enumerate(rows["prompt"])]
+        return rows.add_column("teacher_prompt", theirs) if "own prompts" in name else rows
+
     trainer = make(
         folder,
         student=str(folder.parent / "student"),
         teacher=str(folder.parent / "teacher"),
-        data=prompts(24 if saved else 8),  # three steps an epoch, or one
+        data=asked(24 if saved else 8),  # three steps an epoch, or one
         rollouts=None if saved else (lambda ids: []) if empty else by_prompt,
         processing_class=None,
         per_device_train_batch_size=4 // world,
         per_device_eval_batch_size=2,
         gradient_accumulation_steps=2,
         max_steps=5,
-        eval_dataset=prompts(7),
+        eval_dataset=asked(7),
         ddp_find_unused_parameters=False,
         **adapters,
         **{"use_cpu": not SCENARIO.keys() & {"deepspeed", "fsdp"}, **SCENARIO},

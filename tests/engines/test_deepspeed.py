@@ -75,8 +75,12 @@ def test_five_steps_and_an_evaluation_are_those_of_one_process(models, plain, sc
             assert result["evaluation"][name] == pytest.approx(plain["evaluation"][name], rel=5e-5), name
 
 
-@pytest.mark.parametrize("whole,kind,tolerance", [("ddp", "bf16", 1e-6), ("plain", "lora", 5e-5)])
-def test_a_sharded_teacher_in_bfloat16_or_of_a_lora_student_is_the_whole_one(models, whole, kind, tolerance):
+@pytest.mark.parametrize(
+    "whole,kind,tolerance", [("ddp", "bf16", 1e-6), ("plain", "lora", 5e-5), ("plain", "own prompts", 5e-5)]
+)
+def test_a_sharded_teacher_in_bfloat16_of_a_lora_student_or_with_its_own_prompts_is_the_whole_one(
+    models, whole, kind, tolerance
+):
     """In bfloat16 of as many processes, since rounding depends on how rows are batched."""
     one = launch(models, f"{whole}, {kind}")[0]
     for result in launch(models, f"ddp, teacher zero3, {kind}"):

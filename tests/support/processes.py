@@ -127,13 +127,20 @@ def main(folder: Path, scenario: str) -> None:
         term_grad_norm_steps=1,
         ddp_find_unused_parameters=False,
     )
+    data, evaluated = prompts(8), prompts(7)
+    if scenario == "own prompts":  # of the teacher's, of very different lengths
+        data, evaluated = (
+            rows.add_column("teacher_prompt", [text + " 1+1=2" * (row % 4) for row, text in enumerate(rows["prompt"])])
+            for rows in (data, evaluated)
+        )
     trainer = make(
         folder,
+        data=data,
         rollouts=rollouts,
         method=method,
         cls=TSDKDTrainer if method is None else TokenDistillTrainer,
         args=config(folder, None if method is None else TokenDistillConfig, **options),
-        eval_dataset=prompts(7),
+        eval_dataset=evaluated,
         callbacks=[gradients],
     )
     if scenario == "one rank is poisoned" and os.environ.get("RANK") == "1":

@@ -26,9 +26,11 @@ def launch(folder: Path, world: int, scenario: str) -> list[dict]:
     return results
 
 
-def test_two_processes_give_the_loss_gradient_and_evaluation_of_one(tmp_path):
-    (one,) = launch(tmp_path / "one", 1, "plain")
-    two = launch(tmp_path / "two", 2, "plain")
+@pytest.mark.parametrize("scenario", ["plain", "own prompts"])
+def test_two_processes_give_the_loss_gradient_and_evaluation_of_one(tmp_path, scenario):
+    """Also where the teacher reads prompts of its own."""
+    (one,) = launch(tmp_path / "one", 1, scenario)
+    two = launch(tmp_path / "two", 2, scenario)
     for result in two:
         for name in ("loss", "loss/indirect", "loss/direct", "loss/entropy", "grad_norm", "gate/mean", "opener/tokens"):
             assert result["train"][name] == pytest.approx(one["train"][name], rel=5e-6), name

@@ -179,19 +179,25 @@ def test_a_checkpoint_with_code_of_its_own_is_read_only_where_that_is_allowed(se
     assert trainer.teacher.head.weight.shape == (64, 48)
 
 
-def run(folder, teacher, servers=None, sampled=False, **options):
+def run(folder, teacher, servers=None, sampled=False, data=None, **options):
     extra = dict(teacher_placement="server", teacher_urls=[s.url for s in servers]) if servers else {}
     settings = config(folder, **{**extra, **options})
-    student, data = tiny_model("llama", seed=1), prompts(16)  # four steps are one epoch
+    student, data = tiny_model("llama", seed=1), prompts(16) if data is None else data  # four steps are one epoch
     trainer = TSDKDTrainer(student, teacher, settings, data, processing_class=make_tokenizer())
     if not sampled:
         trainer.write = lambda prompt_ids, *args, **kwargs: [by_prompt(ids) for ids in prompt_ids]
     return trainer
 
 
-def test_a_run_with_a_served_teacher_is_the_run_with_a_local_one(served, tmp_path):
+@pytest.mark.parametrize("own", [False, True])
+def test_a_run_with_a_served_teacher_is_the_run_with_a_local_one(served, tmp_path, own):
+    """Also where the teacher reads prompts of its own."""
     path, _, servers = served
-    local, remote = run(tmp_path / "l", path, max_steps=3), run(tmp_path / "r", path, servers, max_steps=3)
+    data = prompts(8)
+    if own:
+        data = data.add_column("teacher_prompt", [text + " 1+1=2" * (row % 5) for row, text in enumerate(data["prompt"])])
+    local = run(tmp_path / "l", path, max_steps=3, data=data)
+    remote = run(tmp_path / "r", path, servers, max_steps=3, data=data)
     local.train(), remote.train()
     assert remote.teacher_model is None
     for ours, theirs in zip(rows(remote), rows(local), strict=True):

@@ -104,10 +104,15 @@ def main(arguments: list[str]) -> int:
 def _rows(own: argparse.Namespace, data: Any, model: Any, config: Any) -> list[dict[str, Any]]:
     """The prompts as rows; of --prompt as the model is talked to."""
     from tsdkd.cli.train import prompts_of
+    from tsdkd.data.teacher_prompts import with_teacher_prompts
+    from tsdkd.data.templates import fields_of
     from tsdkd.teachers.sources import has_chat_template
 
     if data.dataset_name:
-        found = prompts_of(data, data.dataset_name, data.dataset_train_split)
+        template = config.teacher_prompt_template
+        keep = [] if template is None else sorted(fields_of(template) - {"prompt"})
+        found = prompts_of(data, data.dataset_name, data.dataset_train_split, keep)
+        found = with_teacher_prompts(found.select(range(min(own.limit, len(found)))), template, data.dataset_name)
         return [dict(found[i]) for i in range(min(own.limit, len(found)))]
     name = model.model_name_or_path
     as_chat = data.prompt_as_chat or bool(name and has_chat_template(name, model.model_revision, config.trust_remote_code))
@@ -130,7 +135,8 @@ def _beside(config: Any, folder: str) -> Any:
     names = (
         "max_completion_length", "max_length", "temperature", "bf16", "fp16", "use_cpu", "teacher_placement", "teacher_urls",
         "teacher_model_revision", "teacher_model_init_kwargs", "model_init_kwargs", "trust_remote_code", "seed", "fused_impl",
-        "token_aliases", "disable_dropout", "chat_template_kwargs",
+        "token_aliases", "disable_dropout", "chat_template_kwargs", "teacher_prompt_template", "teacher_chat_template_kwargs",
+        "self_teacher", "ema_decay",
     )  # fmt: skip
     return TokenDistillConfig(
         output_dir=folder, report_to="none", save_strategy="no", **{name: getattr(config, name) for name in names}

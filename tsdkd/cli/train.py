@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,11 +42,13 @@ def inputs(
     from trl import get_peft_config, get_quantization_config
 
     from tsdkd.data.files import load_rows
+    from tsdkd.data.templates import fields_of
 
     def load(name: str | None, split: str):
         if name is None:
             return None
-        rows = prompts_of(data, name, split)
+        template = config.teacher_prompt_template
+        rows = prompts_of(data, name, split, keep=[] if template is None else sorted(fields_of(template) - {"prompt"}))
         if config.process_index == 0:
             say(f"{len(rows)} prompts from {name}{' after dropping duplicates' if data.drop_duplicate_prompts else ''}")
         return rows
@@ -65,8 +67,8 @@ def inputs(
     }
 
 
-def prompts_of(data: DataArguments, name: str, split: str) -> Any:
-    """A data set's prompts, with the columns that the options name."""
+def prompts_of(data: DataArguments, name: str, split: str, keep: Sequence[str] = ()) -> Any:
+    """A data set's prompts, with the columns that the options name, and further ones."""
     from tsdkd.data.prompts import load_prompts
 
     return load_prompts(
@@ -77,6 +79,7 @@ def prompts_of(data: DataArguments, name: str, split: str) -> Any:
         completion_column=data.completion_column,
         drop_duplicates=data.drop_duplicate_prompts,
         as_chat=data.prompt_as_chat,
+        keep=keep,
     )
 
 

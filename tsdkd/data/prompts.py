@@ -14,7 +14,8 @@ from tsdkd.data.layouts import ASSISTANTS, CHATS, advice, is_chat, recognised
 _SHOWN = 5
 PIECE = 1000  # rows that are read at a time
 # What of a row goes into its prompt or its completion.
-COLUMNS = ("prompt", "tools", "chat_template_kwargs", "completion", "completion_ids")
+COLUMNS = ("prompt", "tools", "chat_template_kwargs", "completion", "completion_ids", "teacher_prompt", "teacher_prompt_ids")
+ASKED = ("prompt", "tools", "chat_template_kwargs", "teacher_prompt", "teacher_prompt_ids")  # those that ask
 
 
 ENDS_IN_ANSWER = "chats that end in an assistant's turn, behind which the student would write another"
@@ -31,7 +32,13 @@ def pieces(dataset: Any) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         )
 
 
-def _rows(indices: Sequence[int]) -> str:
+def rows_named(indices: Sequence[int]) -> str:
+    """Rows by their numbers, the first of many.
+
+    Example:
+        >>> rows_named([3]), rows_named([1, 2, 3, 4, 5, 6])
+        ('row 3', 'rows 1, 2, 3, 4, 5, …')
+    """
     shown = ", ".join(map(str, indices[:_SHOWN]))
     return f"{'row' if len(indices) == 1 else 'rows'} {shown}{', …' if len(indices) > _SHOWN else ''}"
 
@@ -92,15 +99,15 @@ def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = 
     for kind, rows in kinds.items():
         if kind not in ("text", "chat"):
             yield Problem(
-                f"{role} has {len(rows)} prompts that are {kind} ({_rows(rows)})",
+                f"{role} has {len(rows)} prompts that are {kind} ({rows_named(rows)})",
                 "a prompt is a text or a list of chat messages {'role': …, 'content': …}, with something in it",
                 "remove or mend those rows",
             )
     if len(kinds) > 1 and set(kinds) == {"text", "chat"}:
         yield Problem(
             f"{role} mixes prompts of two types",
-            f"{len(kinds['text'])} are text ({_rows(kinds['text'])}) and {len(kinds['chat'])} are chats "
-            f"({_rows(kinds['chat'])})",
+            f"{len(kinds['text'])} are text ({rows_named(kinds['text'])}) and {len(kinds['chat'])} are chats "
+            f"({rows_named(kinds['chat'])})",
             "make them one type: [{'role': 'user', 'content': text}]",
         )
 
@@ -184,9 +191,10 @@ def map_prompts(
     completion_column: str | None = None,
     drop_duplicates: bool = False,
     as_chat: bool = False,
+    keep: Sequence[str] = (),
 ) -> Any:
     """The prompts' column as `prompt`, the completions' as `completion` where there is one, `tools` and `chat_template_kwargs`
-    where they are there, and nothing else of the rows.
+    and `teacher_prompt` where they are there, and nothing else of the rows but what is to be kept.
 
     Args:
         rows: a `datasets.Dataset`.
@@ -195,6 +203,7 @@ def map_prompts(
         completion_column: the column that holds given completions; None: `completion`, which may be missing.
         drop_duplicates: keep the first of equal prompts.
         as_chat: make each text a chat of one user message.
+        keep: further columns, for a template of the teacher's prompts.
 
     Raises:
         ValueError: a named column is not there, or `as_chat` for prompts that are chats already.
@@ -208,10 +217,12 @@ def map_prompts(
             f"no column {completion_column!r} in the data set; it has: {', '.join(rows.column_names)}. Pass "
             "--completion_column."
         )
-    rows = _named(rows, prompt_column, completion_column)
+    rows = _named(rows, prompt_column, completion_column, keep)
     if drop_duplicates:
         first: dict[str, int] = {}
-        for number, values in enumerate(zip(*(rows[name] for name in COLUMNS[:3] if name in rows.column_names), strict=True)):
+        for number, values in enumerate(
+            zip(*(rows[name] for name in (*ASKED, *keep) if name in rows.column_names), strict=True)
+        ):
             first.setdefault(repr(values), number)
         rows = rows.select(sorted(first.values()))
     if as_chat:
@@ -225,7 +236,7 @@ def map_prompts(
     return rows
 
 
-def _named(rows: Any, prompt_column: str | None, completion_column: str | None) -> Any:
+def _named(rows: Any, prompt_column: str | None, completion_column: str | None, keep: Sequence[str]) -> Any:
     """The rows with `prompt` and what goes with it."""
     names, completions = rows.column_names, completion_column or "completion"
     if prompt_column in (None, "prompt") and "prompt" in names:
@@ -241,7 +252,8 @@ def _named(rows: Any, prompt_column: str | None, completion_column: str | None) 
     renamed = {} if known else {prompt_column or "prompt": "prompt"}
     if completions in names and "completion" not in (known or {}):
         renamed[completions] = "completion"
-    kept = rows.select_columns([*renamed, *(name for name in COLUMNS[1:3] if name in names)])
+    others = dict.fromkeys((*ASKED[1:], *(name for name in keep if name not in renamed.values())))
+    kept = rows.select_columns([*renamed, *(name for name in others if name in names and name not in renamed)])
     kept = kept.rename_columns({old: new for old, new in renamed.items() if old != new})
     return _replaced(kept, known) if known else kept
 

@@ -17,8 +17,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from tsdkd.data.rendering import Rendering
 from tsdkd.demo.problems import FACTORS, GAINS, ITEMS, LOSSES, NAMES, held_out, make_problem
-from tsdkd.pipelines.students import prompt_ids
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>")
 CHAT_TEMPLATE = (
@@ -90,7 +90,8 @@ def _batch(tokenizer, rng, size, faulty, levels):
     rows, starts = [], []
     for _ in range(size):
         problem = make_problem(rng, rng.choice(levels), faulty)
-        prompt = prompt_ids(tokenizer, [problem.question])[0]
+        asked = f"{problem.question}\n" if tokenizer.chat_template is None else [{"role": "user", "content": problem.question}]
+        (prompt,) = Rendering(tokenizer, tokenizer).prompts([asked])
         starts.append(len(prompt))
         rows.append(prompt + tokenizer(problem.solution)["input_ids"] + [tokenizer.eos_token_id])
     width = max(map(len, rows))

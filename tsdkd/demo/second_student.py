@@ -39,14 +39,10 @@ def make_second_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_second_student(folder: Path, steps: int = 1200, habit: int = 60, hidden: int = 96, seed: int = 3) -> Path:
-    """Train one on worked solutions, then give it the demo's habit of miscounting, and write it into a folder.
-
-    Of equal arguments the same on one machine.
-    """
-    tokenizer = make_second_tokenizer()
+def make_blank(tokenizer: PreTrainedTokenizerFast, hidden: int = 96, seed: int = 3) -> LlamaForCausalLM:
+    """An untrained model for that tokenizer."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=hidden,
@@ -61,6 +57,15 @@ def make_second_student(folder: Path, steps: int = 1200, habit: int = 60, hidden
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def make_second_student(folder: Path, steps: int = 1200, habit: int = 60, hidden: int = 96, seed: int = 3) -> Path:
+    """Train one on worked solutions, then give it the demo's habit of miscounting, and write it into a folder.
+
+    Of equal arguments the same on one machine.
+    """
+    tokenizer = make_second_tokenizer()
+    model = make_blank(tokenizer, hidden, seed)
     fit(model, tokenizer, steps=steps, lr=3e-3, batch=64, seed=seed, levels=(1, 2), warmup=50, report=steps)
     fit(model, tokenizer, steps=habit, lr=5e-4, batch=64, seed=seed + 1, faulty=0.5, levels=(1, 2), warmup=10, report=habit)
     model.save_pretrained(folder)

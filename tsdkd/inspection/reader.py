@@ -83,6 +83,7 @@ class Reader:
         if [] in prompt_ids:
             raise ValueError(f"prompt {prompt_ids.index([])} is empty: nothing would predict the completion's first token.")
         loop.prompts.refuse_unfit(prompt_ids)
+        recorded: dict[str, list[list[float]]] = {}
         if own:
             ids = loop.supply.given(rows)
             for number, (given_ids, was_cut) in enumerate(loop.supply.given_and_cut(rows)):
@@ -100,8 +101,8 @@ class Reader:
                     ids, recorded = self._written(rows, prompt_ids)
             finally:
                 trainer.model.train(was_training)
-            return Rollouts(prompt_ids, ids, [[1] * len(row) for row in ids], recorded)
-        return Rollouts(prompt_ids, ids, [[1] * len(row) for row in ids])
+        theirs = loop.teacher_prompts.of(rows)
+        return Rollouts(prompt_ids, ids, [[1] * len(row) for row in ids], recorded, theirs)
 
     def _written(self, rows: list[dict[str, Any]], prompt_ids: list[list[int]]) -> Any:
         trainer = self.trainer

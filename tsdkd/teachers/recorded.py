@@ -35,9 +35,13 @@ def write_shard(
     folder.mkdir(parents=True, exist_ok=True)
     rows, states = folder / f"{name}.jsonl", folder / f"{name}.safetensors"
     completions = [ids if length else [] for ids, length in zip(rollouts.completion_ids, rollouts.lengths, strict=True)]
+    theirs = rollouts.teacher_prompt_ids
     lines = [
-        json.dumps({**prompt, "prompt_ids": ids, "completion_ids": completion})
-        for prompt, ids, completion in zip(prompts, rollouts.prompt_ids, completions, strict=True)
+        json.dumps(
+            {**prompt, "prompt_ids": ids, "completion_ids": completion}
+            | ({} if theirs is None else {"teacher_prompt_ids": theirs[row]})
+        )
+        for row, (prompt, ids, completion) in enumerate(zip(prompts, rollouts.prompt_ids, completions, strict=True))
     ]
     rows.write_text("\n".join(lines) + "\n")
     save_file({str(row): states_of_row.contiguous().cpu() for row, states_of_row in enumerate(hidden)}, states)
@@ -91,7 +95,8 @@ class Recording:
         for shard in manifest["shards"]:
             for number, line in enumerate((folder / f"{shard['name']}.jsonl").read_text().splitlines()):
                 row = json.loads(line)
-                self._where[_key(row["prompt_ids"], row["completion_ids"])] = shard["name"], str(number)
+                read = row.get("teacher_prompt_ids", row["prompt_ids"])
+                self._where[_key(read, row["completion_ids"])] = shard["name"], str(number)
                 self._prompt_ids.append(row.pop("prompt_ids"))
                 self.rows.append(row)
 

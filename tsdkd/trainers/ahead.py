@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from tsdkd.data.completions import has_text
-from tsdkd.data.prompts import COLUMNS, PIECE, columns_of, pieces
+from tsdkd.data.prompts import ASKED, PIECE, columns_of, pieces
 from tsdkd.data.rows import read_rows, replace_rows
 from tsdkd.rollouts import InterleavedWriter, VLLMWriter, mixed, write_once
 from tsdkd.teachers import Teacher
 from tsdkd.trainers.host import Host, has_completions, teacher_rows
+from tsdkd.trainers.teacher_prompts import TeacherPrompts
 from tsdkd.types import RolloutSpec
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def interleaved(host: Host, teacher: Any, rule: Any) -> InterleavedWriter:
     )
 
 
-def refuse_interleaving(host: Host, teacher_model: Any, teacher: Teacher | None) -> None:
+def refuse_interleaving(host: Host, teacher_model: Any, teacher: Teacher | None, prompts: TeacherPrompts) -> None:
     """Refuse completions that both models write where they cannot.
 
     Raises:
@@ -47,6 +48,8 @@ def refuse_interleaving(host: Host, teacher_model: Any, teacher: Teacher | None)
         why = "use_vllm=True gives generation to vLLM, which holds one model: leave use_vllm out"
     elif host.tools:
         why = "tools need completions of one model: leave tools out"
+    elif prompts.expected:
+        why = "the teacher has prompts of its own (teacher_prompt): let the student write"
     elif teacher is None or teacher.writes != "interleaved":
         why = "a teacher under ZeRO-3 cannot write token by token while processes end at different lengths: keep it whole"
     elif args.temperature <= 0:
@@ -67,10 +70,12 @@ class CompletionsAhead:
         spec: whose completions the method trains on.
         teacher_model: the teacher's model in this process; None with a vLLM engine of its own.
         teacher_name: its name or folder.
+        prompts: what it reads in place of the prompts.
     """
 
-    def __init__(self, host: Host, spec: RolloutSpec, teacher_model: Any, teacher_name: str) -> None:
+    def __init__(self, host: Host, spec: RolloutSpec, teacher_model: Any, teacher_name: str, prompts: TeacherPrompts) -> None:
         self.host, self.spec, self.teacher_model, self.teacher_name = host, spec, teacher_model, teacher_name
+        self.prompts = prompts
 
     def fill(self, dataset: Any, role: str) -> Any:
         """A data set with the teacher's completions where it has none and the method takes those; earlier ones are read.
@@ -92,13 +97,18 @@ class CompletionsAhead:
         if has_completions(columns) and not (missing and lacking):
             return dataset
         rows = [row for _, part in pieces(dataset.select(lacking)) for row in part]
-        prompts = [ids for start in range(0, len(rows), PIECE) for ids in self.host.tokenize(rows[start : start + PIECE])]
+        prompts = [ids for start in range(0, len(rows), PIECE) for ids in self._asked(rows[start : start + PIECE])]
         written = self._written(prompts, role)
         self._keep_readable(rows, written)
         ids: list[list[int] | None] = [None] * len(dataset)
         for number, completion_ids in zip(lacking, written, strict=True):
             ids[number] = completion_ids
         return dataset.add_column("completion_ids", ids)
+
+    def _asked(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """What the teacher is asked: its own prompts where rows have them."""
+        theirs = self.prompts.of(rows)
+        return self.host.tokenize(rows) if theirs is None else theirs
 
     @property
     def path(self) -> Path:
@@ -116,7 +126,7 @@ class CompletionsAhead:
         for row, ids, text in zip(rows, written, texts, strict=True):
             completion = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
             made = {
-                **{name: row[name] for name in COLUMNS[:3] if row.get(name)},
+                **{name: row[name] for name in ASKED if row.get(name)},
                 "completion": completion,
                 "completion_ids": ids,
             }

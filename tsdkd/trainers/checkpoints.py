@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,18 @@ class Stateful(Protocol):
         ...
 
 
+class Kept(Protocol):
+    """A part of a run that keeps tensors, the same on every process."""
+
+    def save(self, folder: Path) -> None:
+        """Write its file into a checkpoint."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint."""
+        ...
+
+
 class Checkpoints:
     """The registry of the parts.
 
@@ -27,10 +39,13 @@ class Checkpoints:
         identity: what must be the same when a run goes on: the method's name and the number of processes.
         process: this one's number.
         parts: by their name in the file.
+        kept: those with files of their own, which the first process writes.
     """
 
-    def __init__(self, identity: Mapping[str, Any], process: int, parts: Mapping[str, Stateful]) -> None:
-        self.identity, self.process, self.parts = dict(identity), process, dict(parts)
+    def __init__(
+        self, identity: Mapping[str, Any], process: int, parts: Mapping[str, Stateful], kept: Sequence[Kept] = ()
+    ) -> None:
+        self.identity, self.process, self.parts, self.kept = dict(identity), process, dict(parts), list(kept)
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint keeps of this process; None is nothing."""
@@ -43,6 +58,8 @@ class Checkpoints:
 
     def save(self, folder: Path) -> None:
         """Write the file, where there is something to keep."""
+        for part in self.kept if self.process == 0 else ():
+            part.save(folder)
         state = self.state()
         if state is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +86,8 @@ class Checkpoints:
         Raises:
             ValueError: it lacks the file, or was written by another method or number of processes.
         """
+        for part in self.kept:
+            part.load(Path(folder))
         file = self.file(folder)
         if file.is_file():
             self.restore(self.read(folder))

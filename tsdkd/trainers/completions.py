@@ -15,6 +15,7 @@ from tsdkd.trainers.ahead import CompletionsAhead, interleaved, refuse_interleav
 from tsdkd.trainers.host import Host, batch_rows, has_completions
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.prompts import row_by_row
+from tsdkd.trainers.teacher_prompts import TeacherPrompts
 from tsdkd.types import RolloutSpec
 
 logger = logging.getLogger(__name__)
@@ -46,17 +47,20 @@ class CompletionSupply:
         teacher_model, teacher: the teacher's model in this process, if any, and what it is; they may write.
         teacher_name: for files and messages.
         metrics: what is logged.
+        prompts: what the teacher reads in place of the prompts.
 
     Raises:
         ValueError: a writer that cannot write here, or a buffer that no step fits into.
     """
 
     def __init__(
-        self, host: Host, spec: RolloutSpec, teacher_model: Any, teacher: Teacher | None, teacher_name: str, metrics: Metrics
-    ) -> None:
+        self, host: Host, spec: RolloutSpec, teacher_model: Any, teacher: Teacher | None, teacher_name: str, metrics: Metrics,
+        prompts: TeacherPrompts,
+    ) -> None:  # fmt: skip
         self.host, self.spec, self.metrics = host, spec, metrics
         self.teacher_model = teacher_model
-        self.ahead = CompletionsAhead(host, spec, teacher_model, teacher_name)
+        self.prompts = prompts
+        self.ahead = CompletionsAhead(host, spec, teacher_model, teacher_name, prompts)
         self.source = RolloutSource(spec, host.args.seed, batch_rows(host.args), host.accelerator.num_processes)
         self._writer = None if spec.writer == "student" else self._build_writer(teacher)
 
@@ -221,7 +225,7 @@ class CompletionSupply:
         spec, args = self.spec, self.host.args
         if hasattr(spec.writer, "write"):
             return spec.writer
-        refuse_interleaving(self.host, self.teacher_model, teacher)
+        refuse_interleaving(self.host, self.teacher_model, teacher, self.prompts)
         if spec.writer == "mixed":
             rule = mixed(spec.options["alpha"], args.temperature, spec.options["temperature"])
         elif spec.writer == "speculative":

@@ -7,17 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from trl import DistillationConfig
 
 from tsdkd.checks import check_choice, check_count, check_weight
 from tsdkd.fused import ENGINES
 from tsdkd.methods import Method, resolve_method
 from tsdkd.provenance import BLANK, redacted
-from tsdkd.teachers.placing import PLACEMENTS
 from tsdkd.teachers.sources import loading_options
-from tsdkd.teachers.zero3 import zero3_config
 from tsdkd.trainers.health import ACTIONS
 from tsdkd.trainers.samples import trace_steps
+from tsdkd.trainers.teacher_options import TeacherOptions
 
 
 def bf16_works_here() -> bool:
@@ -26,8 +24,8 @@ def bf16_works_here() -> bool:
 
 
 @dataclass
-class TokenDistillConfig(DistillationConfig):
-    """Options of `TokenDistillTrainer`: TRL's `DistillationConfig`, with these beside them.
+class TokenDistillConfig(TeacherOptions):
+    """Options of `TokenDistillTrainer`: TRL's `DistillationConfig`, with these and `TeacherOptions` beside them.
 
     `temperature` is the sampling temperature only; the loss has its own. `bf16` defaults to what the machine has. Learning
     rate, schedule, warm-up and epochs default to the paper's, for every method alike.
@@ -42,26 +40,7 @@ class TokenDistillConfig(DistillationConfig):
         teacher_batch_size: rows per forward pass of the teacher; None: `per_device_train_batch_size`.
         fused_impl: the loss engine, see `tsdkd.fused`.
         gradient_filter: see `tsdkd.fused.evaluate`; 0 is exact.
-        teacher_answers: the JSONL file of the completions that the teacher writes, once, for a method that trains on given ones
-            and a data set without; None: `teacher_answers.jsonl` in `output_dir`. It holds rows of prompt, completion and ids;
-            beside it each process keeps a file with its number, which an interrupted writing goes on with.
-        teacher_writes_missing: let the teacher write the completions of rows that have none, for any method that trains on
-            given ones.
-        teacher_answers_temperature: the temperature of that writing; 0 is greedy.
-        teacher_answers_engine: `transformers`, or `vllm`: an engine of its own on the first process, with
-            `vllm_gpu_memory_utilization` of the memory, as long as the writing lasts.
         token_budget: stop after the step that brings the tokens of completions trained on, over all processes, to this many.
-        teacher_placement: `local`, whole in each process; `zero3`, sharded over all processes by DeepSpeed, whatever the
-            student runs under; or `server`: vLLM servers at `teacher_urls` give the teacher's hidden states, and only its
-            head is held here.
-        teacher_deepspeed: of a `zero3` teacher, DeepSpeed's options as a dict or a JSON file, beside those that are set here.
-        teacher_cpu_offload: keep a `zero3` teacher's shares in CPU memory.
-        teacher_urls: the servers' addresses.
-        recording: a folder that `record` wrote: its rollouts and its teacher's hidden states are trained on, and no
-            teacher is loaded.
-        any_recording: take a recording that another student, or other weights of this one, wrote.
-        token_aliases: tokens that the two models' tokenizers give different names and mean the same, the student's to the
-            teacher's.
         router_loss_weight: of a mixture-of-experts student's load-balancing loss, beside the method's; 0 leaves it out. It is
             the mean over a step's micro-batches, not exactly the step's own, and not in `eval_loss`.
         term_grad_norm_steps: every that many steps, log the norm of each term's gradient with respect to the student's
@@ -77,10 +56,8 @@ class TokenDistillConfig(DistillationConfig):
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *DistillationConfig._VALID_DICT_FIELDS,
+        *TeacherOptions._VALID_DICT_FIELDS,
         "method_options",
-        "teacher_deepspeed",
-        "token_aliases",
     ]
 
     learning_rate: float = field(
@@ -119,35 +96,8 @@ class TokenDistillConfig(DistillationConfig):
     gradient_filter: float = field(
         default=0.0, metadata={"help": "Skip vocabulary blocks whose gradient is nowhere this large; 0 is exact."}
     )
-    teacher_answers: str | None = field(
-        default=None, metadata={"help": "JSONL file of the completions that the teacher writes."}
-    )
-    teacher_writes_missing: bool = field(
-        default=False, metadata={"help": "The teacher writes the completions of rows without one, for any method."}
-    )
-    teacher_answers_temperature: float = field(
-        default=0.0, metadata={"help": "Temperature of the completions that the teacher writes; 0 is greedy."}
-    )
-    teacher_answers_engine: str = field(
-        default="transformers", metadata={"help": "What writes them: 'transformers' or 'vllm'."}
-    )
     token_budget: int | None = field(
         default=None, metadata={"help": "Stop after the step that brings the tokens trained on to this many; all processes'."}
-    )
-    teacher_placement: str = field(default="local", metadata={"help": "Where the teacher is: 'local', 'zero3' or 'server'."})
-    teacher_deepspeed: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "DeepSpeed options of a 'zero3' teacher, JSON or a JSON file; none are needed."}
-    )
-    teacher_cpu_offload: bool = field(default=False, metadata={"help": "Keep a 'zero3' teacher's shares in CPU memory."})
-    teacher_urls: list[str] | None = field(
-        default=None, metadata={"help": "vLLM servers that give the teacher's hidden states, http://HOST:PORT."}
-    )
-    recording: str | None = field(default=None, metadata={"help": "Train on this recording, without a teacher."})
-    any_recording: bool = field(
-        default=False, metadata={"help": "Train on a recording that another student, or other weights of this one, wrote."}
-    )
-    token_aliases: dict[str, str] | str | None = field(
-        default=None, metadata={"help": "Tokens that both mean the same, the student's name to the teacher's, JSON."}
     )
     router_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of a mixture-of-experts student's load-balancing loss; 0 leaves it out."}
@@ -178,6 +128,7 @@ class TokenDistillConfig(DistillationConfig):
         given, self.beta = self.beta, 1.0 if self.beta is None else self.beta  # TRL checks it as a number
         super().__post_init__()
         self.beta = given
+        self.check_teacher()
         if self.max_length is not None:
             check_count("max_length", self.max_length, smallest=2)
         if self.max_completion_length is not None:
@@ -188,20 +139,6 @@ class TokenDistillConfig(DistillationConfig):
         check_weight("gradient_filter", self.gradient_filter)
         check_weight("router_loss_weight", self.router_loss_weight)
         loading_options(self.model_init_kwargs, "model_init_kwargs", None)  # refuses an unknown dtype
-        loading_options(self.teacher_model_init_kwargs, "teacher_model_init_kwargs", None)
-        check_choice("teacher_answers_engine", self.teacher_answers_engine, ("transformers", "vllm"))
-        check_weight("teacher_answers_temperature", self.teacher_answers_temperature)
-        check_choice("teacher_placement", self.teacher_placement, PLACEMENTS)
-        if self.teacher_placement != "zero3" and (self.teacher_deepspeed or self.teacher_cpu_offload):
-            raise ValueError(
-                f"teacher_deepspeed and teacher_cpu_offload are options of a sharded teacher, and teacher_placement is "
-                f"{self.teacher_placement!r}: pass teacher_placement=zero3."
-            )
-        zero3_config(self.teacher_deepspeed, torch.float32, self.teacher_cpu_offload)  # refuses what is none
-        if self.teacher_urls and self.teacher_placement != "server":
-            raise ValueError(
-                f"teacher_urls were given but teacher_placement is {self.teacher_placement!r}: pass teacher_placement=server."
-            )
         if self.token_budget is not None:
             check_count("token_budget", self.token_budget)
         check_count("term_grad_norm_steps", self.term_grad_norm_steps, smallest=0)

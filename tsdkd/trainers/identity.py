@@ -22,6 +22,7 @@ _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "max_completion_length", "max_length",
     "chat_template_kwargs", "shuffle_dataset",
 )  # fmt: skip
+_TEACHER_READS = ("teacher_prompt_template", "teacher_chat_template_kwargs")
 _LOOKED_AT = 2000  # rows of a data set, at least, that tell it from another
 
 
@@ -44,6 +45,7 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
         "seed": args.seed,
         "prompts a step": batch_rows(args) * trainer.accelerator.num_processes,
         "sampling": sampling,
+        "teacher's prompts": {name: getattr(args, name, None) for name in _TEACHER_READS},
         "optimizer": str(getattr(args.optim, "value", args.optim)),
     }
     listed = {name: getattr(args, name, None) for name in CHANGES if name != "processes"}
@@ -112,7 +114,8 @@ def _stable(value: Any) -> str:
 def _teacher_of(trainer: Any) -> str:
     if trainer.teacher_model is not None and trainer.args.teacher_placement == "local":
         return f"{shape_of(trainer.teacher_model)}, {digest_of_weights(trainer.teacher_model)}"
-    return trainer.loop.names["teacher"] if trainer.teacher is not None else "none"
+    decay = f", {trainer.args.ema_decay}" if trainer.setup.teaches_itself and trainer.args.self_teacher == "ema" else ""
+    return f"{trainer.loop.names['teacher']}{decay}" if trainer.teacher is not None else "none"
 
 
 def digest_of_rows(rows: Any) -> str:

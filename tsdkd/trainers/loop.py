@@ -21,6 +21,7 @@ from torch import nn
 
 from tsdkd.methods import State
 from tsdkd.teachers import Teacher
+from tsdkd.teachers.itself import SelfTeacher
 from tsdkd.trainers.checkpoints import Checkpoints, Stateful
 from tsdkd.trainers.completions import Batch, CompletionSupply, Written
 from tsdkd.trainers.corpus import Corpus
@@ -34,6 +35,7 @@ from tsdkd.trainers.routers import router_of
 from tsdkd.trainers.scoring import StepScorer
 from tsdkd.trainers.setup import Setup
 from tsdkd.trainers.step import Step
+from tsdkd.trainers.teacher_prompts import TeacherPrompts
 from tsdkd.types import Rollouts
 
 logger = logging.getLogger(__name__)
@@ -50,11 +52,13 @@ class Loop:
         teacher_model: its model in this process, if any.
         names: `student` and `teacher`, for messages.
         limits: of prompts and completions.
+        teacher_tokenizer: the one that comes with the teacher, if one does.
     """
 
     def __init__(
-        self, host: Host, setup: Setup, teacher: Teacher | None, teacher_model: Any, names: dict[str, str], limits: Limits
-    ) -> None:
+        self, host: Host, setup: Setup, teacher: Teacher | None, teacher_model: Any, names: dict[str, str], limits: Limits,
+        teacher_tokenizer: Any = None,
+    ) -> None:  # fmt: skip
         method, args, accelerator = setup.method, setup.args, host.accelerator
         self.host, self.method, self.names = host, method, names
         self.asked: Callable[[], int] = lambda: 0  # the number of the signal that has come to this process
@@ -66,8 +70,11 @@ class Loop:
         models = () if teacher_model is None else (teacher_model,)
         self.metrics = Metrics(accelerator, lambda: method.terms(self.state))
         self.guard = Guard(accelerator, names)
-        self.supply = CompletionSupply(host, setup.rollouts, teacher_model, teacher, names["teacher"], self.metrics)
-        self.prompts = Prompts(host, limits, self.supply.check)
+        whose = host.model if setup.teaches_itself else teacher_model
+        self.teacher_prompts = TeacherPrompts(host, setup, teacher_tokenizer, whose, limits.completion)
+        called = names["teacher"], self.metrics, self.teacher_prompts
+        self.supply = CompletionSupply(host, setup.rollouts, teacher_model, teacher, *called)
+        self.prompts = Prompts(host, limits, self.supply.check, self.teacher_prompts)
         self.scorer = StepScorer(host, method, lambda: self.state, reader, self.metrics, corpus)
         self.loss = StepLoss(
             method,
@@ -90,7 +97,8 @@ class Loop:
         if args.token_budget is not None:
             parts["trained_tokens"] = self.metrics
         identity = {"method": method.name, "processes": accelerator.num_processes}
-        self.checkpoints = Checkpoints(identity, accelerator.process_index, parts)
+        kept = [teacher] if isinstance(teacher, SelfTeacher) else []
+        self.checkpoints = Checkpoints(identity, accelerator.process_index, parts, kept)
 
     @property
     def state(self) -> State:

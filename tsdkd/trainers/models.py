@@ -137,11 +137,9 @@ def check_special_ids(tokenizer: Any, ends: list[int], rows: int, vocab_size: in
 
 def names_of(setup: Any) -> dict[str, str]:
     """What student and teacher of a `Setup` are called in messages."""
-
-    def named(model: Any) -> str:
-        return model if isinstance(model, str) else name_of(model)
-
-    teacher = "none" if setup.teacher is None else named(setup.teacher)
+    named = lambda model: model if isinstance(model, str) else name_of(model)  # noqa: E731
+    itself = f"the student itself ({setup.args.self_teacher})" if setup.teaches_itself else None
+    teacher = itself or ("none" if setup.teacher is None else named(setup.teacher))
     return {"student": named(setup.student), "teacher": teacher if setup.recording is None else "a recording"}
 
 

@@ -12,6 +12,7 @@ from tsdkd.checks import refuse
 from tsdkd.data.prompts import fitting_rows, kind_of, pieces, prompt_problems
 from tsdkd.teachers.heads import text_config
 from tsdkd.trainers.host import Host, batch_rows, once_a_run
+from tsdkd.trainers.teacher_prompts import TeacherPrompts
 
 logger = once_a_run(__name__)
 _UNRENDERED = (TemplateError, ValueError, TypeError, KeyError)  # of a chat that a template does not take
@@ -76,10 +77,13 @@ class Prompts:
         host: the trainer.
         limits: of prompts and completions.
         check_completions: called with each data set and its role.
+        for_teacher: what the teacher reads in their place.
     """
 
-    def __init__(self, host: Host, limits: Limits, check_completions: Callable[[Any, str], None]) -> None:
-        self.host, self.limits, self.check_completions = host, limits, check_completions
+    def __init__(
+        self, host: Host, limits: Limits, check_completions: Callable[[Any, str], None], for_teacher: TeacherPrompts
+    ) -> None:
+        self.host, self.limits, self.check_completions, self.for_teacher = host, limits, check_completions, for_teacher
         self.dropped = 0
         self._seen: set[frozenset[str]] = set()
 
@@ -111,15 +115,20 @@ class Prompts:
                 lengths.append(len(ids))
         self.check_completions(dataset, role)
         fitting = fitting_rows(lengths, self.limits.prompt, self.limits.reason, role, host.args.drop_long_prompts)
+        theirs = self.for_teacher.fit(dataset, role)
+        fitting = fitting if theirs is None else sorted(set(fitting) & set(theirs))
+        if not fitting:
+            raise ValueError(f"no row of {role} has a prompt and a teacher_prompt that both fit.")
         dropped = len(lengths) - len(fitting)
         if dropped:
             self.dropped += dropped
             logger.warning(
-                "%d of %d prompts of %s are longer than %d tokens and were dropped.",
+                "%d of %d prompts of %s are longer than %d tokens%s and were dropped.",
                 dropped,
                 len(lengths),
                 role,
                 self.limits.prompt,
+                "" if theirs is None else f", or for the teacher than {self.for_teacher.limit},",
             )
             dataset = dataset.select(fitting)
             if role == "train_dataset":
@@ -132,8 +141,9 @@ class Prompts:
         if kind_of(row.get("prompt")) not in ("text", "chat"):
             return True  # refused when it arrives
         (ids,) = self.host.tokenize([row])
-        self.dropped += len(ids) > self.limits.prompt
-        return len(ids) <= self.limits.prompt
+        fits = len(ids) <= self.limits.prompt and self.for_teacher.fits(row)
+        self.dropped += not fits
+        return fits
 
     def check_rows(self, rows: list[dict[str, Any]]) -> None:
         """Refuse rows that arrive and are no prompts, as a data set of them is refused at construction.

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from tsdkd.data.prompts import COLUMNS
+from tsdkd.data.prompts import ASKED
 from tsdkd.data.rows import lines_of
 from tsdkd.provenance import redacted
 from tsdkd.teachers.recorded import MANIFEST, shard_entry, write_manifest, write_shard
@@ -64,7 +64,7 @@ def write_recording(trainer: Any, folder: Path, about: dict[str, Any]) -> dict[s
         if first < steps:
             for number, (rows, step) in enumerate(generation_batches(trainer, first, begin), first):
                 assert step.teacher_hidden is not None
-                prompts = [{key: row[key] for key in COLUMNS[:3] if row.get(key)} for row in rows]
+                prompts = [{key: row[key] for key in ASKED[:3] if row.get(key)} for row in rows]
                 name = f"step-{number:05d}-{process}"
                 shards.append(write_shard(folder, name, prompts, step.rollouts, list(step.teacher_hidden)))
                 scratch = state.with_suffix(".part")

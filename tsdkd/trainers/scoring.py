@@ -86,7 +86,8 @@ class StepScorer:
         return Counts.from_dict(dict(zip(own, total, strict=True)))
 
     def _spared(self, rollouts: Rollouts, short: Rollouts) -> None:
-        before, after = (sum(map(len, r.prompt_ids)) + sum(map(len, r.completion_ids)) for r in (rollouts, short))
+        read = (rollouts.for_teacher, short.for_teacher)
+        before, after = (sum(map(len, r.prompt_ids)) + sum(map(len, r.completion_ids)) for r in read)
         self.metrics.add_host(self.host.mode, "teacher/tokens_spared", before - after, before)
 
     def _with_rule(self, rollouts: Rollouts, plan: ReadPlan) -> ReadPlan:
@@ -110,7 +111,7 @@ class StepScorer:
         host, hidden, failure = self.host, [], None
         try:
             with self.metrics.time(host.mode, "teacher"):
-                hidden = teacher.hidden(rollouts, plan.teacher)
+                hidden = teacher.hidden(rollouts.for_teacher, plan.teacher)
         except TeacherUnavailable as error:
             failure = error
         if teacher.is_remote and host.any_process(failure is not None):

@@ -10,8 +10,10 @@ from typing import Any
 
 from tsdkd.data.files import as_data_set
 from tsdkd.data.prompts import are_chats
+from tsdkd.data.teacher_prompts import has_teacher_prompts, with_teacher_prompts
 from tsdkd.methods import TSDKD, Method, resolve_method
 from tsdkd.teachers import Recording
+from tsdkd.teachers.itself import SELF
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.host import eval_sets
 from tsdkd.trainers.sources import config_of
@@ -56,8 +58,11 @@ class Setup:
         teacher = args.teacher_model_name_or_path if teacher is None else teacher
         student, teacher = (str(m) if isinstance(m, os.PathLike) else m for m in (student, teacher))
         recording = Recording.open(args.recording) if args.recording is not None else None
+        template = args.teacher_prompt_template
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "pretraining_dataset": pretraining_dataset}
         sets = {role: as_data_set(rows, role) for role, rows in given.items()}
+        for role in ("train_dataset", "eval_dataset"):
+            sets[role] = with_teacher_prompts(sets[role], template, role)
         return cls(args, method, student, teacher, recording, **sets, **more)
 
     @property
@@ -74,7 +79,17 @@ class Setup:
     def teacher_can_write(self) -> bool:
         """Whether a teacher can write completions: one in this process, or a checkpoint for a vLLM engine of its own."""
         placed = self.args.teacher_placement == "local" or self.args.teacher_answers_engine == "vllm"
-        return self.teacher is not None and placed
+        return self.teacher is not None and placed and not self.teaches_itself
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the student is its own teacher."""
+        return isinstance(self.teacher, str) and self.teacher == SELF
+
+    @property
+    def has_teacher_prompts(self) -> bool:
+        """Whether the teacher reads prompts of its own."""
+        return any(map(has_teacher_prompts, (self.train_dataset, *eval_sets(self.eval_dataset).values())))
 
     @property
     def has_chats(self) -> bool:
@@ -91,6 +106,8 @@ class Setup:
     @functools.cached_property
     def teacher_config(self) -> Any:
         """The teacher's, likewise; None without one."""
+        if self.teaches_itself:
+            return self.student_config
         return self._config(self.teacher, "teacher")
 
     def _config(self, model: Any, role: str) -> Any:

@@ -13,7 +13,13 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from tsdkd.checks import Problem
 from tsdkd.trainers.setup import Setup
-from tsdkd.trainers.setup_data import completions_are_there, corpus_has_a_weight, prompts_can_be_read
+from tsdkd.trainers.setup_data import (
+    completions_are_there,
+    corpus_has_a_weight,
+    prompts_can_be_read,
+    self_teaches_something,
+    teachers_prompts_are_there,
+)
 from tsdkd.trainers.setup_models import (
     models_write_text,
     options_have_effect,
@@ -87,11 +93,17 @@ CHECKS: list[Callable[[Setup], Iterator[Problem]]] = [
     placement_is_possible,
     corpus_has_a_weight,
     prompts_can_be_read,
+    teachers_prompts_are_there,
+    self_teaches_something,
     completions_are_there,
     models_write_text,  # it reads files, or asks the Hub
 ]
 # Of data that come later, to `evaluate`.
-OF_DATA: list[Callable[[Setup], Iterator[Problem]]] = [prompts_can_be_read, completions_are_there]
+OF_DATA: list[Callable[[Setup], Iterator[Problem]]] = [
+    prompts_can_be_read,
+    teachers_prompts_are_there,
+    completions_are_there,
+]
 
 
 def problems(setup: Setup, checks: list[Callable[[Setup], Iterator[Problem]]] = CHECKS) -> Iterator[Problem]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from tsdkd.checks import Problem
 from tsdkd.data.prompts import columns_of, prompt_problems
+from tsdkd.data.teacher_prompts import has_teacher_prompts, teacher_prompt_problems
+from tsdkd.teachers.itself import SELF
 from tsdkd.trainers.host import batch_rows, eval_sets, has_completions
 from tsdkd.trainers.setup import Setup
 
@@ -46,6 +48,47 @@ def prompts_can_be_read(setup: Setup) -> Iterator[Problem]:
     for role, rows in eval_sets(setup.eval_dataset).items():
         if rows is not None:
             yield from prompt_problems(rows, role)
+
+
+def teachers_prompts_are_there(setup: Setup) -> Iterator[Problem]:
+    """Prompts of the teacher's own in all rows, or in none."""
+    sets = {"train_dataset": setup.train_dataset, **eval_sets(setup.eval_dataset)}
+    given = {role: rows for role, rows in sets.items() if rows is not None}
+    have = {role for role, rows in given.items() if has_teacher_prompts(rows)}
+    if have and have != set(given):
+        yield Problem(
+            f"{', '.join(sorted(have))} has a column teacher_prompt, and {', '.join(sorted(set(given) - have))} has none",
+            "their losses would be of two tasks",
+            "give it to both, or leave it out",
+        )
+    for role, rows in given.items():
+        yield from teacher_prompt_problems(rows, role)
+
+
+def self_teaches_something(setup: Setup) -> Iterator[Problem]:
+    """A student that teaches itself reads something else as a teacher, and is whole in each process."""
+    if not setup.teaches_itself:
+        return
+    args = setup.args
+    if setup.train_dataset is not None and not setup.has_teacher_prompts:
+        yield Problem(
+            f"the teacher is {SELF!r}, and the data set has no teacher_prompt",
+            "student and teacher would read the same, and the loss would be 0",
+            "give rows a column teacher_prompt, or pass teacher_prompt_template",
+        )
+    if args.teacher_placement != "local":
+        yield Problem(
+            f"the teacher is {SELF!r}, and teacher_placement={args.teacher_placement}",
+            "the student's own weights are read, in this process",
+            "leave teacher_placement out",
+        )
+    sharded = getattr(args.deepspeed_plugin, "zero_stage", 0) == 3 or bool(args.fsdp)
+    if sharded and args.self_teacher != "live":
+        yield Problem(
+            f"the teacher is {SELF!r} ({args.self_teacher}), and the student is sharded (ZeRO-3 or FSDP)",
+            "a second copy of its weights stands in their place while it reads, and a share has no place for it",
+            "pass self_teacher=live, or shard no more than the optimizer (ZeRO-2)",
+        )
 
 
 def completions_are_there(setup: Setup) -> Iterator[Problem]:

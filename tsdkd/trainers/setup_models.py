@@ -72,9 +72,9 @@ def _of_model(setup: Setup, role: str, model: Any) -> Iterator[Problem]:
 def models_write_text(setup: Setup) -> Iterator[Problem]:
     """Causal language models, whole or as adapters where those can be placed."""
     for role, model in (("student", setup.student), ("teacher", setup.teacher)):
-        if model is not None:
+        if model is not None and not (role == "teacher" and setup.teaches_itself):
             yield from _of_model(setup, role, model)
-    if isinstance(setup.teacher, str):
+    if isinstance(setup.teacher, str) and not setup.teaches_itself:
         args = setup.args
         elsewhere = args.teacher_placement in ("server", "zero3") or args.teacher_answers_engine == "vllm"
         if elsewhere and adapter_config(setup.teacher, args.teacher_model_revision) is not None:

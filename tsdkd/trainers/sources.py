@@ -193,13 +193,12 @@ def processor_of(name: str, args: TokenDistillConfig) -> Any:
     return AutoProcessor.from_pretrained(path, truncation_side="left", padding_side="left", **where)
 
 
-def vocabulary_of(source: str, args: TokenDistillConfig) -> dict[str, int] | None:
-    """The tokens of the tokenizer that comes with the teacher's checkpoint, in the revision of its weights, if one does."""
+def tokenizer_of_teacher(source: str, args: TokenDistillConfig) -> Any:
+    """The tokenizer that comes with the teacher's checkpoint, in the revision of its weights, if one does; else None."""
     if not source or lacks_tokenizer(source):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(expanded(source), **_where(_options("teacher", args)))
+        return AutoTokenizer.from_pretrained(expanded(source), **_where(_options("teacher", args)))
     except (OSError, ValueError) as error:
         logger.warning("no tokenizer could be read from %r: %s", source, str(error).splitlines()[0])
         return None
-    return tokenizer.get_vocab()

@@ -46,6 +46,8 @@ class Step:
             "student_prefix": list(self.plan.student),
             "teacher_prefix": list(self.plan.teacher),
         }
+        if self.rollouts.teacher_prompt_ids is not None:
+            per_row["teacher_prompts"] = self.rollouts.teacher_prompt_ids
         if self.teacher_hidden is not None:
             per_row["teacher_hidden"] = list(self.teacher_hidden)
         batch = {_PREFIX + name: column for name, column in per_row.items()}
@@ -59,7 +61,8 @@ class Step:
         """The step or micro-batch that a batch of TRL's holds."""
         column = lambda name: batch[_PREFIX + name]  # noqa: E731
         part = lambda prefix: {key[len(prefix) :]: value for key, value in batch.items() if key.startswith(prefix)}  # noqa: E731
-        rollouts = Rollouts(column("prompts"), column("completions"), column("masks"), part(_RECORDED))
+        written = column("completions"), column("masks"), part(_RECORDED)
+        rollouts = Rollouts(column("prompts"), *written, batch.get(_PREFIX + "teacher_prompts"))
         plan = ReadPlan(tuple(rollouts.lengths), tuple(column("student_prefix")), tuple(column("teacher_prefix")))
         hidden = batch.get(_PREFIX + "teacher_hidden")
         return cls(rollouts, Counts.from_dict(part(_COUNT)), column("rows"), plan, hidden, part(_EXTRA))

@@ -11,20 +11,19 @@ from datasets import Dataset
 
 from tsdkd.checks import refuse
 from tsdkd.data.files import as_data_set
+from tsdkd.data.teacher_prompts import with_teacher_prompts
 from tsdkd.methods import Method
 from tsdkd.provenance import provenance
-from tsdkd.teachers import RecordedTeacher, Teacher, gathered, vocabulary_size
+from tsdkd.teachers import Teacher, gathered, vocabulary_size
 from tsdkd.teachers.heads import check_head
-from tsdkd.teachers.placing import Request, place
 from tsdkd.trainers.callbacks import callbacks_of
 from tsdkd.trainers.card import card_of
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.engines import Generation
-from tsdkd.trainers.host import change_data, once_a_run, teacher_rows
+from tsdkd.trainers.host import change_data, once_a_run
 from tsdkd.trainers.loading import restore_buffers
 from tsdkd.trainers.loop import Loop
 from tsdkd.trainers.models import (
-    check_same_tokens,
     check_special_ids,
     check_template,
     check_terms,
@@ -43,7 +42,8 @@ from tsdkd.trainers.run_record import RunRecord
 from tsdkd.trainers.saving import Saving
 from tsdkd.trainers.setup import Setup, chosen_method
 from tsdkd.trainers.setup_checks import OF_DATA, problems
-from tsdkd.trainers.sources import load_sharded_teacher, load_teacher, student_of, vocabulary_of
+from tsdkd.trainers.sources import student_of
+from tsdkd.trainers.teacher_of import teacher_of
 from tsdkd.trainers.trl_seams import TRLTrainer
 from tsdkd.trainers.tsd_kd_config import TSDKDConfig
 
@@ -117,7 +117,8 @@ class TokenDistillTrainer(TRLTrainer):
         self.generation.reload_whole()
         self.has_chats = setup.has_chats
         check_template(self.tokenizer, self.has_chats, name_of(self.model))
-        self._place_teacher(setup)
+        here = teacher_of(self, setup)
+        self.teacher, self.teacher_model, self.vocab_size = here.teacher, here.model, here.vocab_size
         check_terms(self.method, self.vocab_size, self.accelerator.device)
         check_special_ids(self.tokenizer, self.eos_token_ids, vocabulary_size(self.model), self.vocab_size)
         with gathered(*self.model.parameters()):  # under ZeRO-3 it is loaded in shares
@@ -126,11 +127,12 @@ class TokenDistillTrainer(TRLTrainer):
             check_head(self.model, "student", self.vocab_size)
         check_trainable(self.model, self.teacher_model)
         self.generation.forbid_ids(self.vocab_size, self.unknown_ids)
-        limits = Limits.of(args.max_length, args.max_completion_length, self.model, self.teacher_model)
+        theirs = None if setup.has_teacher_prompts else self.teacher_model  # then its context limits its own
+        limits = Limits.of(args.max_length, args.max_completion_length, self.model, theirs)
         self.generation.set_max_completion_length(limits.completion)
         if recording is not None:
             recording.check_student(None if args.any_recording else fingerprint_of(self.model), limits.completion)
-        self.loop = Loop(self, setup, self.teacher, self.teacher_model, names_of(setup), limits)
+        self.loop = Loop(self, setup, self.teacher, self.teacher_model, names_of(setup), limits, here.tokenizer)
         self._fit_data()
         self.run_record = RunRecord(self)
         for callback in (self.run_record, *callbacks_of(self)):
@@ -138,48 +140,14 @@ class TokenDistillTrainer(TRLTrainer):
 
     # ------------------------------------------------------------------ at construction
 
-    def _place_teacher(self, setup: Setup) -> None:
-        """`teacher_model`, `teacher` and `vocab_size`; without any teacher the student's own vocabulary."""
-        args, recording = setup.args, setup.recording
-        self.teacher_model, self.teacher = None, None
-        self.vocab_size = vocabulary_size(self.model)
-        if recording is not None:
-            self.teacher = RecordedTeacher(recording, self.accelerator.device)
-            self._share_vocabulary(recording.head.size, recording.vocabulary)
-            recording.check_rows(self.tokenize)
-        elif setup.teacher is not None:
-            request = Request(
-                model=setup.teacher,
-                load=lambda name: load_teacher(name, args),
-                load_shares=lambda model: load_sharded_teacher(model, args),
-                batch_size=teacher_rows(args),
-                device=self.accelerator.device,
-                autocast=self.accelerator.autocast,
-                student_dtype=self.model.get_output_embeddings().weight.dtype,
-                low_precision=bool(args.bf16),
-                urls=tuple(args.teacher_urls or ()),
-                revision=args.teacher_model_revision,
-                trust_remote_code=args.trust_remote_code,
-            )
-            placed = place(args.teacher_placement, request)
-            self.teacher, self.teacher_model = placed.teacher, placed.model
-            self._share_vocabulary(placed.vocab_size, vocabulary_of(placed.source, args))
-            placed.check(self.tokenizer, self.vocab_size)
-
-    def _share_vocabulary(self, teacher_size: int, vocabulary: dict[str, int] | None) -> None:
-        """Cut `vocab_size` to the ids that both models have; refuse tokenizers that disagree on them."""
-        self.vocab_size = min(self.vocab_size, teacher_size)
-        if vocabulary is None:
-            logger.warning("the teacher comes without a tokenizer: whether it agrees with the student's is not checked.")
-        else:
-            check_same_tokens(self.tokenizer.get_vocab(), vocabulary, self.vocab_size, self.args.token_aliases)
-
     def _fit_data(self) -> None:
         """Leave the rows that fit, and say what was left out."""
         prompts, supply = self.loop.prompts, self.loop.supply
         change_data(self, prompts.fit)
         constants = self.loop.metrics.constants
         constants["prompts/dropped"] = lambda: prompts.dropped  # a stream's are counted as they come
+        if self.setup.has_teacher_prompts:
+            constants["prompts/dropped_for_teacher"] = lambda: prompts.for_teacher.dropped
         constants.update(self.generation.constants())
         left_out = 0 if self.train_dataset is None else prompts.left_out_of_epoch(self.train_dataset)
         if left_out:
@@ -210,6 +178,7 @@ class TokenDistillTrainer(TRLTrainer):
         change_data(self, self.loop.supply.ahead.fill)
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = as_data_set(eval_dataset, "eval_dataset")
+            eval_dataset = with_teacher_prompts(eval_dataset, self.args.teacher_prompt_template, "eval_dataset")
             refuse(problems(dataclasses.replace(self.setup, train_dataset=None, eval_dataset=eval_dataset), OF_DATA))
             eval_dataset = self.loop.fitted(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)

@@ -110,12 +110,14 @@ class Rollouts:
         prompt_ids, completion_ids: one list a row.
         completion_mask: 1 for each completion token that is trained on (0: a tool's output, a placeholder).
         recorded: what the writer wrote down of each completion token, by name, one list a row.
+        teacher_prompt_ids: what the teacher reads in place of the prompts; None: the prompts.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     completion_mask: list[list[int]]
     recorded: dict[str, list[list[float]]] = field(default_factory=dict)
+    teacher_prompt_ids: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -133,7 +135,16 @@ class Rollouts:
         """Every column changed alike; those of completion tokens otherwise, where said."""
         of_tokens = change_completion or change
         recorded = {name: of_tokens(column) for name, column in self.recorded.items()}
-        return Rollouts(change(self.prompt_ids), of_tokens(self.completion_ids), of_tokens(self.completion_mask), recorded)
+        theirs = None if self.teacher_prompt_ids is None else change(self.teacher_prompt_ids)
+        columns = of_tokens(self.completion_ids), of_tokens(self.completion_mask)
+        return Rollouts(change(self.prompt_ids), *columns, recorded, theirs)
+
+    @property
+    def for_teacher(self) -> Rollouts:
+        """The same completions behind what the teacher reads."""
+        if self.teacher_prompt_ids is None:
+            return self
+        return Rollouts(self.teacher_prompt_ids, self.completion_ids, self.completion_mask, self.recorded)
 
     def first(self, trained: Sequence[int]) -> Rollouts:
         """Each completion up to its first `trained` trained tokens."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tsdkd.data.templates import filled
 from tsdkd.pipelines.qr_distill.config import QRConfig
 from tsdkd.pipelines.qr_distill.paths import PATH, Correct, OfQR, Paths, at_most
 from tsdkd.pipelines.qr_distill.prompts import SINGLE, verdict
 from tsdkd.pipelines.stage import Planned, Stage, Work
-from tsdkd.pipelines.templates import filled
 from tsdkd.rollouts.api_models import Asked
 
 

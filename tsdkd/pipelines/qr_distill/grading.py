@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 from tsdkd.data.answers import final_answer, same_answer
@@ -75,5 +76,7 @@ def _same_mathematics(found: str, wanted: str) -> bool:
         from math_verify import parse, verify
     except ImportError:
         return False
+    for part in ("parser", "grader"):  # each warns at its first use of what is asked for here
+        logging.getLogger(f"math_verify.{part}").setLevel(logging.ERROR)
     gold, answer = (parse(f"${text}$", parsing_timeout=None) for text in (wanted, found))
     return bool(gold and answer and verify(gold, answer, timeout_seconds=None))
