@@ -1,9 +1,9 @@
 """A student that teaches itself with more to read, on a CPU in ten minutes: worked solutions, and an instruction to be brief.
 
 `python examples/08_self_distillation.py [output_dir] [steps]`. A small model is made first that can do three things: solve a
-question, with a habit of miscounting; copy a worked solution that stands behind the question; and, where the prompt begins with
-`?`, give the answer alone. Then two students learn from it, the same model with another prompt (`teacher_model="self"`): one
-what the worked solutions say, one to be brief without being told. Nothing larger than the student is in the process.
+question, with a habit of miscounting that it picks up at the end; copy a worked solution that stands behind the question; and,
+where the prompt begins with `?`, give the answer alone. Then it learns from itself with another prompt
+(`teacher_model="self"`): what the worked solutions say, or to be brief without being told. Nothing larger is in the process.
 """
 
 import random
@@ -25,8 +25,8 @@ from tsdkd.pipelines.students import Inference, student_answers
 LEVELS = (1, 2)
 
 
-def made(folder: Path, steps: int) -> str:
-    """A model of three skills, trained on worked solutions: a third with faults, a third to be copied, a third brief."""
+def made(folder: Path, steps: int, habit: int) -> str:
+    """A model of three skills, each a third of its training; in its last steps, `habit`, what it solves alone has faults."""
     if (folder / "model.safetensors").is_file():
         return str(folder)
     tokenizer = make_second_tokenizer()
@@ -34,13 +34,13 @@ def made(folder: Path, steps: int) -> str:
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, step / 50, 0.02 + (steps - step) / steps)
+            group["lr"] = 3e-3 * min(1.0, step / 50, 0.15 + (steps - step) / steps)
         rows = []
         for number in range(64):
             problem = make_problem(draws, draws.choice(LEVELS))
-            wrong = make_problem(draws, draws.choice(LEVELS), faulty=0.5)
+            alone = make_problem(draws, draws.choice(LEVELS), faulty=0.5 if step >= steps - habit else 0.0)
             prompt, completion = [
-                (f"{wrong.question}\n", wrong.solution),
+                (f"{alone.question}\n", alone.solution),
                 (f"{problem.question}\n{problem.solution}\n", problem.solution),
                 (f"?{problem.question}\n", f"#### {problem.answer}"),
             ][number % 3]
@@ -74,7 +74,7 @@ def told(model: str, texts: list[str], answers: list[str], what: str) -> None:
 def main() -> None:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "self-distillation")
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 200
-    base = made(out / "base", 1500 if steps >= 100 else 2)
+    base = made(out / "base", *((1800, 60) if steps >= 100 else (2, 1)))
     problems = make_problems(max(32, 8 * steps), seed=5, levels=LEVELS)
     test = held_out(500 if steps >= 100 else 20, seed=77, seen={p.question for p in problems}, levels=LEVELS)
     answers = [p.answer for p in test]
@@ -83,8 +83,11 @@ def main() -> None:
     told(base, [p.question for p in test], answers, "before, alone")
     told(base, [f"{p.question}\n{p.solution}" for p in test], answers, "before, with the worked solution")
     told(base, [f"?{p.question}" for p in test], answers, "before, told to be brief")
-    for name, template in {"solutions": "{prompt}{solution}\n", "brief": "?{prompt}"}.items():
-        for how in ("start", "live", "ema"):
+    for name, template, hows in (
+        ("solutions", "{prompt}{solution}\n", ("start", "live", "ema")),
+        ("brief", "?{prompt}", ("start",)),
+    ):
+        for how in hows:
             folder = out / f"{name}-{how}"
             shutil.rmtree(folder, ignore_errors=True)
             trainer = TokenDistillTrainer(

@@ -70,7 +70,8 @@ class StepScorer:
         host, lengths = self.host, rollouts.lengths
         empty = float(sum(length == 0 for length in lengths))
         self.metrics.add_host(host.mode, "completions/empty", empty, 1 / host.accelerator.num_processes)
-        repeated = sum(map(repetition, rollouts.completion_ids))
+        own = (rollouts.rows([row]) for row in range(len(rollouts)))
+        repeated = sum(repetition(one.trained(one.completion_ids)) for one in own)  # without what tools said
         self.metrics.add_host(host.mode, "completions/repetition", repeated, len(lengths))
         if "accepted" in rollouts.recorded:
             accepted = rollouts.trained(rollouts.recorded["accepted"])
