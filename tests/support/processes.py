@@ -133,9 +133,18 @@ def main(folder: Path, scenario: str) -> None:
             rows.add_column("teacher_prompt", [text + " 1+1=2" * (row % 4) for row, text in enumerate(rows["prompt"])])
             for rows in (data, evaluated)
         )
+    teacher = None
+    if scenario == "several teachers":  # one process has no row of the second's
+        from tiny import tiny_model
+
+        teacher = {"a": tiny_model(seed=2, hidden=48), "b": tiny_model(seed=3, hidden=64)}
+        data, evaluated = (
+            rows.add_column("teacher", ["b" if row == 1 else "a" for row in range(len(rows))]) for rows in (data, evaluated)
+        )
     trainer = make(
         folder,
         data=data,
+        teacher=teacher,
         rollouts=rollouts,
         method=method,
         cls=TSDKDTrainer if method is None else TokenDistillTrainer,

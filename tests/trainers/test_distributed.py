@@ -26,9 +26,9 @@ def launch(folder: Path, world: int, scenario: str) -> list[dict]:
     return results
 
 
-@pytest.mark.parametrize("scenario", ["plain", "own prompts"])
+@pytest.mark.parametrize("scenario", ["plain", "own prompts", "several teachers"])
 def test_two_processes_give_the_loss_gradient_and_evaluation_of_one(tmp_path, scenario):
-    """Also where the teacher reads prompts of its own."""
+    """Also where the teacher reads prompts of its own, and where there are several."""
     (one,) = launch(tmp_path / "one", 1, scenario)
     two = launch(tmp_path / "two", 2, scenario)
     for result in two:

@@ -4,47 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from asked import ASKED, HINTED, HINTS, SOLVED, hidden_by_hand, seen, with_column
 from datasets import Dataset, IterableDataset
 from running import Gradients, by_prompt, general, make, rows
 from tiny import QUESTIONS, config, save_tiny, tiny_model
 
-from tsdkd import TokenDistillConfig, TokenDistillTrainer, TSDKDTrainer
+from tsdkd import TSDKDTrainer
 from tsdkd.data.prompts import map_prompts
 from tsdkd.data.teacher_prompts import with_teacher_prompts
 from tsdkd.demo.recreate import make_tokenizer
-
-# Hints of very different lengths; the last leaves little of a context of 128.
-HINTS = ["1", "12+34=46", "2+3=5\n" * 3, "7", "10+20=30\n" * 2, "9", "8*2=16", "5+5=10\n" * 8]
-SOLVED = Dataset.from_dict(
-    {
-        "prompt": QUESTIONS[:8],
-        "hint": HINTS,
-        "teacher_prompt": [q + h for q, h in zip(QUESTIONS, HINTS, strict=False)],
-    }
-)
-HINTED = SOLVED.remove_columns("teacher_prompt")
-ASKED = SOLVED.remove_columns("hint")
-
-
-def hidden_by_hand(model, prompt, completion):
-    """Row by row, without padding: what a model holds where it predicts each token of a completion."""
-    ids = torch.tensor([prompt + completion])
-    with torch.no_grad():
-        states = model.model(ids).last_hidden_state[0]
-    return states[len(prompt) - 1 : -1]
-
-
-def seen(trainer):
-    """What the trainer's teacher is asked for and gives."""
-    found, hidden = [], trainer.teacher.hidden
-
-    def watched(rollouts, lengths):
-        states = hidden(rollouts, lengths)
-        found.extend(zip(rollouts.prompt_ids, rollouts.completion_ids, states, strict=True))
-        return states
-
-    trainer.teacher.hidden = watched
-    return found
 
 
 @pytest.mark.parametrize("teacher_batch_size", [1, 3, 4])
@@ -174,7 +142,7 @@ def test_a_longer_prompt_of_the_teachers_does_not_shorten_the_students(tmp_path)
 @pytest.mark.parametrize(
     "change,told",
     [
-        (lambda d: with_column(d, ["1", None, "2", ""] * 2), r"no teacher_prompt in rows 1, 5 .*no teacher_prompt|rows 1, 5"),
+        (lambda d: with_column(d, ["1", None, "2", ""] * 2), r"has no teacher_prompt in rows 1, 5 \(2 of 8\)"),
         (lambda d: with_column(d, [[{"role": "user", "content": "1"}]] * 8), "has no chat template"),
         (lambda d: with_column(d, ["1"] * 7 + ["\n\n"]), "row 7"),
     ],
@@ -186,12 +154,8 @@ def test_bad_prompts_of_the_teachers_are_refused_by_row(tmp_path, change, told):
         make(tmp_path, data=change(ASKED), processing_class=plain)
 
 
-def with_column(data, values):
-    return data.remove_columns("teacher_prompt").add_column("teacher_prompt", values)
-
-
 def test_bad_templates_are_refused(tmp_path):
-    for template, told in (("{prompt} {sulution}", "names sulution.*it has: prompt, hint"), ("none", "must be a text with")):
+    for template, told in (("{prompt} {sulution}", "names sulution.*it has: prompt, hint"), ("none", "names no column")):
         with pytest.raises(ValueError, match=told):
             make(tmp_path, data=HINTED, teacher_prompt_template=template)
     with pytest.raises(ValueError, match="leave one of them out"):
@@ -206,8 +170,11 @@ def test_an_evaluation_set_without_them_is_refused(tmp_path):
         make(tmp_path, data=ASKED, eval_dataset=ASKED.remove_columns("teacher_prompt"))
     trainer = make(tmp_path, data=ASKED, eval_dataset=ASKED.select(range(4)), rollouts=by_prompt)
     assert trainer.evaluate()["eval_loss"] > 0
-    with pytest.raises(ValueError, match="without a teacher_prompt"):
+    with pytest.raises(ValueError, match="eval_dataset and train_dataset differ in teacher_prompt"):
         trainer.evaluate(ASKED.remove_columns("teacher_prompt"))
+    trainer = make(tmp_path / "plain", data=ASKED.remove_columns("teacher_prompt"), rollouts=by_prompt)
+    with pytest.raises(ValueError, match="eval_dataset and train_dataset differ in teacher_prompt"):
+        trainer.evaluate(ASKED)
 
 
 def test_a_streams_rows_are_checked_as_they_come(tmp_path):
@@ -252,94 +219,93 @@ def test_columns_of_a_template_survive_the_mapping_of_a_file():
     assert map_prompts(ASKED).column_names == ["prompt", "teacher_prompt"]
 
 
-# ------------------------------------------------------------------ the student as its own teacher
+@pytest.mark.parametrize(
+    "template,columns,made",
+    [
+        ("{prompt} {worked-solution}", {"worked-solution": "12"}, "Q 12"),
+        ("{{prompt}} {prompt} \\boxed{{}}", {}, "{prompt} Q \\boxed{}"),
+        ("{prompt} {n} {x}", {"n": 3, "x": 0.5}, "Q 3 0.5"),
+        ("{prompt} {template}", {"template": "{hint}"}, "Q {hint}"),  # braces of a value stay
+    ],
+)
+def test_fields_are_those_of_format_and_any_column(template, columns, made):
+    data = Dataset.from_dict({"prompt": ["Q"], **{name: [value] for name, value in columns.items()}})
+    assert with_teacher_prompts(data, template, "train_dataset")["teacher_prompt"] == [made]
 
 
-def themselves(folder, student=None, data=ASKED, **options):
-    trainer = make(folder, student=student or tiny_model(seed=1), teacher="self", data=data, rollouts=by_prompt, **options)
-    return trainer
+@pytest.mark.parametrize(
+    "template", ["{prompt} { hint }", "{prompt}{hint:>5}", "{prompt} \\boxed{}", "{prompt", "{prompt!r}", 3]
+)
+def test_braces_that_hold_no_columns_name_are_refused(tmp_path, template):
+    with pytest.raises(ValueError, match=r"teacher_prompt_template(=.*cannot be read|=3 must be| names  hint )"):
+        make(tmp_path, data=HINTED, teacher_prompt_template=template)
 
 
-@pytest.mark.parametrize("how", ["start", "live", "ema"])
-def test_a_student_teaches_itself(tmp_path, how):
-    """At the first step all three are the student behind the longer prompt; then each is what its name says."""
-    student = tiny_model(seed=1)
-    start = {name: p.detach().clone() for name, p in student.named_parameters()}
-    trainer = themselves(tmp_path, student, max_steps=3, self_teacher=how, ema_decay=0.5, learning_rate=1e-2)
-    found, weights = seen(trainer), [start]
-
-    class Keep(Gradients):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
-
-    trainer.add_callback(Keep())
-    trainer.train()
-    assert all(not torch.equal(weights[-1][name], p) for name, p in start.items() if "embed" in name)
-    average = {name: p.clone() for name, p in start.items()}
-    reader = tiny_model(seed=1)
-    for step in range(3):
-        if step:
-            average = {name: 0.5 * p + 0.5 * weights[step][name] for name, p in average.items()}
-        stands = {"start": start, "live": weights[step], "ema": average}[how]
-        reader.load_state_dict(stands, strict=False)
-        for prompt, completion, states in found[4 * step : 4 * step + 4]:
-            torch.testing.assert_close(states, hidden_by_hand(reader, prompt, completion), rtol=1e-3, atol=1e-4)
-    head = trainer.teacher.head
-    assert not head.weight.requires_grad
-    expected = {"start": start, "ema": None, "live": weights[-1]}[how]
-    if expected is not None:
-        assert torch.equal(
-            head.weight, expected["model.embed_tokens.weight" if "lm_head.weight" not in expected else "lm_head.weight"]
-        )
+@pytest.mark.parametrize("value", [["a", "b"], {"a": 1}, float("nan")])
+def test_a_value_that_is_no_text_is_refused_by_row(value):
+    data = Dataset.from_dict({"prompt": ["Q"], "hint": [value]})
+    with pytest.raises(ValueError, match=r"in row 0 of rows: its hint is .*neither a text nor a number"):
+        with_teacher_prompts(data, "{prompt} {hint}", "rows")
 
 
-def test_an_adapters_student_holds_no_second_model(tmp_path):
-    from peft import LoraConfig
+def test_text_in_parts_is_joined():
+    parts = [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]}]
+    made = with_teacher_prompts(Dataset.from_dict({"prompt": [parts]}), "{prompt}!", "rows")["teacher_prompt"]
+    assert made[0][0]["content"] == "1+1?!"
 
-    trainer = themselves(
-        tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj", "up_proj"]), max_steps=2, learning_rate=1e-2
+
+def test_a_turn_that_the_teachers_template_leaves_out_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    chats = [[{"role": "system", "content": "12"}, {"role": "user", "content": q}] for q in QUESTIONS[:8]]
+    data = Dataset.from_dict({"prompt": QUESTIONS[:8], "teacher_prompt": chats})
+    with pytest.raises(
+        ValueError, match="row 0 of train_dataset: the teacher's chat template renders nothing of the turns of 'system'"
+    ):
+        make(tmp_path, data=data, processing_class=tokenizer)
+
+
+def test_ids_that_the_teacher_lacks_are_refused_by_row(tmp_path):
+    data = Dataset.from_dict({"prompt": ["1+1="] * 8, "teacher_prompt": ["1+1="] * 5 + [QUESTIONS[0]] * 3})
+    with pytest.raises(ValueError, match=r"row 5 of train_dataset has the id .* and the teacher has 22"):
+        make(tmp_path, teacher=tiny_model(seed=2, vocab_size=22), data=data, num_candidates=3)
+
+
+def test_a_page_shows_what_the_teacher_held_behind_its_own_prompt(tmp_path):
+    from tsdkd.inspection import Reader, inspect_completion
+
+    teacher = tiny_model(seed=2, hidden=48)
+    reader = Reader(make(tmp_path, teacher=teacher, data=ASKED))
+    asked = {"prompt": QUESTIONS[1], "completion": "12+3=15"}
+    tokenizer = make_tokenizer()
+    for theirs in (QUESTIONS[1], SOLVED["teacher_prompt"][1]):
+        table = reader.table(reader.rollouts([{**asked, "teacher_prompt": theirs}], given=True))
+        ids = tokenizer(theirs)["input_ids"]
+        with torch.no_grad():
+            logits = teacher(torch.tensor([ids + table.token_ids])).logits[0, len(ids) - 1 : -1]
+        expected = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+        torch.testing.assert_close(torch.tensor(table.columns["teacher_entropy"]).float(), expected, rtol=1e-3, atol=1e-4)
+    one = inspect_completion(
+        tiny_model(seed=1), teacher, QUESTIONS[1], "12+3=15", tokenizer=make_tokenizer(), teacher_prompt=theirs
     )
-    base = tiny_model(seed=1)
-    found = seen(trainer)
+    assert one.columns["teacher_entropy"] == pytest.approx(table.columns["teacher_entropy"], rel=1e-4)
+
+
+def test_the_teachers_completions_of_one_prompt_are_kept_apart(tmp_path):
+    data = Dataset.from_dict({"prompt": [QUESTIONS[0]] * 4, "teacher_prompt": [QUESTIONS[0] + hint for hint in HINTS[:4]]})
+    trainer = general(tmp_path, "seq_kd", teacher=tiny_model(seed=2, hidden=48, closes_soon=True), data=data)
     trainer.train()
-    assert all("lora" in name for name in trainer.teacher._kept) and len(found) == 8
-    for prompt, completion, states in found:  # the start is the base, since a fresh adapter adds nothing
-        torch.testing.assert_close(states, hidden_by_hand(base, prompt, completion), rtol=1e-4, atol=1e-5)
+    assert len((tmp_path / "teacher_answers.jsonl").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("how", ["start", "live", "ema"])
-def test_a_run_goes_on_bit_for_bit(tmp_path, how):
-    options = dict(max_steps=4, self_teacher=how, ema_decay=0.5, learning_rate=1e-2, save_strategy="steps", save_steps=2)
-    whole = themselves(tmp_path / "whole", **options)
-    whole.train()
-    again = themselves(tmp_path / "whole", **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert [row["loss"] for row in rows(again)][-2:] == [row["loss"] for row in rows(whole)][-2:]
-    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-    with pytest.raises(ValueError, match="is of another run: teacher"):
-        other = {"start": "ema", "live": "start", "ema": "live"}[how]
-        themselves(tmp_path / "whole", **{**options, "self_teacher": other}).train(
-            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
-        )
-
-
-def test_itself_without_another_prompt_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no teacher_prompt: .*the loss would be 0"):
-        themselves(tmp_path, data=HINTED)
-    with pytest.raises(ValueError, match="self_teacher='once'"):
-        themselves(tmp_path, self_teacher="once")
-    with pytest.raises(ValueError, match="teacher_placement=server"):
-        themselves(tmp_path, teacher_placement="server", teacher_urls=["http://127.0.0.1:1"])
-
-
-def test_a_saved_student_that_taught_itself_is_a_student(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    args = config(tmp_path / "out", TokenDistillConfig, method="gkd", max_steps=1, teacher_model_name_or_path="self")
-    trainer = TokenDistillTrainer(save_tiny(tmp_path / "s", seed=1), args=args, train_dataset=ASKED)
-    trainer.train()
-    trainer.save_model()
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(saved.get_input_embeddings().weight, trainer.model.get_input_embeddings().weight)
-    assert "the student itself (start)" in (tmp_path / "out" / "README.md").read_text()
+@pytest.mark.parametrize(
+    "options,told",
+    [
+        ({"teacher_chat_template_kwargs": {"a": 1}}, "teacher_chat_template_kwargs were given, and the data set has no"),
+        ({"self_teacher": "live"}, "self_teacher has no effect"),
+        ({"ema_decay": 0.5}, "ema_decay has no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, options, told):
+    with pytest.raises(ValueError, match=told):
+        make(tmp_path, data=HINTED, **options)

@@ -104,13 +104,12 @@ def main(arguments: list[str]) -> int:
 def _rows(own: argparse.Namespace, data: Any, model: Any, config: Any) -> list[dict[str, Any]]:
     """The prompts as rows; of --prompt as the model is talked to."""
     from tsdkd.cli.train import prompts_of
-    from tsdkd.data.teacher_prompts import with_teacher_prompts
-    from tsdkd.data.templates import fields_of
+    from tsdkd.data.teacher_prompts import columns_named, made_by, with_teacher_prompts
     from tsdkd.teachers.sources import has_chat_template
 
     if data.dataset_name:
         template = config.teacher_prompt_template
-        keep = [] if template is None else sorted(fields_of(template) - {"prompt"})
+        keep = [] if template is None else [name for name in columns_named(template) if name != "prompt"]
         found = prompts_of(data, data.dataset_name, data.dataset_train_split, keep)
         found = with_teacher_prompts(found.select(range(min(own.limit, len(found)))), template, data.dataset_name)
         return [dict(found[i]) for i in range(min(own.limit, len(found)))]
@@ -122,6 +121,10 @@ def _rows(own: argparse.Namespace, data: Any, model: Any, config: Any) -> list[d
     made = []
     for prompt, completion in zip(own.prompt, texts, strict=True):
         row: dict[str, Any] = {"prompt": [{"role": "user", "content": prompt}] if as_chat else prompt}
+        if config.teacher_prompt_template is not None:
+            if columns_named(config.teacher_prompt_template) != ["prompt"]:
+                raise ValueError("--prompt has no other columns for teacher_prompt_template: pass --dataset_name with them.")
+            row["teacher_prompt"] = made_by(config.teacher_prompt_template, row)
         if completion is not None:
             row["completion"] = [{"role": "assistant", "content": completion}] if as_chat else completion
         made.append(row)

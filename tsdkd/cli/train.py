@@ -28,7 +28,8 @@ def inputs(
     if model.model_name_or_path is None:
         raise ValueError("no student was given: pass --student NAME_OR_PATH (model_name_or_path in YAML).")
     recorded = config.recording is not None
-    if config.teacher_model_name_or_path is None and not recorded and config.build_method().reads_teacher:
+    named = config.teacher_model_name_or_path or config.teachers
+    if not named and not recorded and config.build_method().reads_teacher:
         raise ValueError("no teacher was given: pass --teacher NAME_OR_PATH (teacher_model_name_or_path in YAML).")
     if needs_prompts and data.dataset_name is None and not recorded:
         raise ValueError("no prompts were given: pass --dataset_name NAME_OR_FILE (a data set or a JSONL file).")
@@ -42,13 +43,15 @@ def inputs(
     from trl import get_peft_config, get_quantization_config
 
     from tsdkd.data.files import load_rows
-    from tsdkd.data.templates import fields_of
+    from tsdkd.data.teacher_prompts import columns_named
 
     def load(name: str | None, split: str):
         if name is None:
             return None
         template = config.teacher_prompt_template
-        rows = prompts_of(data, name, split, keep=[] if template is None else sorted(fields_of(template) - {"prompt"}))
+        rows = prompts_of(
+            data, name, split, keep=[] if template is None else [name for name in columns_named(template) if name != "prompt"]
+        )
         if config.process_index == 0:
             say(f"{len(rows)} prompts from {name}{' after dropping duplicates' if data.drop_duplicate_prompts else ''}")
         return rows

@@ -14,8 +14,8 @@ from tsdkd.data.layouts import ASSISTANTS, CHATS, advice, is_chat, recognised
 _SHOWN = 5
 PIECE = 1000  # rows that are read at a time
 # What of a row goes into its prompt or its completion.
-COLUMNS = ("prompt", "tools", "chat_template_kwargs", "completion", "completion_ids", "teacher_prompt", "teacher_prompt_ids")
-ASKED = ("prompt", "tools", "chat_template_kwargs", "teacher_prompt", "teacher_prompt_ids")  # those that ask
+ASKED = ("prompt", "tools", "chat_template_kwargs", "teacher_prompt", "teacher_prompt_ids", "teacher")  # those that ask
+COLUMNS = (*ASKED, "completion", "completion_ids")
 
 
 ENDS_IN_ANSWER = "chats that end in an assistant's turn, behind which the student would write another"
@@ -141,7 +141,9 @@ def columns_of(dataset: Any) -> list[str]:
     return list(names or [])
 
 
-def fitting_rows(lengths: Sequence[int], limit: int, why: str, role: str, drop: bool) -> list[int]:
+def fitting_rows(
+    lengths: Sequence[int], limit: int, why: str, role: str, drop: bool, raising: str = "raise max_length, "
+) -> list[int]:
     """The rows whose prompts leave room for a completion.
 
     Args:
@@ -149,6 +151,7 @@ def fitting_rows(lengths: Sequence[int], limit: int, why: str, role: str, drop: 
         limit: the longest prompt allowed, tokens.
         why: what set the limit, for messages.
         drop: leave the others out instead of refusing them.
+        raising: what would allow longer ones, for messages.
 
     Raises:
         ValueError: how many prompts are too long and the first of them, unless `drop`; or no prompt fits.
@@ -156,13 +159,13 @@ def fitting_rows(lengths: Sequence[int], limit: int, why: str, role: str, drop: 
     long = [row for row, length in enumerate(lengths) if length > limit]
     if len(long) == len(lengths) and drop:
         raise ValueError(
-            f"all {len(lengths)} prompts of {role} are longer than {limit} tokens, none is left: {why}. Raise max_length "
+            f"all {len(lengths)} prompts of {role} are longer than {limit} tokens, none is left: {why}. Shorten them, {raising}"
             "or lower max_completion_length."
         )
     if long and not drop:
         raise ValueError(
             f"{len(long)} of {len(lengths)} prompts of {role} are longer than {limit} tokens, the first is row {long[0]} with "
-            f"{lengths[long[0]]}: {why}. Shorten them, raise max_length, lower max_completion_length, or drop them with "
+            f"{lengths[long[0]]}: {why}. Shorten them, {raising}lower max_completion_length, or drop them with "
             f"drop_long_prompts=True."
         )
     excluded = set(long)
@@ -202,7 +205,7 @@ def map_prompts(
             turn becomes the completion where it is the assistant's, or `instruction`, `input` and `output`.
         completion_column: the column that holds given completions; None: `completion`, which may be missing.
         drop_duplicates: keep the first of equal prompts.
-        as_chat: make each text a chat of one user message.
+        as_chat: make each text a chat of one user message, the teacher's own too.
         keep: further columns, for a template of the teacher's prompts.
 
     Raises:
@@ -229,6 +232,9 @@ def map_prompts(
         if len(rows) and not isinstance(rows[0]["prompt"], str):
             raise ValueError("prompt_as_chat makes chats of texts, but these prompts are chats already: leave it out.")
         made = {"prompt": [[{"role": "user", "content": text}] for text in rows["prompt"]]}
+        if "teacher_prompt" in rows.column_names:
+            theirs = rows["teacher_prompt"]
+            made["teacher_prompt"] = [[{"role": "user", "content": t}] if isinstance(t, str) else t for t in theirs]
         if "completion" in rows.column_names:
             answers = rows["completion"]
             made["completion"] = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]

@@ -49,6 +49,11 @@ class Reader:
     def __init__(self, trainer: TokenDistillTrainer, label: str | None = None) -> None:
         if trainer.setup.recording is not None:
             raise ValueError("a recording holds no student to read with: pass the models, --student and --teacher.")
+        if trainer.setup.several:
+            raise ValueError(
+                f"completions are looked at with one teacher, and there are {', '.join(trainer.setup.several)}: pass the one "
+                "of these rows."
+            )
         if trainer.accelerator.num_processes > 1:
             raise ValueError("completions are looked at by one process: start it without a launcher.")
         self.trainer = trainer
@@ -101,8 +106,7 @@ class Reader:
                     ids, recorded = self._written(rows, prompt_ids)
             finally:
                 trainer.model.train(was_training)
-        theirs = loop.teacher_prompts.of(rows)
-        return Rollouts(prompt_ids, ids, [[1] * len(row) for row in ids], recorded, theirs)
+        return Rollouts(prompt_ids, ids, [[1] * len(row) for row in ids], recorded, *loop.teacher_prompts.both(rows))
 
     def _written(self, rows: list[dict[str, Any]], prompt_ids: list[list[int]]) -> Any:
         trainer = self.trainer
@@ -223,7 +227,7 @@ class Reader:
 def step_of(trainer: Any, rollout: Rollouts) -> Step:
     """A step that holds one completion alone, as the teacher reads it."""
     plan = ReadPlan.whole(rollout.lengths)
-    hidden = None if trainer.teacher is None else trainer.teacher.hidden(rollout, plan.teacher)
+    hidden = None if trainer.teacher is None else trainer.teacher.hidden(rollout.for_teacher, plan.teacher)
     return Step(rollout, trainer.method.counts(rollout.lengths), [0], plan, hidden)
 
 
@@ -299,6 +303,7 @@ def inspect_completion(
     method: Any = "tsd_kd",
     tokenizer: Any = None,
     seed: int = 0,
+    teacher_prompt: Any = None,
     **options: Any,
 ) -> TokenTable:
     """What a method decides of every token of a completion, and what both models hold of it.
@@ -310,6 +315,7 @@ def inspect_completion(
         method: a name, or a method's object, also of your own.
         tokenizer: where the student is an object without one.
         seed: of what the student writes.
+        teacher_prompt: what the teacher reads in place of `prompt`.
         options: of `TokenDistillConfig` (`max_completion_length`, `temperature`, `method_options`, …).
 
     Returns:
@@ -321,7 +327,9 @@ def inspect_completion(
     References:
         TSD-KD Eq. 3-5, 10-13 and Figure 1; arXiv 2603.13260.
     """
-    row: dict[str, Any] = {"prompt": prompt}
+    row: dict[str, Any] = {"prompt": prompt} | ({} if teacher_prompt is None else {"teacher_prompt": teacher_prompt})
+    if options.get("teacher_prompt_template") is not None:
+        raise ValueError("a template takes a row's columns: pass teacher_prompt as it is to be read.")
     if completion is not None:
         completion = completion.tolist() if hasattr(completion, "tolist") else completion
         is_ids = not isinstance(completion, str) and all(isinstance(part, (int, np.integer)) for part in completion)

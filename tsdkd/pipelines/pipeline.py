@@ -72,6 +72,8 @@ class Pipeline:
         for stage in fresh:
             if self.stages.index(stage) >= begin:
                 stage.check()
+        if is_one_of_several() and accepted:
+            raise ValueError("a stage is accepted by one process: run once without accelerate launch.")
         if is_one_of_several():
             self._refuse_apart(fresh)
             Processes().wait()  # until each has seen what is to be made

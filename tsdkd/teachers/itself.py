@@ -59,14 +59,19 @@ class SelfTeacher:
         self.model, self.student, self.how, self.decay, self.step = model, student, how, decay, step
         self.batch_size, self.device, self.autocast = batch_size, device, autocast
         self._trained = {} if how == "live" else {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._kept = {name: p.detach().clone() for name, p in self._trained.items()}
+        # An average in half precision would not move: what a step adds is less than half a unit of its weights.
+        wide = torch.float32 if how == "ema" else None
+        self._kept = {
+            name: p.detach().to(wide if wide is not None and p.dtype.itemsize < 4 else p.dtype, copy=True)
+            for name, p in self._trained.items()
+        }
         self._seen = 0  # the optimizer step that the average has last taken in
 
     @property
     def head(self) -> Head:
         """The head as the teacher reads with it, without gradient."""
         head = head_of(self.model)
-        kept = {id(p): self._kept[name] for name, p in self._trained.items()}
+        kept = {id(p): self._kept[name].to(p.dtype) for name, p in self._trained.items()}
         weight, bias = (None if p is None else kept.get(id(p), p.detach()) for p in (head.weight, head.bias))
         assert weight is not None
         return dataclasses.replace(head, weight=weight, bias=bias)
@@ -81,7 +86,7 @@ class SelfTeacher:
         """The kept weights in the student's place."""
         own = {name: p.data for name, p in self._trained.items()}
         for name, p in self._trained.items():
-            p.data = self._kept[name]
+            p.data = self._kept[name].to(p.dtype)
         try:
             yield
         finally:

@@ -122,7 +122,8 @@ class CompletionsAhead:
         if not host.accelerator.is_main_process:
             return
         texts = host.tokenizer.batch_decode(written, skip_special_tokens=True)
-        found = {json.dumps(row.get("prompt")): row for row in read_rows(self.path, "remove the line")}
+        key = lambda row: json.dumps([row.get("prompt"), row.get("teacher_prompt")])  # noqa: E731
+        found = {key(row): row for row in read_rows(self.path, "remove the line")}
         for row, ids, text in zip(rows, written, texts, strict=True):
             completion = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
             made = {
@@ -130,7 +131,7 @@ class CompletionsAhead:
                 "completion": completion,
                 "completion_ids": ids,
             }
-            found[json.dumps(row["prompt"])] = made
+            found[key(row)] = made
         replace_rows(self.path, found.values())
 
     def _written(self, prompts: list[list[int]], role: str) -> list[list[int]]:

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from tsdkd.methods import State
-from tsdkd.teachers import Teacher
 from tsdkd.teachers.itself import SelfTeacher
+from tsdkd.teachers.several import SeveralTeachers
 from tsdkd.trainers.checkpoints import Checkpoints, Stateful
 from tsdkd.trainers.completions import Batch, CompletionSupply, Written
 from tsdkd.trainers.corpus import Corpus
@@ -35,6 +35,7 @@ from tsdkd.trainers.routers import router_of
 from tsdkd.trainers.scoring import StepScorer
 from tsdkd.trainers.setup import Setup
 from tsdkd.trainers.step import Step
+from tsdkd.trainers.teacher_of import Here
 from tsdkd.trainers.teacher_prompts import TeacherPrompts
 from tsdkd.types import Rollouts
 
@@ -48,17 +49,13 @@ class Loop:
     Args:
         host: the trainer.
         setup: what was asked for.
-        teacher: None where nothing reads one.
-        teacher_model: its model in this process, if any.
+        here: the teacher, or several.
         names: `student` and `teacher`, for messages.
         limits: of prompts and completions.
-        teacher_tokenizer: the one that comes with the teacher, if one does.
     """
 
-    def __init__(
-        self, host: Host, setup: Setup, teacher: Teacher | None, teacher_model: Any, names: dict[str, str], limits: Limits,
-        teacher_tokenizer: Any = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, host: Host, setup: Setup, here: Here, names: dict[str, str], limits: Limits) -> None:
+        teacher, teacher_model = here.teacher, here.model
         method, args, accelerator = setup.method, setup.args, host.accelerator
         self.host, self.method, self.names = host, method, names
         self.asked: Callable[[], int] = lambda: 0  # the number of the signal that has come to this process
@@ -67,11 +64,10 @@ class Loop:
         corpus = None
         if method.pretraining_weight:
             corpus = Corpus(setup.pretraining_dataset, args.seed, limits.prompt + limits.completion)
-        models = () if teacher_model is None else (teacher_model,)
+        models = tuple(here.models.values())
         self.metrics = Metrics(accelerator, lambda: method.terms(self.state))
         self.guard = Guard(accelerator, names)
-        whose = host.model if setup.teaches_itself else teacher_model
-        self.teacher_prompts = TeacherPrompts(host, setup, teacher_tokenizer, whose, limits.completion)
+        self.teacher_prompts = TeacherPrompts(host, setup, here, limits.completion)
         called = names["teacher"], self.metrics, self.teacher_prompts
         self.supply = CompletionSupply(host, setup.rollouts, teacher_model, teacher, *called)
         self.prompts = Prompts(host, limits, self.supply.check, self.teacher_prompts)
@@ -79,6 +75,7 @@ class Loop:
         self.loss = StepLoss(
             method,
             teacher_head=lambda: None if reader is None else reader.head,
+            head_of=reader.head_of if isinstance(reader, SeveralTeachers) else None,
             device=accelerator.device,
             pad_id=host.tokenizer.pad_token_id,
             engine={"impl": args.fused_impl, "gradient_filter": args.gradient_filter},

@@ -17,6 +17,7 @@ from tsdkd.teachers.heads import head_of, last_hidden_state
 from tsdkd.trainers.endings import end_probability
 from tsdkd.trainers.guard import Guard
 from tsdkd.trainers.metrics import Metrics
+from tsdkd.trainers.packing import by_teacher, hidden_states, of_teacher, packed
 from tsdkd.trainers.routers import RouterLoss
 from tsdkd.trainers.step import Step
 from tsdkd.types import Head, LossTerms, ReadPlan, Rollouts, TokenBatch
@@ -29,6 +30,7 @@ class StepLoss:
         method: whose loss it is.
         state: what of the method changes from step to step; None starts one outside of training.
         teacher_head: gives the teacher's head, on the device where the loss is computed; None without a teacher.
+        head_of: from a name to the head, where there are several teachers.
         device: where that is.
         pad_id: any id, for padding that no result depends on.
         engine: for `fused.evaluate` (`impl`, `gradient_filter`, …).
@@ -50,6 +52,7 @@ class StepLoss:
         *,
         state: State | None = None,
         teacher_head: Callable[[], Head | None] = lambda: None,
+        head_of: Callable[[str], Head] | None = None,
         device: torch.device | str = "cpu",
         pad_id: int = 0,
         engine: Mapping[str, Any] | None = None,
@@ -63,19 +66,18 @@ class StepLoss:
     ) -> None:
         self.method, self.state = method, method.start(None) if state is None else state
         self.teacher_head, self.device, self.pad_id = teacher_head, torch.device(device), pad_id
+        self._head_of = head_of
         self.engine = dict(engine or {})
         self.metrics, self.guard = metrics, guard
-        self.autocast, self.gathered, self.scale, self.router = autocast, gathered, scale, router
-        self.ends = ends
-        self.seen: Callable[[Step, LossTerms], None] | None = None  # is told of each micro-batch that is trained on
+        self.autocast, self.gathered, self.scale, self.router, self.ends = autocast, gathered, scale, router, ends
+        self.seen: Callable[[Step, LossTerms], None] | None = None  # told of each micro-batch that is trained on
         self.norms: dict[str, torch.Tensor] = {}  # each term's gradient, of when it was computed last
         self._observed: list[tuple[list[int], torch.Tensor]] = []
         self._sums: dict[str, torch.Tensor] = {}
 
     @staticmethod
     def step_of(method: Method, rollouts: Rollouts, teacher_hidden: list[torch.Tensor] | None = None) -> Step:
-        """A whole step of rollouts that one caller holds; the teacher reads as far as the student, who reads what the method
-        does."""
+        """A whole step of rollouts that one caller holds; the teacher reads as far as the student, as the method has it."""
         plan = dataclasses.replace(method.reads(rollouts.lengths), rule=None)
         return Step(rollouts, method.counts(rollouts.lengths), range(len(rollouts)), plan, teacher_hidden)
 
@@ -89,21 +91,28 @@ class StepLoss:
         Raises:
             ValueError: a term of the method's that its loss does not give.
         """
+        loss = torch.zeros((), device=self.device)
         with self.autocast():  # TRL's own forward runs outside of what accelerate put on `model.forward`
-            batch = self.batch_of(student, step)
+            parts = by_teacher(self._read(student, step), step, self.device)
             with self._time(mode), self.gathered(student):
-                terms = self._terms(self.method, batch, head_of(student), step)
-                lengths = batch.lengths, step.rollouts.lengths
-                self._add(mode, end_probability(batch.student_hidden, *lengths, head_of(student), self.ends))
+                head = head_of(student)
+                found = [self._terms(self.method, batch, head, part) for part, batch in parts]
+                for part, each in parts:
+                    sizes = each.lengths, part.rollouts.lengths
+                    self._add(mode, end_probability(each.student_hidden, *sizes, head, self.ends))
                 if term_norms is not None:
-                    self._term_norms(batch, head_of(student), step, log=term_norms)
-        self._add(mode, terms.sums)
+                    self._term_norms(parts, head, log=term_norms)
+        for (part, batch), terms in zip(parts, found, strict=True):
+            self._add(mode, terms.sums)
+            if part.rollouts.teachers:
+                self._add(mode, of_teacher(part.rollouts.teachers[0], terms))
+            loss = loss + terms.loss
+            if mode != "eval":
+                self.method.check_given(terms, self.state)
+                self._note(terms, part)
+                self._watch(part, batch, terms)
         if mode == "eval":
-            return terms.loss
-        self.method.check_given(terms, self.state)
-        if self.seen is not None:
-            self.seen(step, terms)
-        loss = terms.loss
+            return loss
         if self.router is not None:
             balance = self.router.take()
             self._add("train", {"loss/router": (balance.detach(), torch.ones_like(balance))})
@@ -111,41 +120,35 @@ class StepLoss:
         if "corpus" in step.extra:
             with self.autocast():
                 loss = loss + self._corpus(student, step)
-        self._note(terms, step)
         if self.guard is not None:
-            read = step.rollouts.first(step.plan.student)
-            self.guard.watch_tokens("the student's hidden states", batch.student_hidden, read)
-            if batch.teacher_hidden is not None:
-                self.guard.watch_tokens("the teacher's hidden states", batch.teacher_hidden, read)
-            for name in terms.terms:
-                self.guard.watch(f"the {name} term", terms.sums[f"loss/{name}"][0])
             self.guard.watch("the loss", loss)
         return loss * self.scale
 
+    def _watch(self, part: Step, batch: TokenBatch, terms: LossTerms) -> None:
+        if self.seen is not None:
+            self.seen(part, terms)
+        if self.guard is None:
+            return
+        read = part.rollouts.first(part.plan.student)
+        self.guard.watch_tokens("the student's hidden states", batch.student_hidden, read)
+        if batch.teacher_hidden is not None:
+            name = "" if read.teachers is None else f" {read.teachers[0]}"
+            self.guard.watch_tokens(f"the teacher{name}'s hidden states", batch.teacher_hidden, read)
+        for name in terms.terms:
+            self.guard.watch(f"the {name} term", terms.sums[f"loss/{name}"][0])
+
     def batch_of(self, student: nn.Module, step: Step) -> TokenBatch:
         """The student's forward pass over a micro-batch, and beside it what the teacher gave."""
-        rollouts = step.rollouts.first(step.plan.student) if step.plan.is_cut else step.rollouts
-        ids, mask, where = rollouts.padded(self.pad_id, self.device)
+        return packed(torch.cat(self._read(student, step)), step, self.device)
+
+    def _read(self, student: nn.Module, step: Step) -> list[torch.Tensor]:
         read = last_hidden_state if self.router is None else self.router.read
-        hidden = read(student, ids, mask).flatten(0, 1)[where]
-        lengths, teacher = rollouts.lengths, None
-        if step.teacher_hidden is not None:  # zeros stand where the teacher did not read
-            parts = zip(step.teacher_hidden, lengths, strict=True)
-            teacher = torch.cat([nn.functional.pad(part, (0, 0, 0, n - len(part))) for part, n in parts])
-        return TokenBatch(
-            hidden,
-            teacher,
-            tuple(lengths),
-            token_ids=torch.tensor(rollouts.trained(rollouts.completion_ids), dtype=torch.long, device=self.device),
-            rows=tuple(step.rows),
-            recorded={
-                name: torch.tensor(rollouts.trained(column), device=self.device) for name, column in rollouts.recorded.items()
-            },
-            plan=step.plan,
-        )
+        return hidden_states(lambda ids, mask: read(student, ids, mask), step, self.pad_id, self.device)
 
     def _terms(self, method: Method, batch: TokenBatch, head: Head, step: Step) -> LossTerms:
-        return method.loss(batch, head, self.teacher_head(), counts=step.counts, state=self.state, **self.engine)
+        names = step.rollouts.teachers
+        theirs = self._head_of(names[0]) if self._head_of is not None and names else self.teacher_head()
+        return method.loss(batch, head, theirs, counts=step.counts, state=self.state, **self.engine)
 
     def _corpus(self, student: nn.Module, step: Step) -> torch.Tensor:
         """The weighted loss of a micro-batch's texts, every token but the first predicted."""
@@ -161,19 +164,22 @@ class StepLoss:
             self.guard.watch("the pretraining term", terms.loss)
         return self.method.pretraining_weight * terms.loss
 
-    def _term_norms(self, batch: TokenBatch, head: Head, step: Step, log: bool) -> None:
+    def _term_norms(self, parts: list[tuple[Step, TokenBatch]], head: Head, log: bool) -> None:
         """The norm of each weighted term's gradient with respect to the student's last hidden states."""
         bias = None if head.bias is None else head.bias.detach()
         frozen = dataclasses.replace(head, weight=head.weight.detach(), bias=bias)
         for term, weight in self.method.terms(self.state).items():
             if weight == 0:
                 continue
-            hidden = batch.student_hidden.detach().requires_grad_()
-            alone = dataclasses.replace(batch, student_hidden=hidden)
-            with torch.enable_grad():
-                loss = self._terms(self.method.only(term), alone, frozen, step).loss
-                (gradient,) = torch.autograd.grad(loss, hidden)
-            norm = gradient.norm()
+            norms = []
+            for part, batch in parts:
+                hidden = batch.student_hidden.detach().requires_grad_()
+                alone = dataclasses.replace(batch, student_hidden=hidden)
+                with torch.enable_grad():
+                    loss = self._terms(self.method.only(term), alone, frozen, part).loss
+                    (gradient,) = torch.autograd.grad(loss, hidden)
+                norms.append(gradient.norm())
+            norm = torch.stack(norms).norm()
             self.norms[term] = norm
             if log:  # the second name goes in 0.2
                 pair = (norm, torch.ones_like(norm))
@@ -200,8 +206,7 @@ class StepLoss:
     def begin(self, state: State) -> None:
         """A run starts with this state; what an interrupted step left is forgotten."""
         self.state = state
-        self._observed.clear()
-        self._sums.clear()
+        self._observed, self._sums = [], {}
 
     @property
     def numbers(self) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,18 @@ class Sums:
         self.add({name: (torch.tensor(total, dtype=torch.float64), torch.tensor(count, dtype=torch.float64))})
 
     def flush(self, accelerator: Any) -> dict[str, float]:
-        """The window's values, and forget it. Every process must call this; one reduction and one read in all."""
-        if not self._sums:
-            return {}
+        """The window's values, and forget it. Every process must call this; one reduction and one read in all.
+
+        Processes may have seen different things (the rows of one of several teachers): what one lacks adds nothing.
+        """
         names = sorted(self._sums)
-        packed = torch.stack([torch.stack([part.to(accelerator.device) for part in self._sums[name]]) for name in names])
+        if accelerator.num_processes > 1:
+            names = sorted(set().union(*gather_object([names])))
+        if not names:
+            return {}
+        none = (torch.zeros((), dtype=torch.float64),) * 2
+        pairs = [self._sums.get(name, none) for name in names]
+        packed = torch.stack([torch.stack([part.to(accelerator.device) for part in pair]) for pair in pairs])
         self._sums.clear()
         totals = accelerator.reduce(packed, reduction="sum").tolist()
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count > 0}
@@ -146,6 +154,7 @@ class Metrics:
             steps, whole = self._steps_of_window, seconds.get("step", 0.0)
             parts = {name: seconds.get(name, 0.0) for name in ("rollout", "teacher", "loss")}
             parts["student"] = whole - sum(parts.values())  # forward, backward and the gradients' exchange
+            parts |= {name: value for name, value in seconds.items() if name.startswith("teacher/")}  # of several each
             for name, value in parts.items():
                 sums.add_host(f"time/{name}", value, steps)
             sums.add_host("tokens_per_second", self._tokens_of_window, whole / self.accelerator.num_processes)

@@ -37,14 +37,14 @@ def name_of(model: Any) -> str:
     return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
-def check_trainable(student: Any, teacher: Any) -> None:
-    """Refuse a student of which nothing is trained, and one that shares weights with the teacher.
+def check_trainable(student: Any, *teachers: Any) -> None:
+    """Refuse a student of which nothing is trained, and one that shares weights with a teacher.
 
     Raises:
         ValueError: saying why and what to do.
     """
     shared = {id(parameter) for parameter in student.parameters()}
-    if teacher is not None and any(id(parameter) in shared for parameter in teacher.parameters()):
+    if any(id(parameter) in shared for teacher in teachers if teacher is not None for parameter in teacher.parameters()):
         raise ValueError(
             "student and teacher share weights (an adapter and the base object that it sits on?): the teacher is frozen, and "
             "the student with it. Load the teacher separately."
@@ -139,6 +139,7 @@ def names_of(setup: Any) -> dict[str, str]:
     """What student and teacher of a `Setup` are called in messages."""
     named = lambda model: model if isinstance(model, str) else name_of(model)  # noqa: E731
     itself = f"the student itself ({setup.args.self_teacher})" if setup.teaches_itself else None
+    itself = ", ".join(f"{name} {named(one.model)}" for name, one in setup.several.items()) or itself
     teacher = itself or ("none" if setup.teacher is None else named(setup.teacher))
     return {"student": named(setup.student), "teacher": teacher if setup.recording is None else "a recording"}
 

@@ -27,14 +27,14 @@ class Limits:
     completion: int
 
     @classmethod
-    def of(cls, max_length: int | None, max_completion_length: int | None, student: Any, teacher: Any) -> Limits:
-        """From the options and the contexts of the two models (None: none in this process).
+    def of(cls, max_length: int | None, max_completion_length: int | None, student: Any, *teachers: Any) -> Limits:
+        """From the options and the contexts of the models (None: none in this process).
 
         Raises:
             ValueError: nothing states a context, or no room is left for a prompt.
         """
         limits = {} if max_length is None else {f"max_length={max_length}": max_length}
-        for role, model in (("student", student), ("teacher", teacher)):
+        for role, model in (("student", student), *(("teacher", teacher) for teacher in teachers)):
             context = None if model is None else getattr(text_config(model), "max_position_embeddings", None)
             if context is not None:
                 limits[f"the {role}'s context of {context} tokens"] = context

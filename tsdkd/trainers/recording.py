@@ -32,6 +32,8 @@ def check_recordable(trainer: Any, folder: Path) -> None:
             "a recording takes a train_dataset, a live teacher and completions that do not depend on the run's evaluations: "
             "record with tsd_kd or gkd."
         )
+    if trainer.setup.several:
+        raise ValueError("a recording holds one teacher's head: record each teacher's rows apart.")
     if trainer.tools:
         raise ValueError("completions that call tools cannot be recorded: leave tools out.")
 

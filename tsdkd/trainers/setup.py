@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from tsdkd.teachers.itself import SELF
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.host import eval_sets
 from tsdkd.trainers.sources import config_of
+from tsdkd.trainers.teacher_entries import TeacherEntry, entries_of
 from tsdkd.trainers.tsd_kd_config import TSDKDConfig
 from tsdkd.types import RolloutSpec
 
@@ -27,7 +29,7 @@ class Setup:
 
     Args:
         args, method: the options and the method.
-        student, teacher: a name, a path or a model each; no teacher is None.
+        student, teacher: a name, a path or a model each; no teacher is None, several are `{name: TeacherEntry}`.
         recording: an opened recording, in place of a teacher and of prompts.
         train_dataset, eval_dataset, pretraining_dataset: rows.
         has_tools: whether tools were given.
@@ -55,8 +57,9 @@ class Setup:
         Raises:
             ValueError: a recording that cannot be opened, or rows that are no data set.
         """
-        teacher = args.teacher_model_name_or_path if teacher is None else teacher
+        teacher = args.teachers or args.teacher_model_name_or_path if teacher is None else teacher
         student, teacher = (str(m) if isinstance(m, os.PathLike) else m for m in (student, teacher))
+        teacher = entries_of(teacher, args) if isinstance(teacher, Mapping) else teacher
         recording = Recording.open(args.recording) if args.recording is not None else None
         template = args.teacher_prompt_template
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "pretraining_dataset": pretraining_dataset}
@@ -79,7 +82,22 @@ class Setup:
     def teacher_can_write(self) -> bool:
         """Whether a teacher can write completions: one in this process, or a checkpoint for a vLLM engine of its own."""
         placed = self.args.teacher_placement == "local" or self.args.teacher_answers_engine == "vllm"
-        return self.teacher is not None and placed and not self.teaches_itself
+        return self.teacher is not None and placed and not self.teaches_itself and not self.several
+
+    @property
+    def several(self) -> Mapping[str, TeacherEntry]:
+        """The teachers by name, where there are several."""
+        return self.teacher if isinstance(self.teacher, Mapping) else {}
+
+    @property
+    def apart(self) -> dict[str | None, Setup]:
+        """Each teacher's setup as if it were alone."""
+        if not self.several:
+            return {None: self}
+        return {
+            name: dataclasses.replace(self, args=one.args_of(self.args), teacher=one.model)
+            for name, one in self.several.items()
+        }
 
     @property
     def teaches_itself(self) -> bool:

@@ -17,6 +17,7 @@ from tsdkd.trainers.setup_data import (
     completions_are_there,
     corpus_has_a_weight,
     prompts_can_be_read,
+    rows_name_their_teacher,
     self_teaches_something,
     teachers_prompts_are_there,
 )
@@ -95,6 +96,7 @@ CHECKS: list[Callable[[Setup], Iterator[Problem]]] = [
     prompts_can_be_read,
     teachers_prompts_are_there,
     self_teaches_something,
+    rows_name_their_teacher,
     completions_are_there,
     models_write_text,  # it reads files, or asks the Hub
 ]
@@ -102,11 +104,15 @@ CHECKS: list[Callable[[Setup], Iterator[Problem]]] = [
 OF_DATA: list[Callable[[Setup], Iterator[Problem]]] = [
     prompts_can_be_read,
     teachers_prompts_are_there,
+    rows_name_their_teacher,
     completions_are_there,
 ]
+# Of several teachers each one's.
+OF_TEACHER = (teacher_is_there, options_have_effect, placement_is_possible, models_write_text)
 
 
 def problems(setup: Setup, checks: list[Callable[[Setup], Iterator[Problem]]] = CHECKS) -> Iterator[Problem]:
     """Everything that keeps a set-up from running, as far as it can be known before anything is loaded."""
     for check in checks:
-        yield from check(setup)
+        for part in setup.apart.values() if check in OF_TEACHER else (setup,):
+            yield from check(part)

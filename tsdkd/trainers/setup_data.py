@@ -10,6 +10,7 @@ from tsdkd.data.teacher_prompts import has_teacher_prompts, teacher_prompt_probl
 from tsdkd.teachers.itself import SELF
 from tsdkd.trainers.host import batch_rows, eval_sets, has_completions
 from tsdkd.trainers.setup import Setup
+from tsdkd.trainers.teacher_entries import teacher_problems
 
 
 def corpus_has_a_weight(setup: Setup) -> Iterator[Problem]:
@@ -51,7 +52,21 @@ def prompts_can_be_read(setup: Setup) -> Iterator[Problem]:
 
 
 def teachers_prompts_are_there(setup: Setup) -> Iterator[Problem]:
-    """Prompts of the teacher's own in all rows, or in none."""
+    """Prompts of the teacher's own in all rows, or in none; no option of theirs without them."""
+    args, itself = setup.args, setup.teaches_itself
+    if setup.train_dataset is not None and not setup.has_teacher_prompts and args.teacher_chat_template_kwargs:
+        yield Problem(
+            "teacher_chat_template_kwargs were given, and the data set has no teacher_prompt",
+            "the teacher reads the student's own ids",
+            "give rows a column teacher_prompt (or teacher_prompt_template='{prompt}'), or use chat_template_kwargs",
+        )
+    unused = [name for name, unset in (("self_teacher", "start"), ("ema_decay", 0.999)) if getattr(args, name) != unset]
+    if itself and args.self_teacher == "ema":
+        unused = []
+    elif itself:
+        unused = [name for name in unused if name == "ema_decay"]
+    if unused:
+        yield Problem(f"{' and '.join(unused)} has no effect on this teacher", do="leave it out, or pass teacher_model='self'")
     sets = {"train_dataset": setup.train_dataset, **eval_sets(setup.eval_dataset)}
     given = {role: rows for role, rows in sets.items() if rows is not None}
     have = {role for role, rows in given.items() if has_teacher_prompts(rows)}
@@ -63,6 +78,19 @@ def teachers_prompts_are_there(setup: Setup) -> Iterator[Problem]:
         )
     for role, rows in given.items():
         yield from teacher_prompt_problems(rows, role)
+
+
+def rows_name_their_teacher(setup: Setup) -> Iterator[Problem]:
+    """With several teachers each row has one that is there."""
+    args, names = setup.args, list(setup.several)
+    if not names:
+        if args.default_teacher is not None:
+            yield Problem(f"default_teacher={args.default_teacher!r}, and there is one teacher", do="leave it out")
+        return
+    if args.default_teacher is not None and args.default_teacher not in names:
+        yield Problem(f"default_teacher={args.default_teacher!r}, and there are {', '.join(names)}", do="name one of them")
+    for role, rows in {"train_dataset": setup.train_dataset, **eval_sets(setup.eval_dataset)}.items():
+        yield from teacher_problems(rows, role, names, args.default_teacher)
 
 
 def self_teaches_something(setup: Setup) -> Iterator[Problem]:

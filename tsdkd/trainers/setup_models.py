@@ -171,7 +171,7 @@ def options_have_effect(setup: Setup) -> Iterator[Problem]:
                 yield Problem(f"{name}={getattr(args, name)!r} has no effect without vLLM", do="set use_vllm, or leave it out")
     if args.fp16 and not torch.cuda.is_available():
         yield Problem("fp16 was asked for on a CPU, which trains in bf16 or float32", do="leave it out, or set bf16")
-    named = isinstance(setup.teacher, str)
+    named = isinstance(setup.teacher, str) and not setup.teaches_itself
     if args.teacher_model_init_kwargs and not named:
         given = "no teacher was given" if setup.teacher is None else "the teacher is loaded already"
         yield Problem(f"teacher_model_init_kwargs were given, and {given}", do="leave them out, or pass the teacher's name")

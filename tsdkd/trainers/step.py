@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class Step:
         }
         if self.rollouts.teacher_prompt_ids is not None:
             per_row["teacher_prompts"] = self.rollouts.teacher_prompt_ids
+        if self.rollouts.teachers is not None:
+            per_row["teachers"] = self.rollouts.teachers
         if self.teacher_hidden is not None:
             per_row["teacher_hidden"] = list(self.teacher_hidden)
         batch = {_PREFIX + name: column for name, column in per_row.items()}
@@ -62,10 +64,27 @@ class Step:
         column = lambda name: batch[_PREFIX + name]  # noqa: E731
         part = lambda prefix: {key[len(prefix) :]: value for key, value in batch.items() if key.startswith(prefix)}  # noqa: E731
         written = column("completions"), column("masks"), part(_RECORDED)
-        rollouts = Rollouts(column("prompts"), *written, batch.get(_PREFIX + "teacher_prompts"))
+        theirs = (batch.get(_PREFIX + name) for name in ("teacher_prompts", "teachers"))
+        rollouts = Rollouts(column("prompts"), *written, *theirs)
         plan = ReadPlan(tuple(rollouts.lengths), tuple(column("student_prefix")), tuple(column("teacher_prefix")))
         hidden = batch.get(_PREFIX + "teacher_hidden")
         return cls(rollouts, Counts.from_dict(part(_COUNT)), column("rows"), plan, hidden, part(_EXTRA))
+
+    def by_teacher(self) -> list[tuple[str | None, list[int]]]:
+        """Each teacher's rows, where there are several; else all."""
+        names = self.rollouts.teachers
+        if names is None:
+            return [(None, list(range(len(self.rollouts))))]
+        return [(name, [row for row, whose in enumerate(names) if whose == name]) for name in dict.fromkeys(names)]
+
+    def some(self, index: Sequence[int]) -> Step:
+        """Some of the rows, in units of the same whole step."""
+        plan = self.plan
+        cut = [tuple(column[row] for row in index) for column in (plan.lengths, plan.student, plan.teacher)]
+        hidden = None if self.teacher_hidden is None else [self.teacher_hidden[row] for row in index]
+        extra = {name: [column[row] for row in index] for name, column in self.extra.items()}
+        rows = [self.rows[row] for row in index]
+        return Step(self.rollouts.rows(index), self.counts, rows, replace(plan, **_named(cut)), hidden, extra)
 
     @staticmethod
     def by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -83,6 +102,10 @@ class Step:
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         parts = [order[i * size : (i + 1) * size] for i in range(len(batches))]
         return [{key: _rows_of(value, part) for key, value in whole.items()} for part in parts]
+
+
+def _named(columns: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    return dict(zip(("lengths", "student", "teacher"), columns, strict=True))
 
 
 def _is_row_wise(value: Any) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from tsdkd.teachers import RecordedTeacher, Teacher, vocabulary_size
 from tsdkd.teachers.itself import SelfTeacher
 from tsdkd.teachers.placing import Request, place
+from tsdkd.teachers.several import SeveralTeachers
 from tsdkd.trainers.host import once_a_run, teacher_rows
 from tsdkd.trainers.models import check_same_tokens
 from tsdkd.trainers.setup import Setup
@@ -18,19 +22,26 @@ logger = once_a_run(__name__)
 
 @dataclass(frozen=True)
 class Here:
-    """A run's teacher.
+    """A run's teacher, or its teachers by name; one alone has the name None.
 
     Attributes:
-        teacher: what gives its hidden states; None without one.
-        model: its model in this process, if any.
-        tokenizer: the one that it comes with, if one does.
-        vocab_size: the ids that both models have.
+        teacher: what gives hidden states; None without one.
+        vocab_size: the ids that all models have.
+        models: those in this process.
+        tokenizers: those that teachers come with; None of one without.
+        sizes: the ids that each teacher has; none of a recording.
     """
 
     teacher: Teacher | None
-    model: Any
-    tokenizer: Any
     vocab_size: int
+    models: Mapping[str | None, Any] = field(default_factory=dict)
+    tokenizers: Mapping[str | None, Any] = field(default_factory=dict)
+    sizes: Mapping[str | None, int] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Any:
+        """The only teacher's, if it is in this process."""
+        return self.models.get(None)
 
 
 def teacher_of(trainer: Any, setup: Setup) -> Here:
@@ -39,18 +50,20 @@ def teacher_of(trainer: Any, setup: Setup) -> Here:
     Raises:
         ValueError: one that cannot be placed, tokenizers that disagree, or another student's recording.
     """
+    if setup.several:
+        return _several(trainer, {str(name): teacher_of(trainer, part) for name, part in setup.apart.items()})
     args, recording, device = setup.args, setup.recording, trainer.accelerator.device
     own = vocabulary_size(trainer.model)
     reading: dict[str, Any] = {"batch_size": teacher_rows(args), "device": device, "autocast": trainer.accelerator.autocast}
     if recording is not None:
         size = _shared(trainer, own, recording.head.size, recording.vocabulary)
         recording.check_rows(trainer.tokenize)
-        return Here(RecordedTeacher(recording, device), None, None, size)
+        return Here(RecordedTeacher(recording, device), size)
     if setup.teacher is None:
-        return Here(None, None, None, own)  # without any teacher the student's own vocabulary
+        return Here(None, own)  # without any teacher the student's own vocabulary
     if setup.teaches_itself:
         how: dict[str, Any] = {"how": args.self_teacher, "decay": args.ema_decay, "step": lambda: trainer.step}
-        return Here(SelfTeacher(trainer.model, trainer.student, **how, **reading), None, None, own)
+        return Here(SelfTeacher(trainer.model, trainer.student, **how, **reading), own, sizes={None: own})
     request = Request(
         model=setup.teacher,
         load=lambda name: load_teacher(name, args),
@@ -66,7 +79,27 @@ def teacher_of(trainer: Any, setup: Setup) -> Here:
     tokenizer = tokenizer_of_teacher(placed.source, args)
     size = _shared(trainer, own, placed.vocab_size, None if tokenizer is None else tokenizer.get_vocab())
     placed.check(trainer.tokenizer, size)
-    return Here(placed.teacher, placed.model, tokenizer, size)
+    models: dict[str | None, Any] = {} if placed.model is None else {None: placed.model}
+    return Here(placed.teacher, size, models, {None: tokenizer}, {None: placed.vocab_size})
+
+
+def _several(trainer: Any, alone: Mapping[str, Here]) -> Here:
+    """Several teachers as one, over the ids that all have."""
+    accelerator = trainer.accelerator
+
+    def most(rows: int) -> int:
+        if accelerator.num_processes == 1:
+            return rows
+        return int(accelerator.gather(torch.tensor([rows], device=accelerator.device)).max().item())
+
+    def time(name: str) -> Any:
+        return trainer.loop.metrics.time(trainer.mode, f"teacher/{name}")
+
+    teacher = SeveralTeachers({name: here.teacher for name, here in alone.items()}, most, time)
+    models: dict[str | None, Any] = {name: here.model for name, here in alone.items() if here.model is not None}
+    tokenizers: dict[str | None, Any] = {name: here.tokenizers.get(None) for name, here in alone.items()}
+    sizes: dict[str | None, int] = {name: size for name, here in alone.items() for size in here.sizes.values()}
+    return Here(teacher, min(here.vocab_size for here in alone.values()), models, tokenizers, sizes)
 
 
 def _shared(trainer: Any, own: int, theirs: int, vocabulary: dict[str, int] | None) -> int:

@@ -9,7 +9,7 @@ import torch
 from trl import DistillationConfig
 
 from tsdkd.checks import check_choice, check_share, check_weight
-from tsdkd.data.teacher_prompts import check_template
+from tsdkd.data.teacher_prompts import columns_named
 from tsdkd.teachers.itself import SELVES
 from tsdkd.teachers.placing import PLACEMENTS
 from tsdkd.teachers.sources import loading_options
@@ -32,6 +32,9 @@ class TeacherOptions(DistillationConfig):
         teacher_placement: `local`, whole in each process; `zero3`, sharded over all processes by DeepSpeed, whatever the
             student runs under; or `server`: vLLM servers at `teacher_urls` give the teacher's hidden states, and only its
             head is held here.
+        teachers: several teachers by name, each a model's name, or `{model: …, placement: …, urls: […]}`; a row's column
+            `teacher` names its own.
+        default_teacher: of rows that name none.
         teacher_prompt_template: what the teacher reads in place of each prompt: a text with columns in braces, `{prompt}` among
             them; of a chat it is put into the last turn. None: the column `teacher_prompt` where there is one, else the prompt.
         teacher_chat_template_kwargs: of the teacher's own chat template, beside a row's.
@@ -51,6 +54,7 @@ class TeacherOptions(DistillationConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *DistillationConfig._VALID_DICT_FIELDS,
         "teacher_deepspeed",
+        "teachers",
         "token_aliases",
         "teacher_chat_template_kwargs",
     ]
@@ -68,6 +72,10 @@ class TeacherOptions(DistillationConfig):
         default="transformers", metadata={"help": "What writes them: 'transformers' or 'vllm'."}
     )
     teacher_placement: str = field(default="local", metadata={"help": "Where the teacher is: 'local', 'zero3' or 'server'."})
+    teachers: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Several teachers by name, which rows name in their column 'teacher', JSON."}
+    )
+    default_teacher: str | None = field(default=None, metadata={"help": "Of several teachers the one of rows that name none."})
     teacher_prompt_template: str | None = field(
         default=None, metadata={"help": "What the teacher reads in place of a prompt: a text with columns in braces."}
     )
@@ -114,6 +122,11 @@ class TeacherOptions(DistillationConfig):
                 f"teacher_urls were given but teacher_placement is {self.teacher_placement!r}: pass teacher_placement=server."
             )
         if self.teacher_prompt_template is not None:
-            check_template(self.teacher_prompt_template)
+            columns_named(self.teacher_prompt_template)
+        if not isinstance(self.teacher_chat_template_kwargs or {}, dict):
+            raise ValueError(
+                f"teacher_chat_template_kwargs={self.teacher_chat_template_kwargs!r} must be a mapping, e.g. "
+                "{'enable_thinking': false}."
+            )
         check_choice("self_teacher", self.self_teacher, SELVES)
         check_share("ema_decay", self.ema_decay)

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from tsdkd.checks import refuse
 from tsdkd.data.files import as_data_set
-from tsdkd.data.teacher_prompts import with_teacher_prompts
+from tsdkd.data.teacher_prompts import has_teacher_prompts, with_teacher_prompts
 from tsdkd.methods import Method
 from tsdkd.provenance import provenance
 from tsdkd.teachers import Teacher, gathered, vocabulary_size
@@ -55,7 +55,8 @@ class TokenDistillTrainer(TRLTrainer):
 
     Args:
         model: the student, a name, a path or a causal language model (or PEFT model).
-        teacher_model: the teacher, likewise; default `args.teacher_model_name_or_path`.
+        teacher_model: the teacher, likewise; `"self"`, the student with another prompt; or several, `{name: teacher}`, which
+            rows name in a column `teacher`; default `args.teacher_model_name_or_path`, or `args.teachers`.
         args: a `TokenDistillConfig`.
         train_dataset: rows with a `prompt`, text or chat messages.
         method: a method's object, in place of `args.method`.
@@ -125,14 +126,14 @@ class TokenDistillTrainer(TRLTrainer):
             if args.disable_dropout:
                 disable_dropout(self.model)
             check_head(self.model, "student", self.vocab_size)
-        check_trainable(self.model, self.teacher_model)
+        check_trainable(self.model, *here.models.values())
         self.generation.forbid_ids(self.vocab_size, self.unknown_ids)
-        theirs = None if setup.has_teacher_prompts else self.teacher_model  # then its context limits its own
-        limits = Limits.of(args.max_length, args.max_completion_length, self.model, theirs)
+        theirs = () if setup.has_teacher_prompts else here.models.values()  # else its context limits its own
+        limits = Limits.of(args.max_length, args.max_completion_length, self.model, *theirs)
         self.generation.set_max_completion_length(limits.completion)
         if recording is not None:
             recording.check_student(None if args.any_recording else fingerprint_of(self.model), limits.completion)
-        self.loop = Loop(self, setup, self.teacher, self.teacher_model, names_of(setup), limits, here.tokenizer)
+        self.loop = Loop(self, setup, here, names_of(setup), limits)
         self._fit_data()
         self.run_record = RunRecord(self)
         for callback in (self.run_record, *callbacks_of(self)):
@@ -179,6 +180,9 @@ class TokenDistillTrainer(TRLTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = as_data_set(eval_dataset, "eval_dataset")
             eval_dataset = with_teacher_prompts(eval_dataset, self.args.teacher_prompt_template, "eval_dataset")
+            alike = has_teacher_prompts(eval_dataset) == self.setup.has_teacher_prompts
+            if not alike and self.train_dataset is not None:
+                raise ValueError("eval_dataset and train_dataset differ in teacher_prompt: give it to both, or to none.")
             refuse(problems(dataclasses.replace(self.setup, train_dataset=None, eval_dataset=eval_dataset), OF_DATA))
             eval_dataset = self.loop.fitted(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)

@@ -143,8 +143,8 @@ class TRLTrainer(DistillationTrainer):
             tool_mask = masks
         values = hand.token_values.items()
         recorded = {name: [row or [0.0] for row in column] for name, column in values}  # of a placeholder too
-        theirs = self.loop.teacher_prompts.of(hand.batch.rows)
-        hand.rollouts = Rollouts(prompt_ids, completion_ids, masks, recorded, theirs)
+        theirs = self.loop.teacher_prompts.both(hand.batch.rows)
+        hand.rollouts = Rollouts(prompt_ids, completion_ids, masks, recorded, *theirs)
         return prompt_ids, completion_ids, tool_mask, images, tool_images
 
     def _generate_and_score_completions(self, inputs):

@@ -111,6 +111,7 @@ class Rollouts:
         completion_mask: 1 for each completion token that is trained on (0: a tool's output, a placeholder).
         recorded: what the writer wrote down of each completion token, by name, one list a row.
         teacher_prompt_ids: what the teacher reads in place of the prompts; None: the prompts.
+        teachers: the name of each row's teacher, where there are several.
     """
 
     prompt_ids: list[list[int]]
@@ -118,6 +119,7 @@ class Rollouts:
     completion_mask: list[list[int]]
     recorded: dict[str, list[list[float]]] = field(default_factory=dict)
     teacher_prompt_ids: list[list[int]] | None = None
+    teachers: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -137,14 +139,15 @@ class Rollouts:
         recorded = {name: of_tokens(column) for name, column in self.recorded.items()}
         theirs = None if self.teacher_prompt_ids is None else change(self.teacher_prompt_ids)
         columns = of_tokens(self.completion_ids), of_tokens(self.completion_mask)
-        return Rollouts(change(self.prompt_ids), *columns, recorded, theirs)
+        return Rollouts(change(self.prompt_ids), *columns, recorded, theirs, self.teachers and change(self.teachers))
 
     @property
     def for_teacher(self) -> Rollouts:
         """The same completions behind what the teacher reads."""
         if self.teacher_prompt_ids is None:
             return self
-        return Rollouts(self.teacher_prompt_ids, self.completion_ids, self.completion_mask, self.recorded)
+        written = self.completion_ids, self.completion_mask, self.recorded
+        return Rollouts(self.teacher_prompt_ids, *written, teachers=self.teachers)
 
     def first(self, trained: Sequence[int]) -> Rollouts:
         """Each completion up to its first `trained` trained tokens."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tsdkd.data.templates import filled
 from tsdkd.pipelines.qr_distill.config import QRConfig
 from tsdkd.pipelines.qr_distill.paths import PATH, Correct, OfQR, Paths, at_most
 from tsdkd.pipelines.qr_distill.prompts import SINGLE, verdict
 from tsdkd.pipelines.stage import Planned, Stage, Work
+from tsdkd.pipelines.templates import filled
 from tsdkd.rollouts.api_models import Asked
 
 
@@ -40,8 +40,10 @@ class Questions(OfQR):
         rows, asked = self._asked()
         for row, reply in zip(rows, self.ask(self.config.teacher, asked, work), strict=True):
             text = "" if "error" in reply else reply["text"].strip()
-            if not text or text == row["question"]:
-                work.count("empty" if not text else "as it was")
+            wrong = "empty" if not text else "as it was" if text == row["question"] else ""
+            wrong = "cut" if reply.get("finish") == "length" else wrong
+            if wrong:
+                work.count(wrong)
                 continue
             old = {"of": row["question"], "answer": row["label"]}
             label = row["label"] if self.labelled else None
@@ -58,10 +60,14 @@ class Consistent(OfQR):
         self.template = config.requests["consistent"]
         super().__init__("consistent", config, [paths], teacher=config.teacher.settings, template=self.template)
 
+    def _rows(self) -> list[dict[str, Any]]:
+        """The paths that are whole."""
+        return [row for row in self.after[0].rows if row.get("finish") != "length" and row["path"].strip()]
+
     def _asked(self) -> list[Asked]:
         texts = [
             filled(self.template, question=row["of"], answer=row["answer"], inverse=row["question"], path=row["path"])
-            for row in self.after[0].rows
+            for row in self._rows()
         ]
         return [Asked([{"role": "user", "content": text}]) for text in texts]
 
@@ -69,7 +75,8 @@ class Consistent(OfQR):
         return self.planned(self.config.teacher, self._asked()) if self.after[0].is_current else at_most(self.config, 1)
 
     def make(self, work: Work) -> None:
-        for row, reply in zip(self.after[0].rows, self.ask(self.config.teacher, self._asked(), work), strict=True):
+        work.count("cut or empty", len(self.after[0].rows) - len(self._rows()))
+        for row, reply in zip(self._rows(), self.ask(self.config.teacher, self._asked(), work), strict=True):
             sound = None if "error" in reply else verdict(reply["text"])
             work.count({True: "valid", False: "invalid", None: "doubtful"}[sound])
             if sound:

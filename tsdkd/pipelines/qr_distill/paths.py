@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tsdkd.data.templates import filled
 from tsdkd.pipelines.asking import OfRun, ask, planned
 from tsdkd.pipelines.problems import problems_of
 from tsdkd.pipelines.qr_distill.config import QRConfig
 from tsdkd.pipelines.qr_distill.grading import right, stated
 from tsdkd.pipelines.qr_distill.prompts import verdict
 from tsdkd.pipelines.stage import Planned, Stage, Work
+from tsdkd.pipelines.templates import filled
 from tsdkd.rollouts.api_models import APIModel, Asked
 
 PATH = ("id", "problem", "question", "label", "style", "path")

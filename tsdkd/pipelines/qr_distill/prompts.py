@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tsdkd.data.templates import fields_of
+from tsdkd.pipelines.templates import fields_of
 
 # Figure 2; the field is called {question} here.
 STYLES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,15 @@ def routing_rates(routed: Sequence[dict[str, Any]], by: str = "style") -> dict[s
     for row in routed:
         if by in row:
             found.setdefault(str(row[by]), []).append(row["to"])
-    return {name: [sum(column) / len(rows) for column in zip(*rows, strict=True)] for name, rows in sorted(found.items())}
+    return {
+        name: [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        for name, rows in sorted(found.items(), key=_natural)
+    }
+
+
+def _natural(item: tuple[str, Any]) -> tuple[list[int], str]:
+    """Level 10 behind level 2."""
+    return [int(number) for number in re.findall(r"\d+", item[0])], item[0]
 
 
 def routing_table(routed: Sequence[dict[str, Any]]) -> str:

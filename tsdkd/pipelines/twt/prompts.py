@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tsdkd.data.templates import fields_of, filled
+from tsdkd.pipelines.templates import fields_of, filled
 
 _FOLDER = Path(__file__).parent / "templates"  # Figures 4 and 8, each of their paragraphs and items a line
 _FIGURE = {name: (_FOLDER / f"{name}.txt").read_text().rstrip("\n") for name in ("maths", "choice", "code", "rewrite")}

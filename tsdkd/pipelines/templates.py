@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 
-def filled(template: str, **values: str) -> str:
+def filled(template: str, /, **values: str) -> str:
     """A template with its fields."""
     return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
 
