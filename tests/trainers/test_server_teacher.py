@@ -205,6 +205,22 @@ def test_a_run_with_a_served_teacher_is_the_run_with_a_local_one(served, tmp_pat
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
+def test_one_of_several_teachers_may_be_served(served, tmp_path):
+    path, model, servers = served
+    data = prompts(8).add_column("teacher", ["here", "there"] * 4)
+    there = {"model": path, "placement": "server", "urls": [server.url for server in servers]}
+    both = [
+        run(tmp_path / str(n), {"here": tiny_model("llama", seed=5), "there": one}, data=data, max_steps=2)
+        for n, one in enumerate((path, there))
+    ]
+    for trainer in both:
+        trainer.train()
+    assert sum(len(server.asked) for server in servers) > 2 and both[1].teacher.is_remote
+    for ours, theirs in zip(rows(both[1]), rows(both[0]), strict=True):
+        for name in ("loss", "loss/indirect", "teacher/here/entropy", "teacher/there/entropy", "teacher/there/loss/direct"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
 def test_a_failing_server_is_asked_again_and_another_takes_over(served, caplog):
     path, _, servers = served
     teacher, _ = teacher_of(path, servers, rows=8)

@@ -132,8 +132,7 @@ class StepLoss:
         read = part.rollouts.first(part.plan.student)
         self.guard.watch_tokens("the student's hidden states", batch.student_hidden, read)
         if batch.teacher_hidden is not None:
-            name = "" if read.teachers is None else f" {read.teachers[0]}"
-            self.guard.watch_tokens(f"the teacher{name}'s hidden states", batch.teacher_hidden, read)
+            self.guard.watch_tokens("the teacher's hidden states", batch.teacher_hidden, read)  # all processes' one name
         for name in terms.terms:
             self.guard.watch(f"the {name} term", terms.sums[f"loss/{name}"][0])
 
