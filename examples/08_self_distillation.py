@@ -95,9 +95,9 @@ def main() -> None:
                 "self",
                 TokenDistillConfig(
                     output_dir=str(folder), method="gkd", method_options={"beta": 0.5}, teacher_prompt_template=template,
-                    self_teacher=how, ema_decay=0.99, max_steps=steps, per_device_train_batch_size=32, learning_rate=5e-4,
+                    self_teacher=how, max_steps=steps, per_device_train_batch_size=32, learning_rate=5e-4,
                     max_length=192, max_completion_length=48, save_strategy="no", report_to="none", disable_tqdm=True,
-                    logging_steps=50, sample_completions=0,
+                    logging_steps=50, sample_completions=0, **({"ema_decay": 0.99} if how == "ema" else {}),
                 ),
                 data,
             )  # fmt: skip

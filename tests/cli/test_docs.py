@@ -179,6 +179,15 @@ def test_example_07_is_qr_distill_from_questions_to_a_table(tmp_path):
     assert (tmp_path / "out" / "table.md").is_file() and "paths: calls of this run 9" in said
 
 
+def test_example_08_teaches_a_student_by_itself(tmp_path):
+    said = run_example("08_self_distillation.py", tmp_path, "1")
+    told = [line for line in said.splitlines() if "%" in line]
+    assert [line.partition(":")[0] for line in told] == [
+        "before, alone", "before, with the worked solution", "before, told to be brief", "solutions, self_teacher=start",
+        "solutions, self_teacher=live", "solutions, self_teacher=ema", "brief, self_teacher=start",
+    ]  # fmt: skip
+
+
 def test_the_recipe_of_qr_distill_is_one():
     from tsdkd.cli.recipes import read_recipes
     from tsdkd.pipelines.qr_distill import QRConfig, stages

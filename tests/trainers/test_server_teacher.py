@@ -206,7 +206,7 @@ def test_a_run_with_a_served_teacher_is_the_run_with_a_local_one(served, tmp_pat
 
 
 def test_one_of_several_teachers_may_be_served(served, tmp_path):
-    path, model, servers = served
+    path, _model, servers = served
     data = prompts(8).add_column("teacher", ["here", "there"] * 4)
     there = {"model": path, "placement": "server", "urls": [server.url for server in servers]}
     both = [
