@@ -14,7 +14,7 @@ from tsdkd.teachers import Teacher
 from tsdkd.trainers.ahead import CompletionsAhead, interleaved, refuse_interleaving
 from tsdkd.trainers.host import Host, batch_rows, has_completions
 from tsdkd.trainers.metrics import Metrics
-from tsdkd.trainers.prompts import row_by_row
+from tsdkd.trainers.rendered import row_by_row
 from tsdkd.trainers.teacher_prompts import TeacherPrompts
 from tsdkd.types import RolloutSpec
 

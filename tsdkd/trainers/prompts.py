@@ -6,16 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from tsdkd.checks import refuse
 from tsdkd.data.prompts import fitting_rows, kind_of, pieces, prompt_problems
 from tsdkd.teachers.heads import text_config
 from tsdkd.trainers.host import Host, batch_rows, once_a_run
+from tsdkd.trainers.rendered import row_by_row
 from tsdkd.trainers.teacher_prompts import TeacherPrompts
 
 logger = once_a_run(__name__)
-_UNRENDERED = (TemplateError, ValueError, TypeError, KeyError)  # of a chat that a template does not take
 
 
 @dataclass(frozen=True)
@@ -48,26 +46,6 @@ class Limits:
                 f"Lower max_completion_length below {total}."
             )
         return cls(total - room, f"{reason} less max_completion_length={room}", room)
-
-
-def row_by_row(function: Callable[[list], list], rows: list[dict[str, Any]], first: int, what: str) -> list:
-    """`function(rows)`; where it fails, the number of the row that it fails for, `first` on, goes into `what`.
-
-    Raises:
-        ValueError: `what`, and why.
-    """
-    try:
-        return function(rows)
-    except _UNRENDERED:
-        for number, row in enumerate(rows, first):
-            try:
-                function([row])
-            except _UNRENDERED as error:
-                raise ValueError(
-                    f"{what.format(number)} ({error}). Remove or change what it does not take (a system role?), or set another "
-                    "template."
-                ) from error
-        raise
 
 
 class Prompts:

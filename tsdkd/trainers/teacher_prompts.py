@@ -8,6 +8,7 @@ from tsdkd.data.prompts import fitting_rows, pieces
 from tsdkd.data.rendering import Rendering, options_of
 from tsdkd.data.teacher_prompts import COLUMN, IDS
 from tsdkd.trainers.host import Host, once_a_run
+from tsdkd.trainers.rendered import row_by_row
 from tsdkd.trainers.setup import Setup
 from tsdkd.trainers.teacher_entries import named_teachers
 from tsdkd.trainers.teacher_of import Here
@@ -122,8 +123,6 @@ class TeacherPrompts:
         Raises:
             ValueError: one without tokens, or one that is too long unless those are to be dropped; which row.
         """
-        from tsdkd.trainers.prompts import row_by_row
-
         lengths: list[int] = []
         same = 0  # rows of which a student that teaches itself reads the same twice
         for start, rows in pieces(dataset):
