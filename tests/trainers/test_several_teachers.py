@@ -207,6 +207,8 @@ def called(names):
         ({"teacher": {"math": "self"}}, "is the only teacher"),
         ({"teacher": {3: "x"}}, "a teacher is called 3"),
         ({"teacher": {"math": "nowhere/at/all", "code": "there/neither"}}, "nowhere/at/all"),
+        ({"teachers": {"math": "x"}, "teacher_model_name_or_path": "y"}, "teachers were both given"),
+        ({"teachers": "math"}, "teachers='math' must be a mapping"),
         ({"default_teacher": "physics"}, "default_teacher='physics', and there are math, code"),
         ({"teacher": tiny_model(seed=2), "default_teacher": "math"}, "and there is one teacher"),
     ],

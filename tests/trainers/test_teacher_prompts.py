@@ -216,6 +216,8 @@ def test_columns_of_a_template_survive_the_mapping_of_a_file():
     chats = map_prompts(HINTED, as_chat=True, keep=["hint"])
     made = with_teacher_prompts(chats, "{prompt}{hint}", "train_dataset")
     assert made["teacher_prompt"][1] == [{"role": "user", "content": QUESTIONS[1] + "12+34=46"}]
+    with pytest.raises(ValueError, match="names sulution, and the data set has: prompt, hint"):
+        map_prompts(HINTED, keep=["sulution"])
     assert map_prompts(ASKED).column_names == ["prompt", "teacher_prompt"]
 
 

@@ -220,6 +220,12 @@ def map_prompts(
             f"no column {completion_column!r} in the data set; it has: {', '.join(rows.column_names)}. Pass "
             "--completion_column."
         )
+    lacking = [name for name in keep if name not in rows.column_names]
+    if lacking:
+        raise ValueError(
+            f"teacher_prompt_template names {', '.join(lacking)}, and the data set has: {', '.join(rows.column_names)} (the "
+            "prompts' column is called prompt here)."
+        )
     rows = _named(rows, prompt_column, completion_column, keep)
     if drop_duplicates:
         first: dict[str, int] = {}

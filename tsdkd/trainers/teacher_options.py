@@ -128,5 +128,12 @@ class TeacherOptions(DistillationConfig):
                 f"teacher_chat_template_kwargs={self.teacher_chat_template_kwargs!r} must be a mapping, e.g. "
                 "{'enable_thinking': false}."
             )
+        if self.teachers and self.teacher_model_name_or_path is not None:
+            raise ValueError(
+                f"teacher_model_name_or_path={self.teacher_model_name_or_path!r} and teachers were both given: name that one "
+                "among teachers, or leave one out."
+            )
+        if self.teachers and not isinstance(self.teachers, dict):
+            raise ValueError(f"teachers={self.teachers!r} must be a mapping of names to models, e.g. {{'math': 'MODEL'}}.")
         check_choice("self_teacher", self.self_teacher, SELVES)
         check_share("ema_decay", self.ema_decay)
