@@ -215,3 +215,19 @@ def test_bad_input(students, tmp_path):
     long = [*ROWS[:-1], {**ROWS[-1], "path": "1+1=2\n" * 60}]
     made = trainer(students, tmp_path, rows=long, max_length=150)
     assert made.too_long == 1 and len(made.rows) == 11
+
+
+def test_gradients_are_cut_for_each_student_and_for_the_rest(students, tmp_path):
+    made = trainer(students, tmp_path, max_grad_norm=0.01, max_steps=1)
+    found = []
+    step = made.optimizer.step
+    made.optimizer.step = lambda: (
+        found.extend(
+            torch.cat([p.grad.flatten() for p in group["params"] if p.grad is not None]).norm().item()
+            for group in made.optimizer.param_groups
+        ),
+        step(),
+    )
+    made.train()
+    assert found == pytest.approx([0.01, 0.01, 0.01], rel=1e-3)
+    assert QRTraining().max_grad_norm == 1.0 and QRTraining(warmup_steps=2, decay="constant").rate_at(9, 10) == 1.0

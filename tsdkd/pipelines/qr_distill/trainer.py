@@ -40,6 +40,7 @@ class QRTraining:
         auxiliary_learning_rate: of router and projections.
         decay, warmup_steps: of all rates: `linear`, down to 0 at the last step, as transformers' trainer has it, or `constant`;
             after so many steps of rising.
+        max_grad_norm: of each student's gradient, and of router's and projections' together, to which it is cut; 0 cuts none.
         epochs, batch_size: over the paths; paths a step, of all processes together.
         max_steps: as many steps in place of the epochs'; None: `epochs`.
         micro_batch: paths at a time on a process; a step's values depend on it by dropout alone.
@@ -58,6 +59,7 @@ class QRTraining:
     auxiliary_learning_rate: float = 1e-4
     decay: str = "linear"
     warmup_steps: int = 0
+    max_grad_norm: float = 1.0
     epochs: int = 3
     batch_size: int = 8
     max_steps: int | None = None
@@ -96,6 +98,7 @@ class QRTraining:
         check_count("lora_r", self.lora_r, smallest=0)
         check_count("warmup_steps", self.warmup_steps, smallest=0)
         check_choice("decay", self.decay, ("linear", "constant"))
+        check_weight("max_grad_norm", self.max_grad_norm)
         check_weight("entropy_weight", self.entropy_weight)
         check_weight("mutual_weight", self.mutual_weight)
         check_choice("schedule", self.schedule, ("exponential", "linear", "constant"))
@@ -322,6 +325,8 @@ class QRDistillTrainer:
                 )
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * self.options.rate_at(step, self.steps)
+                if self.options.max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(group["params"], self.options.max_grad_norm)
             self.optimizer.step()
             log.append({"step": step + 1, **row})
             self.progress(step + 1, self.steps)
