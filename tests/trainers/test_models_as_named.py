@@ -327,8 +327,8 @@ def test_the_router_loss_is_the_familys_own_and_joins_with_its_weight(tmp_path):
         run = {"student": mixture(), "rollouts": by_prompt, "callbacks": [seen], "max_steps": 1, "max_grad_norm": 1e9}
         trainer = make(tmp_path / str(weight), **run, router_loss_weight=weight)
         texts = []
-        kept = trainer.loop.loss.batch_of
-        trainer.loop.loss.batch_of = lambda model, step, kept=kept, texts=texts: texts.append(step) or kept(model, step)
+        kept = trainer.loop.loss._read
+        trainer.loop.loss._read = lambda model, step, kept=kept, texts=texts: texts.append(step) or kept(model, step)
         trainer.train()
         flats[weight], values[weight] = seen.flat, rows(trainer)[0]
     model, (step,) = mixture(), texts
