@@ -1,4 +1,4 @@
-"""A student that teaches itself with more to read, on a CPU in ten minutes: worked solutions, and an instruction to be brief.
+"""A student that teaches itself with more to read, on a CPU: worked solutions, and an instruction to be brief. Minutes.
 
 `python examples/08_self_distillation.py [output_dir] [steps]`. A small model is made first that can do three things: solve a
 question, with a habit of miscounting that it picks up at the end; copy a worked solution that stands behind the question; and,
@@ -95,7 +95,7 @@ def main() -> None:
                 "self",
                 TokenDistillConfig(
                     output_dir=str(folder), method="gkd", method_options={"beta": 0.5}, teacher_prompt_template=template,
-                    self_teacher=how, max_steps=steps, per_device_train_batch_size=32, learning_rate=5e-4,
+                    self_teacher=how, max_steps=steps, per_device_train_batch_size=32, learning_rate=1e-3,
                     max_length=192, max_completion_length=48, save_strategy="no", report_to="none", disable_tqdm=True,
                     logging_steps=50, sample_completions=0, **({"ema_decay": 0.99} if how == "ema" else {}),
                 ),
