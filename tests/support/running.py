@@ -97,3 +97,14 @@ def student(seed=1):
 
 def tiny_head(model):
     return model.get_output_embeddings().weight.detach().T
+
+
+def gradients_by_batching(folder, batchings, **kwargs):
+    """The first step's gradient for each (rows of a micro-batch, how many accumulate)."""
+    flat = []
+    for size, accumulation in batchings:
+        gradients = Gradients()
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+        make(folder / str(size), rollouts=by_prompt, callbacks=[gradients], **options, **kwargs).train()
+        flat.append(gradients.flat)
+    return flat

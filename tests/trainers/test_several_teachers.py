@@ -9,7 +9,7 @@ import torch
 import yaml
 from datasets import Dataset, IterableDataset
 from oracles import generalized_jsd
-from running import Gradients, by_prompt, general, make, rows
+from running import Gradients, by_prompt, general, gradients_by_batching, make, rows
 from tiny import QUESTIONS, config, save_tiny, tiny_model
 
 from tsdkd import TokenDistillConfig, TokenDistillTrainer, TSDKDTrainer
@@ -80,15 +80,8 @@ def two():
 
 
 def test_micro_batches_do_not_change_a_step(tmp_path):
-    flat = []
-    for size, accumulation in ((8, 1), (2, 4), (1, 8)):
-        gradients = Gradients()
-        trainer = make(
-            tmp_path / str(size), teacher=teachers(), data=MIXED, rollouts=by_prompt, max_steps=1, callbacks=[gradients],
-            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, teacher_batch_size=3,
-        )  # fmt: skip
-        trainer.train()
-        flat.append(gradients.flat)
+    batchings = ((8, 1), (2, 4), (1, 8))
+    flat = gradients_by_batching(tmp_path, batchings, teacher=teachers(), data=MIXED, teacher_batch_size=3)
     for other in flat[1:]:
         torch.testing.assert_close(other, flat[0], rtol=1e-4, atol=1e-6)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from asked import ASKED, HINTED, HINTS, SOLVED, hidden_by_hand, seen, with_column
 from datasets import Dataset, IterableDataset
-from running import Gradients, by_prompt, general, make, rows
+from running import by_prompt, general, gradients_by_batching, make, rows
 from tiny import QUESTIONS, config, save_tiny, tiny_model
 
 from tsdkd import TSDKDTrainer
@@ -71,15 +71,7 @@ def test_a_template_makes_what_the_column_holds(tmp_path):
 
 
 def test_micro_batches_do_not_change_a_step(tmp_path):
-    flat = []
-    for size, accumulation in ((8, 1), (4, 2), (2, 4)):
-        gradients = Gradients()
-        trainer = make(
-            tmp_path / str(size), data=ASKED, rollouts=by_prompt, max_steps=1, callbacks=[gradients],
-            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, teacher_batch_size=3,
-        )  # fmt: skip
-        trainer.train()
-        flat.append(gradients.flat)
+    flat = gradients_by_batching(tmp_path, ((8, 1), (4, 2), (2, 4)), data=ASKED, teacher_batch_size=3)
     for other in flat[1:]:
         torch.testing.assert_close(other, flat[0], rtol=1e-4, atol=1e-6)
 

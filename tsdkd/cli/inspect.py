@@ -109,10 +109,9 @@ def _rows(own: argparse.Namespace, data: Any, model: Any, config: Any) -> list[d
 
     if data.dataset_name:
         template = config.teacher_prompt_template
-        keep = [] if template is None else [name for name in columns_named(template) if name != "prompt"]
-        found = prompts_of(data, data.dataset_name, data.dataset_train_split, keep)
-        found = with_teacher_prompts(found.select(range(min(own.limit, len(found)))), template, data.dataset_name)
-        return [dict(found[i]) for i in range(min(own.limit, len(found)))]
+        found = prompts_of(data, data.dataset_name, data.dataset_train_split, template)
+        first = found.select(range(min(own.limit, len(found))))
+        return [dict(row) for row in with_teacher_prompts(first, template, data.dataset_name)]
     name = model.model_name_or_path
     as_chat = data.prompt_as_chat or bool(name and has_chat_template(name, model.model_revision, config.trust_remote_code))
     if as_chat and not data.prompt_as_chat:

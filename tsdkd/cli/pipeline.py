@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ def main(arguments: list[str]) -> int:
     own = parser.parse_args(arguments)
 
     from tsdkd.cli.recipes import read_recipes
+    from tsdkd.pipelines.processes import Processes
 
     recipe: dict[str, Any] = read_recipes(own.config)
     if own.output_dir:
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     _quiet()
     made.run(own.from_stage, own.until_stage, own.dry_run, own.accept_stage)
     scores = made.stages[-1]
-    if not own.dry_run and scores.name == "scores" and scores.is_current and os.environ.get("RANK", "0") == "0":
+    if not own.dry_run and scores.name == "scores" and Processes().is_first and scores.is_current:
         print(f"\n{_report(own.name, made)}")
     return 0
 

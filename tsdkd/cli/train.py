@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,15 +43,11 @@ def inputs(
     from trl import get_peft_config, get_quantization_config
 
     from tsdkd.data.files import load_rows
-    from tsdkd.data.teacher_prompts import columns_named
 
     def load(name: str | None, split: str):
         if name is None:
             return None
-        template = config.teacher_prompt_template
-        rows = prompts_of(
-            data, name, split, keep=[] if template is None else [name for name in columns_named(template) if name != "prompt"]
-        )
+        rows = prompts_of(data, name, split, config.teacher_prompt_template)
         if config.process_index == 0:
             say(f"{len(rows)} prompts from {name}{' after dropping duplicates' if data.drop_duplicate_prompts else ''}")
         return rows
@@ -70,9 +66,10 @@ def inputs(
     }
 
 
-def prompts_of(data: DataArguments, name: str, split: str, keep: Sequence[str] = ()) -> Any:
-    """A data set's prompts, with the columns that the options name, and further ones."""
+def prompts_of(data: DataArguments, name: str, split: str, template: str | None = None) -> Any:
+    """A data set's prompts, with the columns that the options and a template of the teacher's prompts name."""
     from tsdkd.data.prompts import load_prompts
+    from tsdkd.data.teacher_prompts import columns_named
 
     return load_prompts(
         name,
@@ -82,7 +79,7 @@ def prompts_of(data: DataArguments, name: str, split: str, keep: Sequence[str] =
         completion_column=data.completion_column,
         drop_duplicates=data.drop_duplicate_prompts,
         as_chat=data.prompt_as_chat,
-        keep=keep,
+        keep=[] if template is None else [column for column in columns_named(template) if column != "prompt"],
     )
 
 

@@ -13,6 +13,7 @@ from tsdkd.data.prompts import columns_of, kind_of, rows_named
 
 COLUMN, IDS = "teacher_prompt", "teacher_prompt_ids"
 PROMPT = "prompt"  # the field of a template that the row's own prompt fills
+_UNFILLED = (ValueError, TypeError, AttributeError, KeyError, IndexError)  # of a row that a template does not fit
 
 
 def has_teacher_prompts(dataset: Any) -> bool:
@@ -114,7 +115,7 @@ def with_teacher_prompts(dataset: Any, template: str | None, role: str) -> Any:
     for number, row in enumerate(dataset):
         try:
             made.append(made_by(template, row))
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        except _UNFILLED as error:
             wrong.append((number, str(error)))
     if wrong:
         raise ValueError(
@@ -127,7 +128,7 @@ def with_teacher_prompts(dataset: Any, template: str | None, role: str) -> Any:
 def _streamed(template: str, row: Mapping[str, Any]) -> Any:
     try:
         return made_by(template, row)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except _UNFILLED as error:
         raise ValueError(
             f"teacher_prompt_template cannot be filled in a row that arrived ({str(row[PROMPT])[:60]!r}): {error}. Filter the "
             "stream."

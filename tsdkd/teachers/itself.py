@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tsdkd.teachers.heads import head_of
 from tsdkd.teachers.local import hidden_of
@@ -60,19 +61,16 @@ class SelfTeacher:
         self.batch_size, self.device, self.autocast = batch_size, device, autocast
         self._trained = {} if how == "live" else {name: p for name, p in model.named_parameters() if p.requires_grad}
         # An average in half precision would not move: what a step adds is less than half a unit of its weights.
-        wide = torch.float32 if how == "ema" else None
-        self._kept = {
-            name: p.detach().to(wide if wide is not None and p.dtype.itemsize < 4 else p.dtype, copy=True)
-            for name, p in self._trained.items()
-        }
+        wide = lambda p: torch.float32 if how == "ema" and p.dtype.itemsize < 4 else p.dtype  # noqa: E731
+        self._kept = {name: p.detach().to(wide(p), copy=True) for name, p in self._trained.items()}
         self._seen = 0  # the optimizer step that the average has last taken in
 
     @property
     def head(self) -> Head:
         """The head as the teacher reads with it, without gradient."""
         head = head_of(self.model)
-        kept = {id(p): self._kept[name].to(p.dtype) for name, p in self._trained.items()}
-        weight, bias = (None if p is None else kept.get(id(p), p.detach()) for p in (head.weight, head.bias))
+        kept = {id(p): self._kept[name] for name, p in self._trained.items()}
+        weight, bias = (None if p is None else kept.get(id(p), p.detach()).to(p.dtype) for p in (head.weight, head.bias))
         assert weight is not None
         return dataclasses.replace(head, weight=weight, bias=bias)
 
@@ -123,15 +121,14 @@ class SelfTeacher:
             raise ValueError(
                 f"{folder} holds no {FILE}, which the teacher {SELF} ({self.how}) goes on from: it is of another run."
             )
-        tensors = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            seen = int(opened.metadata()["step"])
         if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in self._kept.items()}:
             raise ValueError(f"{file} is of another student: its weights differ in name or shape.")
         for name, tensor in tensors.items():
             self._kept[name].copy_(tensor)
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as opened:
-            self._seen = int(opened.metadata()["step"])
+        self._seen = seen
 
     def close(self) -> None:
         """Nothing is held beyond the model itself."""

@@ -59,7 +59,6 @@ class CompletionSupply:
     ) -> None:  # fmt: skip
         self.host, self.spec, self.metrics = host, spec, metrics
         self.teacher_model = teacher_model
-        self.prompts = prompts
         self.ahead = CompletionsAhead(host, spec, teacher_model, teacher_name, prompts)
         self.source = RolloutSource(spec, host.args.seed, batch_rows(host.args), host.accelerator.num_processes)
         self._writer = None if spec.writer == "student" else self._build_writer(teacher)
@@ -225,7 +224,7 @@ class CompletionSupply:
         spec, args = self.spec, self.host.args
         if hasattr(spec.writer, "write"):
             return spec.writer
-        refuse_interleaving(self.host, self.teacher_model, teacher, self.prompts)
+        refuse_interleaving(self.host, self.teacher_model, teacher, self.ahead.prompts)
         if spec.writer == "mixed":
             rule = mixed(spec.options["alpha"], args.temperature, spec.options["temperature"])
         elif spec.writer == "speculative":

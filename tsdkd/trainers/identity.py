@@ -115,7 +115,7 @@ def _teacher_of(trainer: Any) -> str:
     if trainer.setup.several:
         return json.dumps({name: _shown(one.model) for name, one in trainer.setup.several.items()})
     if trainer.teacher_model is not None and trainer.args.teacher_placement == "local":
-        return f"{shape_of(trainer.teacher_model)}, {digest_of_weights(trainer.teacher_model)}"
+        return _shown(trainer.teacher_model)
     decay = f", {trainer.args.ema_decay}" if trainer.setup.teaches_itself and trainer.args.self_teacher == "ema" else ""
     return f"{trainer.loop.names['teacher']}{decay}" if trainer.teacher is not None else "none"
 

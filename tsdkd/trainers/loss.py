@@ -138,9 +138,9 @@ class StepLoss:
 
     def batch_of(self, student: nn.Module, step: Step) -> TokenBatch:
         """The student's forward pass over a micro-batch, and beside it what the teacher gave."""
-        return packed(torch.cat(self._read(student, step)), step, self.device)
+        return packed(self._read(student, step), step, self.device)
 
-    def _read(self, student: nn.Module, step: Step) -> list[torch.Tensor]:
+    def _read(self, student: nn.Module, step: Step) -> torch.Tensor:
         read = last_hidden_state if self.router is None else self.router.read
         return hidden_states(lambda ids, mask: read(student, ids, mask), step, self.pad_id, self.device)
 

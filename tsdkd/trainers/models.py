@@ -139,8 +139,8 @@ def names_of(setup: Any) -> dict[str, str]:
     """What student and teacher of a `Setup` are called in messages."""
     named = lambda model: model if isinstance(model, str) else name_of(model)  # noqa: E731
     itself = f"the student itself ({setup.args.self_teacher})" if setup.teaches_itself else None
-    itself = ", ".join(f"{name} {named(one.model)}" for name, one in setup.several.items()) or itself
-    teacher = itself or ("none" if setup.teacher is None else named(setup.teacher))
+    several = ", ".join(f"{name} {named(one.model)}" for name, one in setup.several.items())
+    teacher = itself or several or ("none" if setup.teacher is None else named(setup.teacher))
     return {"student": named(setup.student), "teacher": teacher if setup.recording is None else "a recording"}
 
 

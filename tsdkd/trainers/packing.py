@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -18,15 +18,15 @@ def _read(step: Step) -> Rollouts:
 
 def hidden_states(
     read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], step: Step, pad_id: int, device: torch.device
-) -> list[torch.Tensor]:
-    """For each row `[tokens, hidden]`, the student's hidden states that predict its trained tokens; of one pass.
+) -> torch.Tensor:
+    """`[all tokens, hidden]`, the student's hidden states that predict the rows' trained tokens, row by row; of one pass.
 
     Args:
         read: from ids and mask to the last hidden states, `[rows, longest, hidden]`.
     """
     rollouts = _read(step)
     ids, mask, where = rollouts.padded(pad_id, device)
-    return list(read(ids, mask).flatten(0, 1)[where].split(rollouts.lengths))
+    return read(ids, mask).flatten(0, 1)[where]
 
 
 def packed(hidden: torch.Tensor, step: Step, device: torch.device) -> TokenBatch:
@@ -47,13 +47,14 @@ def packed(hidden: torch.Tensor, step: Step, device: torch.device) -> TokenBatch
     )
 
 
-def by_teacher(hidden: Sequence[torch.Tensor], step: Step, device: torch.device) -> list[tuple[Step, TokenBatch]]:
+def by_teacher(hidden: torch.Tensor, step: Step, device: torch.device) -> list[tuple[Step, TokenBatch]]:
     """Each teacher's rows as a step of their own, in units of the same whole step; with one teacher the step itself."""
     groups = step.by_teacher()
     if len(groups) == 1:
-        return [(step, packed(torch.cat(list(hidden)), step, device))]
+        return [(step, packed(hidden, step, device))]
+    by_row = hidden.split(_read(step).lengths)
     steps = [(step.some(rows), rows) for _, rows in groups]
-    return [(part, packed(torch.cat([hidden[row] for row in rows]), part, device)) for part, rows in steps]
+    return [(part, packed(torch.cat([by_row[row] for row in rows]), part, device)) for part, rows in steps]
 
 
 def of_teacher(name: str, terms: LossTerms) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -105,16 +105,20 @@ class Setup:
         return isinstance(self.teacher, str) and self.teacher == SELF
 
     @property
+    def sets(self) -> dict[str, Any]:
+        """The data sets that have prompts, by the role that messages name."""
+        named = {"train_dataset": self.train_dataset, **eval_sets(self.eval_dataset)}
+        return {role: rows for role, rows in named.items() if rows is not None}
+
+    @property
     def has_teacher_prompts(self) -> bool:
         """Whether the teacher reads prompts of its own."""
-        return any(map(has_teacher_prompts, (self.train_dataset, *eval_sets(self.eval_dataset).values())))
+        return any(map(has_teacher_prompts, self.sets.values()))
 
     @property
     def has_chats(self) -> bool:
         """Whether any prompts are chats."""
-        return any(
-            rows is not None and are_chats(rows) for rows in (self.train_dataset, *eval_sets(self.eval_dataset).values())
-        )
+        return any(map(are_chats, self.sets.values()))
 
     @functools.cached_property
     def student_config(self) -> Any:

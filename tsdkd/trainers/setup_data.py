@@ -60,15 +60,13 @@ def teachers_prompts_are_there(setup: Setup) -> Iterator[Problem]:
             "the teacher reads the student's own ids",
             "give rows a column teacher_prompt (or teacher_prompt_template='{prompt}'), or use chat_template_kwargs",
         )
-    unused = [name for name, unset in (("self_teacher", "start"), ("ema_decay", 0.999)) if getattr(args, name) != unset]
-    if itself and args.self_teacher == "ema":
-        unused = []
-    elif itself:
-        unused = [name for name in unused if name == "ema_decay"]
+    read = {"self_teacher"} if itself else set()
+    read |= {"ema_decay"} if itself and args.self_teacher == "ema" else set()
+    changed = [name for name, unset in (("self_teacher", "start"), ("ema_decay", 0.999)) if getattr(args, name) != unset]
+    unused = [name for name in changed if name not in read]
     if unused:
         yield Problem(f"{' and '.join(unused)} has no effect on this teacher", do="leave it out, or pass teacher_model='self'")
-    sets = {"train_dataset": setup.train_dataset, **eval_sets(setup.eval_dataset)}
-    given = {role: rows for role, rows in sets.items() if rows is not None}
+    given = setup.sets
     have = {role for role, rows in given.items() if has_teacher_prompts(rows)}
     if have and have != set(given):
         yield Problem(
@@ -89,7 +87,7 @@ def rows_name_their_teacher(setup: Setup) -> Iterator[Problem]:
         return
     if args.default_teacher is not None and args.default_teacher not in names:
         yield Problem(f"default_teacher={args.default_teacher!r}, and there are {', '.join(names)}", do="name one of them")
-    for role, rows in {"train_dataset": setup.train_dataset, **eval_sets(setup.eval_dataset)}.items():
+    for role, rows in setup.sets.items():
         yield from teacher_problems(rows, role, names, args.default_teacher)
 
 

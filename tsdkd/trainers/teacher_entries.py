@@ -82,7 +82,7 @@ def named_teachers(rows: Sequence[Mapping[str, Any]], names: Sequence[str], defa
 
 def teacher_problems(dataset: Any, role: str, names: Sequence[str], default: str | None) -> Iterator[Problem]:
     """Rows whose teacher is not there, by their numbers."""
-    if dataset is None or not hasattr(dataset, "__len__"):
+    if not hasattr(dataset, "__len__"):
         return
     do = f"name one of {', '.join(names)} in a column {COLUMN!r}, or set default_teacher"
     if COLUMN not in columns_of(dataset):

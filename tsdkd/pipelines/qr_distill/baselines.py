@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tsdkd.pipelines.qr_distill.config import QRConfig
-from tsdkd.pipelines.qr_distill.paths import PATH, Correct, OfQR, Paths, at_most
+from tsdkd.pipelines.qr_distill.paths import PATH, Correct, OfQR, Paths
 from tsdkd.pipelines.qr_distill.prompts import SINGLE, verdict
 from tsdkd.pipelines.stage import Planned, Stage, Work
 from tsdkd.pipelines.templates import filled
@@ -34,7 +34,7 @@ class Questions(OfQR):
         return rows, [Asked([{"role": "user", "content": text}]) for text in texts]
 
     def plan(self) -> Planned:
-        return self.planned(self.config.teacher, self._asked()[1]) if self.after[0].is_current else at_most(self.config, 1)
+        return self.planned(self.config.teacher, lambda: self._asked()[1], 1)
 
     def make(self, work: Work) -> None:
         rows, asked = self._asked()
@@ -72,7 +72,7 @@ class Consistent(OfQR):
         return [Asked([{"role": "user", "content": text}]) for text in texts]
 
     def plan(self) -> Planned:
-        return self.planned(self.config.teacher, self._asked()) if self.after[0].is_current else at_most(self.config, 1)
+        return self.planned(self.config.teacher, self._asked, 1)
 
     def make(self, work: Work) -> None:
         work.count("cut or empty", len(self.after[0].rows) - len(self._rows()))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tsdkd.checks import check_choice, check_count, check_share
+from tsdkd.pipelines.qr_distill.options import QRTraining
 from tsdkd.pipelines.qr_distill.prompts import (
     ANSWER,
     ANSWER_ALONE,
@@ -20,7 +21,6 @@ from tsdkd.pipelines.qr_distill.prompts import (
     STYLES,
     check_template,
 )
-from tsdkd.pipelines.qr_distill.trainer import QRTraining
 from tsdkd.pipelines.recipes import part_of, refuse_fields
 from tsdkd.pipelines.students import Inference
 from tsdkd.rollouts.api_models import APIModel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tsdkd.pipelines.asking import OfRun, ask, planned
@@ -18,11 +18,6 @@ from tsdkd.rollouts.api_models import APIModel, Asked
 PATH = ("id", "problem", "question", "label", "style", "path")
 
 
-def at_most(config: QRConfig, each: int) -> Planned:
-    """So many calls a question, where the stages before have not said of which."""
-    return Planned(None, said=f"at most {len(problems_of(config.problems, config.limit)) * each:,} calls")
-
-
 class OfQR(OfRun[QRConfig]):
     """A stage of a run, which asks one model at a time."""
 
@@ -30,9 +25,12 @@ class OfQR(OfRun[QRConfig]):
         """One model's replies."""
         return ask([model], {model.name: asked}, self.replies, work, self.config.allow_failed)[model.name]
 
-    def planned(self, model: APIModel, asked: list[Asked]) -> Planned:
-        """What that would be."""
-        return planned([model], {model.name: asked}, self.replies)
+    def planned(self, model: APIModel, asked: Callable[[], list[Asked]], each: int) -> Planned:
+        """What that would be; where the stages before are not made yet, at most so many calls a question."""
+        if not all(stage.is_current for stage in self.after):
+            most = len(problems_of(self.config.problems, self.config.limit)) * each
+            return Planned(None, said=f"at most {most:,} calls")
+        return planned([model], {model.name: asked()}, self.replies)
 
 
 class Paths(OfQR):
@@ -84,9 +82,7 @@ class Paths(OfQR):
             self._asked()
 
     def plan(self) -> Planned:
-        if self.questions is not None and not self.questions.is_current:
-            return at_most(self.config, len(self.styles) * self.samples)
-        return self.planned(self.config.teacher, self._asked()[1])
+        return self.planned(self.config.teacher, lambda: self._asked()[1], len(self.styles) * self.samples)
 
     def make(self, work: Work) -> None:
         rows, asked = self._asked()
@@ -155,9 +151,7 @@ class Judged(OfQR):
     def plan(self) -> Planned:
         if self.config.judge is None:
             return Planned()
-        if not self.after[0].is_current:
-            return at_most(self.config, len(self.config.styles))
-        return self.planned(self.config.judge, self._asked())
+        return self.planned(self.config.judge, self._asked, len(self.config.styles))
 
     def make(self, work: Work) -> None:
         rows = self.after[0].rows
