@@ -134,10 +134,11 @@ def main(folder: Path, scenario: str) -> None:
             for rows in (data, evaluated)
         )
     teacher = None
-    if scenario == "several teachers":  # one process has no row of the second's
+    if scenario == "several teachers":  # one is swapped, and one process has no row of the second's
         from tiny import tiny_model
 
-        teacher = {"a": tiny_model(seed=2, hidden=48), "b": tiny_model(seed=3, hidden=64)}
+        swapped = {"placement": "swap" if world > 1 else "local"}  # the hooks of DDP hold while the student is away
+        teacher = {"a": {"model": tiny_model(seed=2, hidden=48), **swapped}, "b": tiny_model(seed=3, hidden=64)}
         data, evaluated = (
             rows.add_column("teacher", ["b" if row == 1 else "a" for row in range(len(rows))]) for rows in (data, evaluated)
         )

@@ -189,7 +189,7 @@ def test_a_quantized_teacher_is_not_sharded(tmp_path):
 
 
 def test_a_split_that_vllm_could_not_make_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("tsdkd.trainers.setup_models.vllm_problem", lambda: None)
+    monkeypatch.setattr("tsdkd.trainers.setup_placing.vllm_problem", lambda: None)
     monkeypatch.setattr("tsdkd.trainers.TSDKDConfig.world_size", 6)
     student = save_tiny(tmp_path / "s")  # two heads
     vllm = {"use_vllm": True, "vllm_mode": "colocate", "data": prompts(24)}

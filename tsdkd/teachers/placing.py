@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from tsdkd.teachers import LocalTeacher, ServerTeacher, Teacher, ZeRO3Teacher, gathered, vocabulary_size
 from tsdkd.teachers.heads import check_head
 from tsdkd.teachers.server import head_of_checkpoint
+from tsdkd.teachers.swap import SwapTeacher
 
 # A short text with words and numbers, on which a served teacher is compared with its head.
 _PROBE = "The quick brown fox has 15 pens and buys 5 more. How many pens now?"
@@ -30,6 +33,7 @@ class Request:
         student_dtype: of the student's head.
         low_precision: whether the run computes in less than float32.
         urls, revision, trust_remote_code: of a served teacher.
+        room: of a swapped teacher, a context in which the student has given up its part of the device's memory.
     """
 
     model: Any
@@ -43,6 +47,7 @@ class Request:
     urls: tuple[str, ...] = ()
     revision: str | None = None
     trust_remote_code: bool = False
+    room: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -126,7 +131,20 @@ def server(request: Request) -> Placed:
     return Placed(teacher, None, head.size, name, check)
 
 
-PLACEMENTS: dict[str, Callable[[Request], Placed]] = {"local": local, "zero3": zero3, "server": server}
+def swap(request: Request) -> Placed:
+    """In CPU memory, and on the device only while it reads."""
+    model = request.load(request.model) if isinstance(request.model, str) else request.model
+    teacher = SwapTeacher(model, room=request.room, **request.reading)
+    held = _held(teacher, model)
+
+    def check(tokenizer: Any, vocab_size: int) -> None:
+        with teacher.up():
+            held.check(tokenizer, vocab_size)
+
+    return dataclasses.replace(held, check=check)
+
+
+PLACEMENTS: dict[str, Callable[[Request], Placed]] = {"local": local, "zero3": zero3, "server": server, "swap": swap}
 
 
 def place(where: str, request: Request) -> Placed:

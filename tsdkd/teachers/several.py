@@ -19,6 +19,7 @@ class SeveralTeachers:
         most: from a number to the largest of it over all processes, for a teacher in shares, which all processes must ask
             alike often; it is asked of every process once a teacher.
         time: a context whose seconds are counted under a name.
+        room: a context around all of them, in which the student has given up its part of the device's memory.
     """
 
     writes = "not"
@@ -28,8 +29,9 @@ class SeveralTeachers:
         teachers: Mapping[str, Any],
         most: Callable[[int], int] = int,
         time: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+        room: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self.teachers, self.most, self.time = dict(teachers), most, time
+        self.teachers, self.most, self.time, self.room = dict(teachers), most, time, room
         self.is_remote = any(teacher.is_remote for teacher in self.teachers.values())
 
     def head_of(self, name: str) -> Head:
@@ -42,8 +44,13 @@ class SeveralTeachers:
         raise ValueError(f"of several teachers ({', '.join(self.teachers)}) each has a head of its own.")
 
     def hidden(self, rollouts: Rollouts, lengths: Sequence[int]) -> list[torch.Tensor]:
-        assert rollouts.teachers is not None
         hidden: list[torch.Tensor] = [torch.empty(0)] * len(rollouts)
+        with self.room():
+            self._fill(hidden, rollouts, lengths)
+        return hidden
+
+    def _fill(self, hidden: list[torch.Tensor], rollouts: Rollouts, lengths: Sequence[int]) -> None:
+        assert rollouts.teachers is not None
         for name, teacher in self.teachers.items():
             rows = [row for row, whose in enumerate(rollouts.teachers) if whose == name]
             own, wanted = rollouts.rows(rows), [lengths[row] for row in rows]
@@ -54,7 +61,6 @@ class SeveralTeachers:
                 found = teacher.hidden(own, wanted)
             for row, states in zip(rows, found, strict=False):
                 hidden[row] = states
-        return hidden
 
     def close(self) -> None:
         for teacher in self.teachers.values():

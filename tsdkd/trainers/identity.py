@@ -114,7 +114,7 @@ def _stable(value: Any) -> str:
 def _teacher_of(trainer: Any) -> str:
     if trainer.setup.several:
         return json.dumps({name: _shown(one.model) for name, one in trainer.setup.several.items()})
-    if trainer.teacher_model is not None and trainer.args.teacher_placement == "local":
+    if trainer.teacher_model is not None and trainer.args.teacher_placement in ("local", "swap"):
         return _shown(trainer.teacher_model)
     decay = f", {trainer.args.ema_decay}" if trainer.setup.teaches_itself and trainer.args.self_teacher == "ema" else ""
     return f"{trainer.loop.names['teacher']}{decay}" if trainer.teacher is not None else "none"

@@ -154,7 +154,8 @@ class Metrics:
             steps, whole = self._steps_of_window, seconds.get("step", 0.0)
             parts = {name: seconds.get(name, 0.0) for name in ("rollout", "teacher", "loss")}
             parts["student"] = whole - sum(parts.values())  # forward, backward and the gradients' exchange
-            parts |= {name: value for name, value in seconds.items() if name.startswith("teacher/")}  # of several each
+            within = ("teacher/", "swap")  # of several teachers each; what they and the student are moved in
+            parts |= {name: value for name, value in seconds.items() if name.startswith(within)}
             for name, value in parts.items():
                 sums.add_host(f"time/{name}", value, steps)
             sums.add_host("tokens_per_second", self._tokens_of_window, whole / self.accelerator.num_processes)

@@ -35,7 +35,7 @@ def packed(hidden: torch.Tensor, step: Step, device: torch.device) -> TokenBatch
     lengths, teacher = rollouts.lengths, None
     if step.teacher_hidden is not None:  # zeros stand where the teacher did not read
         parts = zip(step.teacher_hidden, lengths, strict=True)
-        teacher = torch.cat([nn.functional.pad(part, (0, 0, 0, n - len(part))) for part, n in parts])
+        teacher = torch.cat([nn.functional.pad(part.to(device), (0, 0, 0, n - len(part))) for part, n in parts])
     return TokenBatch(
         hidden,
         teacher,

@@ -100,6 +100,11 @@ class Setup:
         }
 
     @property
+    def swaps(self) -> bool:
+        """Whether a teacher takes the student's place on the device while it reads."""
+        return any(part.args.teacher_placement == "swap" for part in self.apart.values())
+
+    @property
     def teaches_itself(self) -> bool:
         """Whether the student is its own teacher."""
         return isinstance(self.teacher, str) and self.teacher == SELF

