@@ -290,7 +290,7 @@ def test_options_that_make_no_sense_are_refused(cls, options, message):
 
 
 def test_an_unknown_method_or_option_is_refused_by_name():
-    with pytest.raises(ValueError, match="method='gdk' is unknown; choose one of: akl, distillm, gkd, minillm"):
+    with pytest.raises(ValueError, match="method='gdk' is unknown; choose one of: akl, distillm, gkd, gold, minillm"):
         resolve_method("gdk")
     with pytest.raises(ValueError, match="method 'seq_kd' has no option 'beta'; it has: kd_temperature"):
         resolve_method("seq_kd", {"beta": 0.5})

@@ -122,12 +122,14 @@ def evaluate(
     if batch.plan is not None and batch.plan.is_cut:
         objective = objective.after_cut()
     _check_needs(objective, batch, teacher_head, counts)
-    student_head, teacher_head = shared_heads(student_head, teacher_head)
+    if not objective.own_vocabularies:
+        student_head, teacher_head = shared_heads(student_head, teacher_head)
     for term in objective.active:
         if isinstance(term, RankingTerm):
             check_candidates(term.num_candidates, student_head.size)
     for term in dense_terms(objective):
-        check_divergence_once(term.divergence, student_head.size, batch.student_hidden.device)
+        theirs = None if teacher_head is None else teacher_head.size
+        check_divergence_once(term.divergence, student_head.size, batch.student_hidden.device, theirs)
     engine: dict[str, Any] = {"impl": impl, "chunk_tokens": chunk_tokens, "gradient_filter": gradient_filter}
     ahead = _selected_ahead(objective, batch)
     if ahead is not None:
@@ -147,25 +149,28 @@ def evaluate(
         token_ids=batch.token_ids,
         rows=batch.rows,
         readable=batch.readable(),
+        paired=batch.paired,
     )
 
 
-def check_divergence_once(divergence: Divergence, vocab_size: int, device: torch.device) -> None:
+def check_divergence_once(
+    divergence: Divergence, vocab_size: int, device: torch.device, teacher_size: int | None = None
+) -> None:
     """`losses.check_divergence` of one without a tile of its own, once for each function, vocabulary and device; every time
     where it cannot be hashed."""
     if tiles_torch.written_tile(divergence) is not None:
         return
     try:
-        key = divergence.function, vocab_size, str(device)
+        key = divergence.function, vocab_size, teacher_size if divergence.own_vocabularies else None, str(device)
         if key not in _checked:
-            check_divergence(divergence, vocab_size, device)
+            check_divergence(divergence, vocab_size, device, teacher_size)
             _checked[key] = None
             if len(_checked) > 64:  # functions that are made anew for every call
                 _checked.pop(next(iter(_checked)))
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
-        check_divergence(divergence, vocab_size, device)
+        check_divergence(divergence, vocab_size, device, teacher_size)
 
 
 _checked: dict[tuple, None] = {}
@@ -201,13 +206,38 @@ def _check_needs(objective: Objective, batch: TokenBatch, teacher_head: Head | N
     scope = teacher_scope(objective)
     if reads_teacher(objective) and (batch.teacher_hidden is None or teacher_head is None):
         raise ValueError("the objective reads the teacher, but no hidden states or no head of one were given: pass both.")
-    if batch.plan is not None and batch.plan.teacher != batch.plan.student and scope == "all":
+    partly = batch.plan is not None and batch.plan.teacher != batch.plan.student
+    if batch.plan is not None and partly and scope == "all" and batch.plan.pairs is None:
         raise ValueError("the objective reads the teacher on every token, but the plan says that it was not read there.")
+    if objective.own_vocabularies or batch.paired is not None:
+        _check_crossing(objective)
     for term in objective.active:
         if isinstance(term, SampledTerm) and batch.token_ids is None:
             raise ValueError("the objective reads the sampled tokens, but TokenBatch.token_ids is None: pass their ids.")
         if isinstance(term, SampledTerm) and term.function is None:
             raise ValueError(f"the term {term.name} has no function: the batch lacks what it is made of, or it was left out.")
+
+
+def _check_crossing(objective: Objective) -> None:
+    """Refuse what a teacher of another tokenizer cannot give."""
+    for term in objective.active:
+        if isinstance(term, RankingTerm):
+            raise ValueError(
+                f"the {term.name} term ranks the student's candidates by the teacher's scores, and a teacher of another "
+                "tokenizer has no such ids: leave it out, or take a teacher of the student's family."
+            )
+        if not isinstance(term, DivergenceTerm):
+            continue
+        if not term.divergence.own_vocabularies:
+            raise ValueError(
+                f"the {term.name} term compares the two models id by id ({term.divergence.name}), and the teacher is of "
+                "another tokenizer: use a method for that (uld, gold)."
+            )
+        if term.selection is not None or (term.gate is not None and term.gate.reads != "token"):
+            raise ValueError(
+                f"the {term.name} term has a selection, or a gate that reads other tokens, and a teacher of another tokenizer "
+                "is read at some tokens only: leave it out."
+            )
 
 
 def _selected_ahead(objective: Objective, batch: TokenBatch) -> tuple[torch.Tensor, list[int], torch.Tensor] | None:

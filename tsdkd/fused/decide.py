@@ -211,8 +211,7 @@ def _metric_sums(
             more = {name if name.startswith("loss/") else f"{name}/{term.name}": pair for name, pair in more.items()}
         seen.add(type(term))
         sums.update(more)
-    if statistics.teacher_entropy is not None and statistics.top1_agreement is not None:
-        scored = (statistics.mask if statistics.scored is None else statistics.scored).sum()
-        sums["teacher/entropy"] = (statistics.teacher_entropy.sum(), scored)
-        sums["candidates/top1_agreement"] = (statistics.top1_agreement.sum(), scored)
+    scored = (statistics.mask if statistics.scored is None else statistics.scored).sum()
+    read = {"teacher/entropy": statistics.teacher_entropy, "candidates/top1_agreement": statistics.top1_agreement}
+    sums.update({name: (values.sum(), scored) for name, values in read.items() if values is not None})
     return sums

@@ -43,6 +43,7 @@ def evaluate_logits(
     token_ids: torch.Tensor | None = None,
     rows: tuple[int, ...] | None = None,
     readable: torch.Tensor | None = None,
+    paired: Sequence[int] | None = None,
 ) -> LossTerms:
     """An objective from packed logits, `[tokens, vocab]` each, already cut to the shared vocabulary.
 
@@ -50,7 +51,7 @@ def evaluate_logits(
         lengths: the trained tokens of each completion.
         counts: what the terms are divided by; None counts these tokens alone.
         token_ids, rows: as in `TokenBatch`.
-        readable: `TokenBatch.readable`.
+        readable, paired: `TokenBatch.readable` and `TokenBatch.paired`.
     """
     student = full_precision(student_logits)
     teacher = None if teacher_logits is None else full_precision(teacher_logits.detach()).to(student.dtype)
@@ -64,16 +65,15 @@ def evaluate_logits(
         for one in dense:
             distances[one.name] = one.divergence(*tempered)
         first = distances[dense[0].name] if dense else (objective.divergence or MEASURE)(*tempered)
-        favourite = student.argmax(-1, keepdim=True)
-        agreement = (teacher.gather(-1, favourite) == teacher.amax(-1, keepdim=True))[:, 0].to(student.dtype)
-        read = {
-            "teacher_entropy": layout.pad(token_entropy(teacher, tau)),
-            "divergence": layout.pad(first.detach()),
-            "top1_agreement": layout.pad(agreement),
-        }
+        read = {"teacher_entropy": layout.pad(token_entropy(teacher, tau)), "divergence": layout.pad(first.detach())}
+        if not objective.own_vocabularies:
+            favourite = student.argmax(-1, keepdim=True)
+            agreement = (teacher.gather(-1, favourite) == teacher.amax(-1, keepdim=True))[:, 0].to(student.dtype)
+            read["top1_agreement"] = layout.pad(agreement)
     statistics = TokenStatistics(layout.mask, layout.pad(entropy.detach()), rows=rows, **read)
     chosen = {term.name: select(term, statistics, readable) for term in dense}
-    statistics = unread(statistics, scored_tokens(teacher_scope(objective), layout.mask, chosen, dense))
+    everywhere = layout.mask if readable is None else readable
+    statistics = unread(statistics, scored_tokens(teacher_scope(objective), everywhere, chosen, dense))
     taken: dict[str, Taken] = {}
     values: dict[str, torch.Tensor] = {}
     taus: dict[str, torch.Tensor] = {}
@@ -98,7 +98,7 @@ def evaluate_logits(
             log_p = log_probs(student, tau).gather(-1, token_ids.unsqueeze(-1))[:, 0]
             per_token = term.function(log_p, slice(0, len(log_p)))
         values[term.name] = layout.pad(per_token)
-    own = objective.counts(lengths)
+    own = objective.counts(lengths, paired)
     anchor = layout.pad(entropy)
     return assemble(objective, values, taus, statistics, taken, own, own if counts is None else counts, anchor)
 

@@ -100,7 +100,7 @@ class Run:
         self.taken: dict[str, torch.Tensor] = {}
         self.layout = Layout(self.lengths, self.device)
         self.readable = call.batch.readable()
-        self.own = self.objective.counts(self.lengths)
+        self.own = self.objective.counts(self.lengths, call.batch.paired)
         self.divisors = self.own if call.counts is None else call.counts
         self.unit = divide(like + 1.0, self.divisors.tokens)
         self.wanted = any(wanted)
@@ -165,7 +165,7 @@ class Run:
             seen,
             teacher_entropy=pad(statistics.teacher_entropy),
             divergence=pad(statistics.divergence),
-            top1_agreement=pad(statistics.agreement),
+            top1_agreement=None if self.objective.own_vocabularies else pad(statistics.agreement),
         )
 
     def scale(self, term) -> torch.Tensor:
@@ -177,6 +177,8 @@ class Run:
     def read_ahead(self) -> None:
         """What the divergences' rules read of other tokens, and what their own sweeps will not give."""
         self.ahead = needed_ahead(self.objective)
+        if self.ahead == "none" and self.call.batch.paired is not None:
+            self.ahead = "student"  # the sweep of the pairs does not give the statistics of the other tokens
         if self.ahead != "none":
             announce_price(self.objective)
             for rows in self._chunks():
@@ -203,8 +205,9 @@ class Run:
         if term.gate is not None and (rules["gate"] in ("student", "both", "lengths") or not first):
             gate = self.layout.pack(term.gate(self.padded() if seen is None else seen)).to(self.work)
         rows, share = None, None
-        if term.selection is not None:
-            rows = _kept_rows(self.layout.pack(tokens), term.kept(self.lengths))
+        paired = self.call.batch.paired
+        if term.selection is not None or paired is not None:
+            rows = _kept_rows(self.layout.pack(tokens), term.kept(self.lengths) if paired is None else sum(paired))
             share = self.layout.pack(Taken(tokens, tokens.to(self.work)).coefficients(term))
         scale = self.scale(term)
         for part in self._chunks(rows):
@@ -253,7 +256,8 @@ class Run:
         """What depends on other tokens, and the result."""
         objective, statistics = self.objective, self.statistics
         scope = teacher_scope(objective)
-        padded = unread(self.padded(), scored_tokens(scope, self.layout.mask, self.taken, self.dense))
+        everywhere = self.layout.mask if self.readable is None else self.readable
+        padded = unread(self.padded(), scored_tokens(scope, everywhere, self.taken, self.dense))
         taken, taus = {}, {}
         for term in objective.active:
             tokens = self.taken[term.name] if term.name in self.taken else select(term, padded, self.readable)

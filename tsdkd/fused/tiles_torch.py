@@ -260,7 +260,8 @@ def sweep(
     """Statistics of every row, and the divergence's gradient in place of the student's products.
 
     Args:
-        student, teacher: `[rows, vocab]`, hidden states times head weights; the student's are overwritten by
+        student, teacher: `[rows, vocab]`, hidden states times head weights, over one vocabulary unless the divergence is one
+            of `own_vocabularies` (then no scores of candidates and no agreement are written); the student's are overwritten by
             ∂divergence/∂product (without the row's weight), the teacher's are spoilt. Without a teacher the student's
             statistics alone are written, and there is no gradient.
         student_transform, teacher_transform: from products to logits.
@@ -275,6 +276,8 @@ def sweep(
     spares = [torch.empty(min(size, rows), vocab, dtype=work, device=student.device) for _ in range(4)]
     k = statistics.candidates.shape[1]
     tile = written_tile(divergence)
+    if teacher is not None and divergence.own_vocabularies:
+        spares[1] = torch.empty(min(size, rows), teacher.shape[1], dtype=work, device=student.device)
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         p_s, p_t, gradient, spare = (buffer[: stop - start] for buffer in spares)
@@ -294,14 +297,15 @@ def sweep(
             continue
         t = teacher_transform.apply_(teacher[start:stop].to(work))
         t_highest = t.amax(-1, keepdim=True)
-        torch.gather(t, 1, ids, out=into.teacher_scores)
-        into.agreement.copy_(into.teacher_scores[:, 0] == t_highest[:, 0])
+        if not divergence.own_vocabularies:
+            torch.gather(t, 1, ids, out=into.teacher_scores)
+            into.agreement.copy_(into.teacher_scores[:, 0] == t_highest[:, 0])
         if temperature != 1.0:
             t.mul_(1.0 / temperature)
             t_highest.mul_(1.0 / temperature)
         t_logits = t.clone() if tile is None else t
         _normalise_(t, t_highest, p_t)
-        into.teacher_entropy.copy_(_dot(p_t, t, spare)[:, 0]).neg_()
+        into.teacher_entropy.copy_(_dot(p_t, t, spare if t.shape == spare.shape else torch.empty_like(t))[:, 0]).neg_()
         if tile is None:
             into.divergence.copy_(_by_autograd(divergence, s_logits, t_logits, gradient if with_gradient else None))
         else:

@@ -54,6 +54,11 @@ class Reader:
                 f"completions are looked at with one teacher, and there are {', '.join(trainer.setup.several)}: pass the one "
                 "of these rows."
             )
+        if trainer.loop.scorer.crossing is not None:
+            raise ValueError(
+                "completions are looked at token by token, and the teacher is of another tokenizer: it has no probability of "
+                "the student's ids. Look at them without it, or with a teacher of the student's family."
+            )
         if trainer.accelerator.num_processes > 1:
             raise ValueError("completions are looked at by one process: start it without a launcher.")
         self.trainer = trainer

@@ -73,8 +73,11 @@ def _named(name: str, options: dict[str, float]) -> Divergence:
     return Divergence(function, name)
 
 
-def check_divergence(divergence: Divergence, vocab_size: int, device: torch.device | str = "cpu") -> None:
-    """Refuse a divergence that two rows of the shared vocabulary show to be none.
+def check_divergence(
+    divergence: Divergence, vocab_size: int, device: torch.device | str = "cpu", teacher_size: int | None = None
+) -> None:
+    """Refuse a divergence that two rows of the shared vocabulary show to be none; `teacher_size` is the teacher's own, of one
+    that reads each model's own ids.
 
     Raises:
         ValueError: it fails, gives another shape than `[tokens]`, or a NaN or Inf, or no gradient for the student.
@@ -84,6 +87,8 @@ def check_divergence(divergence: Divergence, vocab_size: int, device: torch.devi
         ids = torch.arange(vocab_size, device=device, dtype=torch.float32)
         # Fixed numbers: a check draws nothing from the run's random state.
         student = torch.stack([(ids * 0.7).sin() * 2, (ids * 1.3).cos() * 3]).requires_grad_()
+        if divergence.own_vocabularies and teacher_size is not None:
+            ids = torch.arange(teacher_size, device=device, dtype=torch.float32)
         teacher = torch.stack([(ids * 0.9).cos() * 2, (ids * 0.4).sin() * 3])
         untouched = teacher.clone()
         try:

@@ -10,15 +10,17 @@ from tsdkd.methods.akl import AKL
 from tsdkd.methods.base import DivergenceMethod, Method, State, Summary
 from tsdkd.methods.distillm import DistiLLM
 from tsdkd.methods.gkd import GKD
+from tsdkd.methods.gold import GOLD
 from tsdkd.methods.minillm import MiniLLM
 from tsdkd.methods.seq_kd import SeqKD
 from tsdkd.methods.speculative_kd import SpeculativeKD
 from tsdkd.methods.supervised_kd import SupervisedKD
 from tsdkd.methods.taid import TAID
 from tsdkd.methods.tsd_kd import TSDKD, fused_tsd_kd_loss, tsd_kd_loss
+from tsdkd.methods.uld import ULD
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (TSDKD, GKD, DistiLLM, MiniLLM, SpeculativeKD, SupervisedKD, SeqKD, AKL, TAID)
+    method.name: method for method in (TSDKD, GKD, DistiLLM, MiniLLM, SpeculativeKD, SupervisedKD, SeqKD, AKL, TAID, ULD, GOLD)
 }
 
 
@@ -55,9 +57,11 @@ def resolve_method(method: str | Method, options: dict[str, Any] | None = None) 
 __all__ = [
     "AKL",
     "GKD",
+    "GOLD",
     "METHODS",
     "TAID",
     "TSDKD",
+    "ULD",
     "DistiLLM",
     "DivergenceMethod",
     "Method",

@@ -24,6 +24,7 @@ from tsdkd.types import (
     SampledTerm,
     TokenBatch,
     TokenStatistics,
+    VocabularyMap,
 )
 
 
@@ -82,12 +83,15 @@ class Method(abc.ABC):
         title: its name in prose; the name where it is empty.
         paper: `title`, `id` (arXiv) and `citation` (BibTeX), for the model card.
         pretraining_weight: weight of a language-model loss on a corpus beside the completions; 0 is none.
+        alignment: of a method for a teacher of another tokenizer, how tokens are paired: `"text"`, those that begin at one
+            place of the completion's text, or `"position"`, the first with the first; empty: both share one tokenizer.
     """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     paper: ClassVar[Mapping[str, str]] = {"title": "", "id": "", "citation": ""}
     pretraining_weight: float = 0.0
+    alignment: str = ""
 
     @abc.abstractmethod
     def objective(self, batch: TokenBatch | None = None, state: State | None = None) -> Objective:
@@ -116,9 +120,20 @@ class Method(abc.ABC):
         """Each term's weight in the loss, by the name it is logged under."""
         return {term.name: term.weight for term in self.objective(None, state).terms}
 
-    def counts(self, lengths: Sequence[int], state: State | None = None) -> Counts:
-        """What the terms are divided by, from the trained tokens of each completion of a step."""
-        return self.objective(None, state).counts(lengths)
+    def across(self, vocabularies: VocabularyMap) -> Method:
+        """The same for a teacher of another tokenizer.
+
+        Raises:
+            ValueError: it compares the two models id by id.
+        """
+        raise ValueError(
+            f"{self.title or self.name} compares the two models id by id, and the teacher is of another tokenizer: use a "
+            "method for that (uld, gold), or a teacher of the student's family."
+        )
+
+    def counts(self, lengths: Sequence[int], state: State | None = None, paired: Sequence[int] | None = None) -> Counts:
+        """What the terms are divided by, from the trained tokens of each completion of a step; see `Objective.counts`."""
+        return self.objective(None, state).counts(lengths, paired)
 
     def reads(self, lengths: Sequence[int], state: State | None = None) -> ReadPlan:
         """How much of each completion the models read."""
@@ -174,8 +189,8 @@ class _OneTerm(Method):
     def rollouts(self) -> RolloutSpec:
         return self.method.rollouts
 
-    def counts(self, lengths: Sequence[int], state: State | None = None) -> Counts:
-        return self.method.counts(lengths, state)
+    def counts(self, lengths: Sequence[int], state: State | None = None, paired: Sequence[int] | None = None) -> Counts:
+        return self.method.counts(lengths, state, paired)
 
 
 def by_share(lmbda: float) -> RolloutSpec:

@@ -71,7 +71,7 @@ class Loop:
         called = names["teacher"], self.metrics, self.teacher_prompts
         self.supply = CompletionSupply(host, setup.rollouts, teacher_model, teacher, *called)
         self.prompts = Prompts(host, limits, self.supply.check, self.teacher_prompts)
-        self.scorer = StepScorer(host, method, lambda: self.state, reader, self.metrics, corpus)
+        self.scorer = StepScorer(host, method, lambda: self.state, reader, self.metrics, corpus, here.crossing)
         self.loss = StepLoss(
             method,
             teacher_head=lambda: None if reader is None else reader.head,

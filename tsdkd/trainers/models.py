@@ -156,7 +156,7 @@ def check_terms(method: Method, vocab_size: int, device: torch.device) -> None:
                 f"num_candidates={term.num_candidates} but the two models share {vocab_size} tokens: pass {vocab_size} or "
                 "fewer."
             )
-        if isinstance(term, DivergenceTerm):
+        if isinstance(term, DivergenceTerm) and not term.divergence.own_vocabularies:
             check_divergence_once(term.divergence, vocab_size, device)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -34,8 +34,9 @@ def packed(hidden: torch.Tensor, step: Step, device: torch.device) -> TokenBatch
     rollouts = _read(step)
     lengths, teacher = rollouts.lengths, None
     if step.teacher_hidden is not None:  # zeros stand where the teacher did not read
-        parts = zip(step.teacher_hidden, lengths, strict=True)
-        teacher = torch.cat([nn.functional.pad(part.to(device), (0, 0, 0, n - len(part))) for part, n in parts])
+        at = step.plan.pairs or [None] * len(lengths)
+        parts = zip(step.teacher_hidden, lengths, at, strict=True)
+        teacher = torch.cat([_laid(part.to(device), n, where) for part, n, where in parts])
     return TokenBatch(
         hidden,
         teacher,
@@ -45,6 +46,15 @@ def packed(hidden: torch.Tensor, step: Step, device: torch.device) -> TokenBatch
         recorded={name: torch.tensor(rollouts.trained(column), device=device) for name, column in rollouts.recorded.items()},
         plan=step.plan,
     )
+
+
+def _laid(states: torch.Tensor, length: int, where: Sequence[int] | None) -> torch.Tensor:
+    """A completion's states at its first tokens, or at those that are named; zeros elsewhere."""
+    if where is None:
+        return nn.functional.pad(states, (0, 0, 0, length - len(states)))
+    laid = states.new_zeros(length, states.shape[-1])
+    laid[torch.tensor(where, dtype=torch.long, device=laid.device)] = states
+    return laid
 
 
 def by_teacher(hidden: torch.Tensor, step: Step, device: torch.device) -> list[tuple[Step, TokenBatch]]:

@@ -34,6 +34,8 @@ def check_recordable(trainer: Any, folder: Path) -> None:
         )
     if trainer.setup.several:
         raise ValueError("a recording holds one teacher's head: record each teacher's rows apart.")
+    if trainer.loop.scorer.crossing is not None:
+        raise ValueError("a recording holds a state of the teacher for each token, and this one is of another tokenizer.")
     if trainer.tools:
         raise ValueError("completions that call tools cannot be recorded: leave tools out.")
 

@@ -99,7 +99,9 @@ def summary(trainer: Any) -> dict[str, str]:
     rows, tokens = vocabulary_size(trainer.model), trainer.vocab_size
     lost = f", {rows - tokens} of the student's not" if rows > tokens else ""
     padded = len(trainer.unknown_ids)
-    table["vocabulary"] = f"{tokens} ids shared{lost}" + (f", {padded} without a token are never written" if padded else "")
+    crossing = trainer.loop.scorer.crossing
+    shared = f"{tokens} ids shared{lost}" if crossing is None else crossing.told
+    table["vocabulary"] = shared + (f", {padded} without a token are never written" if padded else "")
     data, processes = trainer.train_dataset, trainer.accelerator.num_processes
     constants = {name: int(read()) for name, read in trainer.loop.metrics.constants.items()}
     out = [f"{count} {name.split('/')[1].replace('_', ' ')}" for name, count in constants.items() if count]

@@ -11,6 +11,7 @@ from tsdkd.fused import token_statistics
 from tsdkd.methods import Method, State
 from tsdkd.teachers import Teacher, TeacherUnavailable, head_of, hidden_of
 from tsdkd.trainers.corpus import Corpus
+from tsdkd.trainers.crossing import Crossing
 from tsdkd.trainers.health import repetition
 from tsdkd.trainers.host import Host, teacher_rows
 from tsdkd.trainers.metrics import Metrics
@@ -27,6 +28,7 @@ class StepScorer:
         teacher: None where no term reads one.
         metrics: what is logged.
         corpus: texts for a loss beside the completions.
+        crossing: of a teacher of another tokenizer.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class StepScorer:
         teacher: Teacher | None,
         metrics: Metrics,
         corpus: Corpus | None = None,
+        crossing: Crossing | None = None,
     ) -> None:
         self.host, self.method, self.state, self.teacher = host, method, state, teacher
-        self.metrics, self.corpus = metrics, corpus
+        self.metrics, self.corpus, self.crossing = metrics, corpus, crossing
         self.rewind: Callable[[], None] = lambda: None  # puts everything that changes back to the step's start
         self.whole = False  # a recording keeps whole completions, for methods that read more than this one
 
@@ -52,9 +55,13 @@ class StepScorer:
         host, lengths = self.host, rollouts.lengths
         self._log(rollouts)
         plan = ReadPlan.whole(lengths) if self.whole else self.method.reads(lengths, self.state())
+        theirs = rollouts.for_teacher
+        if self.crossing is not None:
+            theirs, plan = self.crossing.pair(rollouts)
+            self.metrics.add_host(host.mode, "teacher/paired", sum(plan.teacher), sum(plan.lengths))
         if plan.is_cut:
             self._spared(rollouts, rollouts.first(plan.student))
-        counts, extra = self._counts(lengths), {}
+        counts, extra = self._counts(plan), {}
         if self.corpus is not None and host.mode == "train":
             extra["corpus"], tokens = self._texts(len(lengths))
             counts = dataclasses.replace(counts, divisors={**counts.divisors, "pretraining": tokens})
@@ -63,7 +70,7 @@ class StepScorer:
         hidden = None
         if self.teacher is not None:
             plan = self._with_rule(rollouts, plan)
-            hidden = self._hidden(self.teacher, rollouts, plan)
+            hidden = self._hidden(self.teacher, theirs, plan)
         return Step(rollouts, counts, rows, plan, hidden, extra)
 
     def _log(self, rollouts: Rollouts) -> None:
@@ -77,9 +84,11 @@ class StepScorer:
             accepted = rollouts.trained(rollouts.recorded["accepted"])
             self.metrics.add_host(host.mode, "speculative/acceptance", sum(accepted), len(accepted))
 
-    def _counts(self, lengths: list[int]) -> Counts:
+    def _counts(self, plan: ReadPlan) -> Counts:
         """The step's counts over all processes; of an evaluation's batch its own."""
-        host, own = self.host, self.method.counts(lengths, self.state()).to_dict()
+        host, lengths = self.host, plan.lengths
+        paired = () if plan.paired is None else (plan.paired,)
+        own = self.method.counts(lengths, self.state(), *paired).to_dict()
         total = torch.tensor(list(own.values()), dtype=torch.float32, device=host.accelerator.device)
         if host.mode == "train":
             total = host.accelerator.reduce(total, reduction="sum")
@@ -107,12 +116,12 @@ class StepScorer:
         self._spared(rollouts, rollouts.first(plan.teacher))
         return plan
 
-    def _hidden(self, teacher: Teacher, rollouts: Rollouts, plan: ReadPlan) -> list[torch.Tensor]:
+    def _hidden(self, teacher: Teacher, read: Rollouts, plan: ReadPlan) -> list[torch.Tensor]:
         """The teacher's hidden states of what it reads; a teacher that is gone ends the run on every process, after saving."""
         host, hidden, failure = self.host, [], None
         try:
             with self.metrics.time(host.mode, "teacher"):
-                hidden = teacher.hidden(rollouts.for_teacher, plan.teacher)
+                hidden = teacher.hidden(read, plan.teacher)
         except TeacherUnavailable as error:
             failure = error
         if teacher.is_remote and host.any_process(failure is not None):

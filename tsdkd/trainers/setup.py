@@ -61,11 +61,10 @@ class Setup:
         student, teacher = (str(m) if isinstance(m, os.PathLike) else m for m in (student, teacher))
         teacher = entries_of(teacher, args) if isinstance(teacher, Mapping) else teacher
         recording = Recording.open(args.recording) if args.recording is not None else None
-        template = args.teacher_prompt_template
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "pretraining_dataset": pretraining_dataset}
         sets = {role: as_data_set(rows, role) for role, rows in given.items()}
         for role in ("train_dataset", "eval_dataset"):
-            sets[role] = with_teacher_prompts(sets[role], template, role)
+            sets[role] = with_teacher_prompts(sets[role], args.teacher_prompt_template, role)
         return cls(args, method, student, teacher, recording, **sets, **more)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class Step:
             per_row["teacher_prompts"] = self.rollouts.teacher_prompt_ids
         if self.rollouts.teachers is not None:
             per_row["teachers"] = self.rollouts.teachers
+        if self.plan.pairs is not None:
+            per_row["pairs"] = list(self.plan.pairs)
         if self.teacher_hidden is not None:
             per_row["teacher_hidden"] = list(self.teacher_hidden)
         batch = {_PREFIX + name: column for name, column in per_row.items()}
@@ -66,7 +68,13 @@ class Step:
         written = column("completions"), column("masks"), part(_RECORDED)
         theirs = (batch.get(_PREFIX + name) for name in ("teacher_prompts", "teachers"))
         rollouts = Rollouts(column("prompts"), *written, *theirs)
-        plan = ReadPlan(tuple(rollouts.lengths), tuple(column("student_prefix")), tuple(column("teacher_prefix")))
+        pairs = batch.get(_PREFIX + "pairs")
+        plan = ReadPlan(
+            tuple(rollouts.lengths),
+            tuple(column("student_prefix")),
+            tuple(column("teacher_prefix")),
+            pairs=None if pairs is None else tuple(pairs),
+        )
         hidden = batch.get(_PREFIX + "teacher_hidden")
         return cls(rollouts, Counts.from_dict(part(_COUNT)), column("rows"), plan, hidden, part(_EXTRA))
 
@@ -79,12 +87,10 @@ class Step:
 
     def some(self, index: Sequence[int]) -> Step:
         """Some of the rows, in units of the same whole step."""
-        plan = self.plan
-        cut = [tuple(column[row] for row in index) for column in (plan.lengths, plan.student, plan.teacher)]
         hidden = None if self.teacher_hidden is None else [self.teacher_hidden[row] for row in index]
         extra = {name: [column[row] for row in index] for name, column in self.extra.items()}
         rows = [self.rows[row] for row in index]
-        return Step(self.rollouts.rows(index), self.counts, rows, replace(plan, **_named(cut)), hidden, extra)
+        return Step(self.rollouts.rows(index), self.counts, rows, self.plan.rows(index), hidden, extra)
 
     @staticmethod
     def by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -102,10 +108,6 @@ class Step:
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         parts = [order[i * size : (i + 1) * size] for i in range(len(batches))]
         return [{key: _rows_of(value, part) for key, value in whole.items()} for part in parts]
-
-
-def _named(columns: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    return dict(zip(("lengths", "student", "teacher"), columns, strict=True))
 
 
 def _is_row_wise(value: Any) -> bool:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from tsdkd.checks import refuse
 from tsdkd.teachers import RecordedTeacher, Teacher, vocabulary_size
 from tsdkd.teachers.itself import SelfTeacher
 from tsdkd.teachers.placing import Request, place
 from tsdkd.teachers.several import SeveralTeachers
+from tsdkd.trainers.crossing import Crossing, crossing_problems
 from tsdkd.trainers.host import once_a_run, teacher_rows
 from tsdkd.trainers.models import check_same_tokens
 from tsdkd.trainers.room import Room
@@ -32,6 +34,7 @@ class Here:
         models: those in this process.
         tokenizers: those that teachers come with; None of one without.
         sizes: the ids that each teacher has; none of a recording.
+        crossing: of one teacher of another tokenizer.
     """
 
     teacher: Teacher | None
@@ -39,6 +42,7 @@ class Here:
     models: Mapping[str | None, Any] = field(default_factory=dict)
     tokenizers: Mapping[str | None, Any] = field(default_factory=dict)
     sizes: Mapping[str | None, int] = field(default_factory=dict)
+    crossing: Crossing | None = None
 
     @property
     def model(self) -> Any:
@@ -82,15 +86,42 @@ def teacher_of(trainer: Any, setup: Setup, room: Room | None = None) -> Here:
     )
     placed = place(args.teacher_placement, request)
     tokenizer = tokenizer_of_teacher(placed.source, args)
+    models: dict[str | None, Any] = {} if placed.model is None else {None: placed.model}
+    found: dict[str, Any] = {"models": models, "tokenizers": {None: tokenizer}, "sizes": {None: placed.vocab_size}}
+    if setup.method.alignment and tokenizer is not None and not _agree(trainer, tokenizer, min(own, placed.vocab_size)):
+        placed.check(tokenizer, placed.vocab_size)
+        context = getattr(setup.teacher_config.get_text_config(), "max_position_embeddings", None)
+        refuse(crossing_problems(args, setup.has_tools))
+        ends = sorted(trainer.eos_token_ids, key=lambda end: end != trainer.tokenizer.eos_token_id)
+        more = ends, context, setup.method.alignment, placed.vocab_size
+        return Here(placed.teacher, own, **found, crossing=Crossing(trainer.tokenizer, tokenizer, *more))
     size = _shared(trainer, own, placed.vocab_size, None if tokenizer is None else tokenizer.get_vocab())
     placed.check(trainer.tokenizer, size)
-    models: dict[str | None, Any] = {} if placed.model is None else {None: placed.model}
-    return Here(placed.teacher, size, models, {None: tokenizer}, {None: placed.vocab_size})
+    return Here(placed.teacher, size, **found)
+
+
+def _agree(trainer: Any, tokenizer: Any, size: int) -> bool:
+    """Whether two tokenizers give the same tokens the same ids, among those that both models have."""
+    try:
+        check_same_tokens(trainer.tokenizer.get_vocab(), tokenizer.get_vocab(), size, trainer.args.token_aliases)
+    except ValueError:
+        return False
+    return True
 
 
 def _several(trainer: Any, alone: Mapping[str, Here], room: Callable[[], AbstractContextManager]) -> Here:
-    """Several teachers as one, over the ids that all have."""
+    """Several teachers as one, over the ids that all have.
+
+    Raises:
+        ValueError: one of them is of another tokenizer.
+    """
     accelerator = trainer.accelerator
+    strangers = [name for name, here in alone.items() if here.crossing is not None]
+    if strangers:
+        raise ValueError(
+            f"the teacher {strangers[0]} is of another tokenizer, and there are several: distil from it alone, or take "
+            "teachers of the student's family."
+        )
 
     def most(rows: int) -> int:
         if accelerator.num_processes == 1:

@@ -33,7 +33,8 @@ class TeacherPrompts:
         self.host, self.tokenizers = host, dict(here.tokenizers)
         self.names, self.default = list(setup.several), setup.args.default_teacher
         self.options: dict[str, Any] = dict(setup.args.teacher_chat_template_kwargs or {})  # type: ignore[arg-type]
-        self.expected, self.dropped = setup.has_teacher_prompts, 0
+        self.by_prompt = here.crossing is not None and not setup.has_teacher_prompts  # read in tokens of its own
+        self.expected, self.dropped = setup.has_teacher_prompts or self.by_prompt, 0
         self._seen: set[tuple[str | None, frozenset[str]]] = set()
         self.sizes, self.itself = dict(here.sizes), setup.teaches_itself
         configs = [part.teacher_config for part in setup.apart.values() if part.teacher is not None] if here.sizes else []
@@ -68,6 +69,7 @@ class TeacherPrompts:
         """
         if rows and all(row.get(IDS) for row in rows):
             return [list(row[IDS]) for row in rows]
+        rows = self._asked(rows)
         have = [bool(row.get(COLUMN)) for row in rows]
         if not any(have):
             if self.expected:
@@ -83,6 +85,10 @@ class TeacherPrompts:
             for number, ids in zip(own, self._rendered([rows[number] for number in own], name), strict=True):
                 found[number] = ids
         return found
+
+    def _asked(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows with what the teacher is asked: the prompts themselves, where it reads those in tokens of its own."""
+        return [{**row, COLUMN: row["prompt"]} for row in rows] if self.by_prompt else rows
 
     def _rendered(self, rows: list[dict[str, Any]], teacher: str | None) -> list[list[int]]:
         rendering = self.rendering(teacher)
@@ -126,6 +132,7 @@ class TeacherPrompts:
         lengths: list[int] = []
         same = 0  # rows of which a student that teaches itself reads the same twice
         for start, rows in pieces(dataset):
+            rows = self._asked(rows)
             if not {COLUMN, IDS} & rows[0].keys():
                 return None
             what = f"the teacher_prompt of row {{}} of {role} cannot be rendered for the teacher"

@@ -120,6 +120,9 @@ class TokenDistillTrainer(TRLTrainer):
         check_template(self.tokenizer, self.has_chats, name_of(self.model))
         here = teacher_of(self, setup)
         self.teacher, self.teacher_model, self.vocab_size = here.teacher, here.model, here.vocab_size
+        if here.crossing is not None:
+            self.method = self.method.across(here.crossing.vocabularies)
+            self.setup = setup = dataclasses.replace(setup, method=self.method)
         check_terms(self.method, self.vocab_size, self.accelerator.device)
         check_special_ids(self.tokenizer, self.eos_token_ids, vocabulary_size(self.model), self.vocab_size)
         with gathered(*self.model.parameters()):  # under ZeRO-3 it is loaded in shares
@@ -128,7 +131,8 @@ class TokenDistillTrainer(TRLTrainer):
             check_head(self.model, "student", self.vocab_size)
         check_trainable(self.model, *here.models.values())
         self.generation.forbid_ids(self.vocab_size, self.unknown_ids)
-        theirs = () if setup.has_teacher_prompts else here.models.values()  # else its context limits its own
+        own_prompts = setup.has_teacher_prompts or here.crossing is not None  # which its context limits
+        theirs = () if own_prompts else here.models.values()
         limits = Limits.of(args.max_length, args.max_completion_length, self.model, *theirs)
         self.generation.set_max_completion_length(limits.completion)
         if recording is not None:
@@ -147,7 +151,7 @@ class TokenDistillTrainer(TRLTrainer):
         change_data(self, prompts.fit)
         constants = self.loop.metrics.constants
         constants["prompts/dropped"] = lambda: prompts.dropped  # a stream's are counted as they come
-        if self.setup.has_teacher_prompts:
+        if prompts.for_teacher.expected:
             constants["prompts/dropped_for_teacher"] = lambda: prompts.for_teacher.dropped
         constants.update(self.generation.constants())
         left_out = 0 if self.train_dataset is None else prompts.left_out_of_epoch(self.train_dataset)

@@ -18,6 +18,7 @@ from tsdkd.types.terms import (
     Term,
 )
 from tsdkd.types.tokens import Head, TokenBatch, TokenStatistics, length_mask
+from tsdkd.types.vocabularies import VocabularyMap
 
 __all__ = [
     "Counts",
@@ -39,6 +40,7 @@ __all__ = [
     "TokenBatch",
     "TokenStatistics",
     "TokenWeights",
+    "VocabularyMap",
     "length_mask",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,8 @@ class ReadPlan:
         rule: a selection on the student's statistics that keeps first tokens, outside of which no term reads the teacher:
             then the student reads first, and the teacher the prefix alone.
         temperature: τ of the statistics that the rule reads.
+        pairs: of each completion the trained tokens, counted from 0, at which the teacher was read; None: the first ones. A
+            teacher of another tokenizer is read where both begin a token at the same place of the text.
     """
 
     lengths: tuple[int, ...]
@@ -78,8 +81,11 @@ class ReadPlan:
     teacher: tuple[int, ...]
     rule: Callable | None = None
     temperature: float = 1.0
+    pairs: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.pairs is not None and tuple(map(len, self.pairs)) != self.teacher:
+            raise ValueError(f"the plan has the teacher read {self.teacher} tokens, and names {list(map(len, self.pairs))}.")
         for length, student, teacher in zip(self.lengths, self.student, self.teacher, strict=True):
             if not 0 <= teacher <= student <= length:
                 raise ValueError(
@@ -96,6 +102,19 @@ class ReadPlan:
     def is_cut(self) -> bool:
         """Whether the student does not read every completion to its end."""
         return self.student != self.lengths
+
+    @property
+    def paired(self) -> tuple[int, ...] | None:
+        """How many tokens of each completion have a state of a teacher of another tokenizer; None of the same."""
+        return None if self.pairs is None else self.teacher
+
+    def rows(self, index: Sequence[int]) -> ReadPlan:
+        """The plan of some of the completions."""
+        some = lambda column: tuple(column[row] for row in index)  # noqa: E731
+        pairs = None if self.pairs is None else some(self.pairs)
+        return dataclasses.replace(
+            self, lengths=some(self.lengths), student=some(self.student), teacher=some(self.teacher), pairs=pairs
+        )
 
     def with_teacher(self, teacher: Sequence[int]) -> ReadPlan:
         """The same plan once the rule has been asked."""

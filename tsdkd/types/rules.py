@@ -94,12 +94,14 @@ class Divergence:
         function: the student's logits come first; differentiable in them.
         name: for messages and tables.
         keyword, parameter: an option that the function takes by this keyword, e.g. `beta`.
+        own_vocabularies: each model's logits come whole, over the ids of its own tokenizer, and not cut to shared ids.
     """
 
     function: Callable[..., torch.Tensor]
     name: str
     keyword: str | None = None
     parameter: float | None = None
+    own_vocabularies: bool = False
 
     def __call__(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         options = {} if self.keyword is None else {self.keyword: self.parameter}

@@ -162,6 +162,11 @@ class Objective:
         on = [term for term in dense if term.weight != 0]
         return (on or dense)[0].divergence if dense else None
 
+    @property
+    def own_vocabularies(self) -> bool:
+        """Whether a divergence reads each model's own ids (`Divergence.own_vocabularies`)."""
+        return any(isinstance(term, DivergenceTerm) and term.divergence.own_vocabularies for term in self.active)
+
     def only(self, name: str) -> Objective:
         """The same with every other term's weight 0."""
         off = tuple(term if term.name == name else dataclasses.replace(term, weight=0.0) for term in self.terms)
@@ -177,16 +182,23 @@ class Objective:
         left = (dataclasses.replace(term, selection=None) if cut(term) else term for term in self.terms)
         return dataclasses.replace(self, terms=tuple(left))
 
-    def counts(self, lengths: Sequence[int]) -> Counts:
-        """What the terms are divided by, from the trained tokens of each completion of a step."""
+    def counts(self, lengths: Sequence[int], paired: Sequence[int] | None = None) -> Counts:
+        """What the terms are divided by, from the trained tokens of each completion of a step.
+
+        Args:
+            lengths: those tokens.
+            paired: of them, those at which the teacher was read, for a teacher of another tokenizer: the divisor of terms that
+                read it.
+        """
         entropy = [term for term in self.active if isinstance(term, EntropyTerm)]
         dense = [term for term in self.active if isinstance(term, DivergenceTerm)]
-        divisors = {term.name: term.divisor(lengths) for term in self.active}
+        of = lambda term: lengths if paired is None or not term.reads_teacher else paired  # noqa: E731
+        divisors = {term.name: term.divisor(of(term)) for term in self.active}
         return Counts(
             tokens=sum(lengths),
             selected=divisors[entropy[0].name] if entropy else 0,
             responses=sum(length > 0 for length in lengths),
-            direct=divisors[dense[0].name] if dense and dense[0].selection is not None else None,
+            direct=divisors[dense[0].name] if dense and (dense[0].selection is not None or paired is not None) else None,
             divisors=divisors,
         )
 

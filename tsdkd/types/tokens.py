@@ -129,7 +129,17 @@ class TokenBatch:
         """`[completions, longest]`, True where the teacher's hidden state was read; None is everywhere."""
         if self.plan is None or self.plan.teacher == self.plan.student:
             return None
+        if self.plan.pairs is not None:
+            read = self.mask() & False
+            for row, kept in enumerate(self.plan.pairs):
+                read[row, torch.tensor(kept, dtype=torch.long, device=read.device)] = True
+            return read
         return self.mask() & length_mask(self.plan.teacher, self.student_hidden.device, max(self.lengths, default=0))
+
+    @property
+    def paired(self) -> tuple[int, ...] | None:
+        """`ReadPlan.paired`."""
+        return None if self.plan is None else self.plan.paired
 
     def keep(self, index: torch.Tensor, lengths: Sequence[int]) -> TokenBatch:
         """Some of the tokens, `index` `[kept]` in order, as completions of the given lengths."""

@@ -1,0 +1,117 @@
+"""A teacher of another tokenizer: it reads the student's completions as text, in tokens of its own, paired with theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from tsdkd.checks import Problem
+from tsdkd.data.alignment import Pieces, paired_by_position, paired_by_text, same_tokens
+from tsdkd.types import ReadPlan, Rollouts, VocabularyMap
+
+
+class Crossing:
+    """From rollouts in the student's ids to what the teacher reads, and to the tokens that go together.
+
+    Args:
+        student, teacher: their tokenizers.
+        ends: the ids that end a completion of the student's, the tokenizer's own first.
+        context: the teacher's, tokens; None: it states none.
+        alignment: `"text"` or `"position"`.
+        beyond: the ids from which on the teacher has none.
+
+    Raises:
+        ValueError: a teacher's tokenizer without an end, or two that share nothing.
+    """
+
+    def __init__(
+        self, student: Any, teacher: Any, ends: Sequence[int], context: int | None, alignment: str, beyond: int
+    ) -> None:
+        self.student, self.teacher = Pieces(student), Pieces(teacher)
+        self.ends, self.context, self.alignment = frozenset(ends), context, alignment
+        if teacher.eos_token_id is None:
+            raise ValueError(
+                "the teacher's tokenizer has no eos_token, with which the end of a completion is compared: set it and save it."
+            )
+        self.end = int(teacher.eos_token_id)
+        same = [pair for pair in same_tokens(student, teacher, (ends[0], self.end)) if pair[1] < beyond]
+        ours, theirs = (torch.tensor(column, dtype=torch.long) for column in zip(*same, strict=True)) if same else _nothing()
+        self.vocabularies = VocabularyMap(ours, theirs, len(teacher.get_vocab()))
+
+    @property
+    def told(self) -> str:
+        """What the run's table says of it."""
+        shared = f"{len(self.vocabularies.teacher)} of the teacher's {self.vocabularies.tokens} tokens are the student's, too"
+        return f"{shared}; tokens are paired by {self.alignment}"
+
+    def pair(self, rollouts: Rollouts) -> tuple[Rollouts, ReadPlan]:
+        """What the teacher reads, trained tokens being those that are paired, and the plan of the student's rollouts."""
+        assert rollouts.teacher_prompt_ids is not None
+        completions, masks, pairs = [], [], []
+        for row, prompt in enumerate(rollouts.teacher_prompt_ids):
+            written = rollouts.completion_ids[row], rollouts.completion_mask[row]
+            ids, found = self._paired(rollouts.prompt_ids[row], prompt, *written)
+            completions.append(ids)
+            masks.append([0] * len(ids))
+            for _, theirs in found:
+                masks[-1][theirs] = 1
+            pairs.append(tuple(ours for ours, _ in found))
+        lengths = tuple(rollouts.lengths)
+        plan = ReadPlan(lengths, lengths, tuple(map(len, pairs)), pairs=tuple(pairs))
+        whole = Rollouts(rollouts.teacher_prompt_ids, completions, masks, teachers=rollouts.teachers)
+        return whole, plan
+
+    def _paired(
+        self, asked: list[int], prompt: list[int], completion: list[int], mask: list[int]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The teacher's ids of a completion, and pairs of (the student's trained token, the teacher's token), from 0.
+
+        Args:
+            asked, prompt: what the student and what the teacher reads before it.
+        """
+        if not any(mask):
+            return [self.end], []
+        ended = completion[-1] in self.ends
+        text, starts = self.student.starts(completion[:-1] if ended else completion, asked)
+        own = self._ids(prompt, text)
+        their_text, their_starts = self.teacher.starts(own, prompt)
+        if ended:
+            own, starts, their_starts = [*own, self.end], [*starts, len(text)], [*their_starts, len(their_text)]
+        room = len(own) if self.context is None else max(1, self.context - len(prompt))
+        own, their_starts = own[:room] or [self.end], their_starts[:room]
+        if self.alignment == "position":
+            found = paired_by_position(completion, own)
+        else:
+            found = paired_by_text((text, starts), (their_text, their_starts))
+        number = dict(zip((t for t, trained in enumerate(mask) if trained), range(len(mask)), strict=False))
+        return own, [(number[ours], theirs) for ours, theirs in found if ours in number]
+
+    def _ids(self, prompt: list[int], text: str) -> list[int]:
+        """A text behind a prompt in the teacher's tokens: as of the whole, unless a token would reach across."""
+        tokenizer = self.teacher.tokenizer
+        whole = tokenizer(self.teacher.decode(prompt) + text, add_special_tokens=False)["input_ids"]
+        if list(whole[: len(prompt)]) == list(prompt):
+            return list(whole[len(prompt) :])
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _nothing() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+
+
+def crossing_problems(args: Any, has_tools: bool) -> Iterator[Problem]:
+    """What a teacher of another tokenizer cannot be asked for."""
+    if args.teacher_writes_missing:
+        yield Problem(
+            "teacher_writes_missing was set, and the teacher is of another tokenizer",
+            "what it writes are ids of its own",
+            "have it write texts first, and pass them as completions",
+        )
+    if has_tools:
+        yield Problem(
+            "tools were given, and the teacher is of another tokenizer",
+            "it would read calls and results as the student's template writes them",
+            "leave tools out, or take a teacher of the student's family",
+        )
