@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from tsdkd.checks import check_choice, check_share, check_weight
 from tsdkd.methods.base import DivergenceMethod, State, by_share, cross_entropy
@@ -33,8 +33,6 @@ class CrossTokenizer(DivergenceMethod):
     lmbda: float = 1.0
     alignment: str = "text"
 
-    _across: ClassVar[Divergence | None] = None  # no option: of a copy that `across` made
-
     def __post_init__(self) -> None:
         check_share("lmbda", self.lmbda)
         check_weight("distillation_weight", self.distillation_weight)
@@ -47,7 +45,7 @@ class CrossTokenizer(DivergenceMethod):
         return by_share(self.lmbda)
 
     def across(self, vocabularies: VocabularyMap) -> CrossTokenizer:
-        made = copy.copy(self)
+        made = copy.copy(self)  # with something that is no option
         object.__setattr__(made, "_across", self.across_of(vocabularies))
         return made
 
@@ -58,7 +56,7 @@ class CrossTokenizer(DivergenceMethod):
     def objective(self, batch: TokenBatch | None = None, state: State | None = None) -> Objective:
         ordinary = super().objective(batch, state)
         (term,) = ordinary.terms
-        more: dict[str, Any] = {} if self._across is None else {"divergence": self._across}
+        more: dict[str, Any] = {"divergence": vars(self)["_across"]} if "_across" in vars(self) else {}
         terms: list[Term] = [dataclasses.replace(term, weight=float(self.distillation_weight), **more)]
         if self.cross_entropy_weight:
             own = SampledTerm(name="cross_entropy", weight=float(self.cross_entropy_weight), function=cross_entropy)

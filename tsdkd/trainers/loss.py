@@ -14,7 +14,7 @@ from tsdkd import fused
 from tsdkd.methods import Method, State, Summary
 from tsdkd.methods.base import PRETRAINING
 from tsdkd.teachers.heads import head_of, last_hidden_state
-from tsdkd.trainers.endings import end_probability
+from tsdkd.trainers.coverage import beside
 from tsdkd.trainers.guard import Guard
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.packing import by_teacher, hidden_states, of_teacher, packed
@@ -70,7 +70,7 @@ class StepLoss:
         self.engine = dict(engine or {})
         self.metrics, self.guard = metrics, guard
         self.autocast, self.gathered, self.scale, self.router, self.ends = autocast, gathered, scale, router, ends
-        self.seen: Callable[[Step, LossTerms], None] | None = None  # told of each micro-batch that is trained on
+        self.seen: Callable[[Step, LossTerms], None] = lambda part, terms: None  # told of each micro-batch that is trained on
         self.norms: dict[str, torch.Tensor] = {}  # each term's gradient, of when it was computed last
         self._observed: list[tuple[list[int], torch.Tensor]] = []
         self._sums: dict[str, torch.Tensor] = {}
@@ -97,9 +97,8 @@ class StepLoss:
             with self._time(mode), self.gathered(student):
                 head = head_of(student)
                 found = [self._terms(self.method, batch, head, part) for part, batch in parts]
-                for part, each in parts:
-                    sizes = each.lengths, part.rollouts.lengths
-                    self._add(mode, end_probability(each.student_hidden, *sizes, head, self.ends))
+                for (part, each), terms in zip(parts, found, strict=True):
+                    terms.sums.update(beside(part, each, head, self._theirs(part), self.ends))
                 if term_norms is not None:
                     self._term_norms(parts, head, log=term_norms)
         for (part, batch), terms in zip(parts, found, strict=True):
@@ -110,6 +109,7 @@ class StepLoss:
             if mode != "eval":
                 self.method.check_given(terms, self.state)
                 self._note(terms, part)
+                self.seen(part, terms)
                 self._watch(part, batch, terms)
         if mode == "eval":
             return loss
@@ -125,8 +125,6 @@ class StepLoss:
         return loss * self.scale
 
     def _watch(self, part: Step, batch: TokenBatch, terms: LossTerms) -> None:
-        if self.seen is not None:
-            self.seen(part, terms)
         if self.guard is None:
             return
         read = part.rollouts.first(part.plan.student)
@@ -145,9 +143,12 @@ class StepLoss:
         return hidden_states(lambda ids, mask: read(student, ids, mask), step, self.pad_id, self.device)
 
     def _terms(self, method: Method, batch: TokenBatch, head: Head, step: Step) -> LossTerms:
-        names = step.rollouts.teachers
-        theirs = self._head_of(names[0]) if self._head_of is not None and names else self.teacher_head()
-        return method.loss(batch, head, theirs, counts=step.counts, state=self.state, **self.engine)
+        return method.loss(batch, head, self._theirs(step), counts=step.counts, state=self.state, **self.engine)
+
+    def _theirs(self, step: Step) -> Head | None:
+        """The head of a step's one teacher."""
+        several, names = self._head_of, step.rollouts.teachers
+        return several(names[0]) if several is not None and names else self.teacher_head()
 
     def _corpus(self, student: nn.Module, step: Step) -> torch.Tensor:
         """The weighted loss of a micro-batch's texts, every token but the first predicted."""

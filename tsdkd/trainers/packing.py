@@ -69,5 +69,5 @@ def by_teacher(hidden: torch.Tensor, step: Step, device: torch.device) -> list[t
 
 def of_teacher(name: str, terms: LossTerms) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """One of several teachers' own part of what is logged."""
-    kept = ("loss/", "teacher/entropy", "candidates/")
+    kept = ("loss/", "teacher/", "candidates/")
     return {f"teacher/{name}/{key.removeprefix('teacher/')}": pair for key, pair in terms.sums.items() if key.startswith(kept)}

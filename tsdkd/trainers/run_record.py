@@ -220,6 +220,8 @@ class RunRecord(TrainerCallback):
     @contextmanager
     def drawn(self) -> Iterator[None]:
         """Draw what the run did once it has ended, or was cut off, and every other callback has had its say."""
+        loss = self.trainer.loop.loss
+        unseen = loss.seen
         try:
             yield
         finally:
@@ -227,7 +229,7 @@ class RunRecord(TrainerCallback):
             for callback in self.trainer.callback_handler.callbacks:
                 if isinstance(callback, Stop):
                     callback.release()
-            self.trainer.loop.loss.seen = None
+            loss.seen = unseen
             kept = self in self.trainer.callback_handler.callbacks and (self.folder / RUN).is_file()
             if kept and self.trainer.is_world_process_zero():
                 try:

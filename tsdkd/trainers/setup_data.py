@@ -10,7 +10,7 @@ from tsdkd.data.teacher_prompts import has_teacher_prompts, teacher_prompt_probl
 from tsdkd.teachers.itself import SELF
 from tsdkd.trainers.host import batch_rows, eval_sets, has_completions
 from tsdkd.trainers.setup import Setup
-from tsdkd.trainers.teacher_entries import teacher_problems
+from tsdkd.trainers.teacher_entries import teacher_problems, weight_problems
 
 
 def corpus_has_a_weight(setup: Setup) -> Iterator[Problem]:
@@ -81,6 +81,11 @@ def teachers_prompts_are_there(setup: Setup) -> Iterator[Problem]:
 def rows_name_their_teacher(setup: Setup) -> Iterator[Problem]:
     """With several teachers each row has one that is there."""
     args, names = setup.args, list(setup.several)
+    if args.teacher_weights is not None:
+        yield from weight_problems(args.teacher_weights, names, {role: columns_of(rows) for role, rows in setup.sets.items()})
+        if args.default_teacher is not None:
+            yield Problem("default_teacher has no effect beside teacher_weights", do="leave it out")
+        return
     if not names:
         if args.default_teacher is not None:
             yield Problem(f"default_teacher={args.default_teacher!r}, and there is one teacher", do="leave it out")

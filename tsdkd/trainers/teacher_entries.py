@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,31 @@ def entries_of(given: Mapping[str, Any], args: Any) -> dict[str, TeacherEntry]:
             raise ValueError(f"the teacher {name} is {SELF!r}: a student that teaches itself is the only teacher.")
         made[name] = TeacherEntry(model, placement, tuple([urls] if isinstance(urls, str) else urls))
     return made
+
+
+def weight_problems(weights: Any, names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
+    """What keeps teachers from being averaged.
+
+    Args:
+        weights: as they were given.
+        names: the teachers; none of a run with one.
+        columns: of each data set by its role.
+    """
+    if not isinstance(weights, Mapping) or set(weights) != set(names) or not names:
+        told = ", ".join(names) if names else "there is one teacher"
+        yield Problem(f"teacher_weights={weights!r}, and the teachers are: {told}", do="give a weight to each of several")
+        return
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            yield Problem(
+                f"the teacher {name} has the weight {weight!r}", do="give a number above 0, or leave that teacher out"
+            )
+    for role, given in columns.items():
+        if COLUMN in given:
+            yield Problem(
+                f"{role} has a column {COLUMN!r}, and teacher_weights have every teacher read every row",
+                do="leave one of them out",
+            )
 
 
 def named_teachers(rows: Sequence[Mapping[str, Any]], names: Sequence[str], default: str | None) -> list[str]:

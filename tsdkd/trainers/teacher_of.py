@@ -11,6 +11,7 @@ import torch
 
 from tsdkd.checks import refuse
 from tsdkd.teachers import RecordedTeacher, Teacher, vocabulary_size
+from tsdkd.teachers.average import AverageTeacher
 from tsdkd.teachers.itself import SelfTeacher
 from tsdkd.teachers.placing import Request, place
 from tsdkd.teachers.several import SeveralTeachers
@@ -131,11 +132,21 @@ def _several(trainer: Any, alone: Mapping[str, Here], room: Callable[[], Abstrac
     def time(name: str) -> Any:
         return trainer.loop.metrics.time(trainer.mode, f"teacher/{name}")
 
-    teacher = SeveralTeachers({name: here.teacher for name, here in alone.items()}, most, time, room)
+    teachers, size = {name: here.teacher for name, here in alone.items()}, min(here.vocab_size for here in alone.values())
     models: dict[str | None, Any] = {name: here.model for name, here in alone.items() if here.model is not None}
     tokenizers: dict[str | None, Any] = {name: here.tokenizers.get(None) for name, here in alone.items()}
     sizes: dict[str | None, int] = {name: size for name, here in alone.items() for size in here.sizes.values()}
-    return Here(teacher, min(here.vocab_size for here in alone.values()), models, tokenizers, sizes)
+    weights = trainer.args.teacher_weights
+    if weights:
+        templates = {getattr(tokenizer, "chat_template", None) for tokenizer in tokenizers.values()}
+        if len(templates) > 1:
+            raise ValueError(
+                "teachers whose chat templates differ were to be averaged: they would read different prompts. Give them one "
+                "template, or let rows name their teacher."
+            )
+        first = next(iter(tokenizers.values()))
+        return Here(AverageTeacher(teachers, weights, time, room), size, models, {None: first}, {None: min(sizes.values())})
+    return Here(SeveralTeachers(teachers, most, time, room), size, models, tokenizers, sizes)
 
 
 def _shared(trainer: Any, own: int, theirs: int, vocabulary: dict[str, int] | None) -> int:

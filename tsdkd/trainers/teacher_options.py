@@ -36,6 +36,7 @@ class TeacherOptions(DistillationConfig):
         teachers: several teachers by name, each a model's name, or `{model: …, placement: …, urls: […]}`; a row's column
             `teacher` names its own.
         default_teacher: of rows that name none.
+        teacher_weights: of several teachers each one's weight in a mean of their logits; then every teacher reads every row.
         teacher_prompt_template: what the teacher reads in place of each prompt: a text with columns in braces, `{prompt}` among
             them; of a chat it is put into the last turn. None: the column `teacher_prompt` where there is one, else the prompt.
         teacher_chat_template_kwargs: of the teacher's own chat template, beside a row's.
@@ -56,6 +57,7 @@ class TeacherOptions(DistillationConfig):
         *DistillationConfig._VALID_DICT_FIELDS,
         "teacher_deepspeed",
         "teachers",
+        "teacher_weights",
         "token_aliases",
         "teacher_chat_template_kwargs",
     ]
@@ -82,6 +84,9 @@ class TeacherOptions(DistillationConfig):
         default=None, metadata={"help": "Several teachers by name, which rows name in their column 'teacher', JSON."}
     )
     default_teacher: str | None = field(default=None, metadata={"help": "Of several teachers the one of rows that name none."})
+    teacher_weights: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Several teachers' weights in a mean of their logits, of every row, JSON."}
+    )
     teacher_prompt_template: str | None = field(
         default=None, metadata={"help": "What the teacher reads in place of a prompt: a text with columns in braces."}
     )

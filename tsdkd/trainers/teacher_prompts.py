@@ -31,7 +31,8 @@ class TeacherPrompts:
 
     def __init__(self, host: Host, setup: Setup, here: Here, longest: int) -> None:
         self.host, self.tokenizers = host, dict(here.tokenizers)
-        self.names, self.default = list(setup.several), setup.args.default_teacher
+        self.names = [] if setup.args.teacher_weights else list(setup.several)
+        self.default = setup.args.default_teacher
         self.options: dict[str, Any] = dict(setup.args.teacher_chat_template_kwargs or {})  # type: ignore[arg-type]
         self.by_prompt = here.crossing is not None and not setup.has_teacher_prompts  # read in tokens of its own
         self.expected, self.dropped = setup.has_teacher_prompts or self.by_prompt, 0
