@@ -14,10 +14,12 @@ from tsdkd.data.layouts import ASSISTANTS, CHATS, advice, is_chat, recognised
 _SHOWN = 5
 PIECE = 1000  # rows that are read at a time
 # What of a row goes into its prompt or its completion.
-ASKED = ("prompt", "tools", "chat_template_kwargs", "teacher_prompt", "teacher_prompt_ids", "teacher")  # those that ask
+IMAGES = ("image", "images")
+ASKED = ("prompt", "tools", "chat_template_kwargs", *IMAGES, "teacher_prompt", "teacher_prompt_ids", "teacher")  # which ask
 COLUMNS = (*ASKED, "completion", "completion_ids")
 
 
+WITH_IMAGES = "chats with images"
 ENDS_IN_ANSWER = "chats that end in an assistant's turn, behind which the student would write another"
 
 
@@ -44,7 +46,7 @@ def rows_named(indices: Sequence[int]) -> str:
 
 
 def kind_of(prompt: Any) -> str:
-    """`text`, `chat`, `empty` or what else a prompt is."""
+    """`text`, `chat`, `chats with images`, `empty` or what else a prompt is."""
     if prompt is None:
         return "None"
     if isinstance(prompt, str):
@@ -53,17 +55,35 @@ def kind_of(prompt: Any) -> str:
         if not prompt:
             return "empty"
         turns = [clean_turn(turn) if isinstance(turn, dict) else turn for turn in prompt]
-        if any(isinstance(turn, dict) and isinstance(turn.get("content"), (list, tuple)) for turn in turns):
-            return "chats with parts (images?), where this trainer takes texts"
+        parts = [part for turn in turns if isinstance(turn, dict) for part in _parts(turn)]
+        if any(not isinstance(part, dict) or part.get("type") not in ("text", "image") for part in parts):
+            return "chats with parts that are neither texts nor images"
         if not all(isinstance(turn, dict) and "role" in turn and {"content", "tool_calls"} & turn.keys() for turn in turns):
             return "a list that is not chat messages"
         if turns[-1]["role"] in ASSISTANTS:
             return ENDS_IN_ANSWER
+        if parts:
+            return WITH_IMAGES
         return "chat" if any(turn.get("content") for turn in turns) else "empty"
     return type(prompt).__name__
 
 
-def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = "") -> Iterator[Problem]:
+def _parts(turn: dict[str, Any]) -> Sequence[Any]:
+    """The parts of a turn's content, where they are not all texts; those are joined."""
+    content = turn.get("content")
+    return content if isinstance(content, (list, tuple)) else ()
+
+
+def has_images(dataset: Any) -> bool:
+    """Whether a data set has images: a column of them, or parts of chats; by its first row."""
+    if dataset is None or isinstance(dataset, dict):
+        return False
+    return bool(set(IMAGES) & set(columns_of(dataset))) or any(
+        kind_of(row.get("prompt")) == WITH_IMAGES for row in _first_rows(dataset)
+    )
+
+
+def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = "", sees: bool = False) -> Iterator[Problem]:
     """What keeps a data set from being trained on: splits instead of rows, no `prompt` column, images, too few rows, or prompts
     that are empty, None, or partly text and partly chats (with their row numbers).
 
@@ -72,6 +92,7 @@ def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = 
         role: `train_dataset` or `eval_dataset`, for messages.
         rows_needed: the rows of one generation batch.
         batch: how that number comes about, for messages.
+        sees: whether the student reads images.
     """
     if isinstance(dataset, dict):
         first = next(iter(dataset), "train")
@@ -87,8 +108,8 @@ def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = 
             "'prompt'), or pass --prompt_column",
         )
         return
-    if {"image", "images"} & set(columns):
-        yield Problem(f"{role} has images", "this trainer distils text only", "remove the column with dataset.remove_columns")
+    if set(IMAGES) & set(columns) and not sees:
+        yield Problem(f"{role} has images", "the student reads text alone", "remove the column with dataset.remove_columns")
     if hasattr(dataset, "__len__") and len(dataset) < rows_needed:
         yield Problem(
             f"{role} has {len(dataset)} rows but one generation batch takes {rows_needed}{batch}",
@@ -96,6 +117,8 @@ def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = 
             "add prompts, or lower per_device_train_batch_size or gradient_accumulation_steps",
         )
     kinds = _kinds(dataset)
+    if sees and WITH_IMAGES in kinds:
+        kinds["chat"] = sorted([*kinds.get("chat", []), *kinds.pop(WITH_IMAGES)])
     for kind, rows in kinds.items():
         if kind not in ("text", "chat"):
             yield Problem(
@@ -123,7 +146,7 @@ def _kinds(dataset: Any) -> dict[str, list[int]]:
 
 def are_chats(dataset: Any) -> bool:
     """Whether a data set's prompts are chats, by its first row."""
-    return any(kind_of(row.get("prompt")) == "chat" for row in _first_rows(dataset))
+    return any(kind_of(row.get("prompt")) in ("chat", WITH_IMAGES) for row in _first_rows(dataset))
 
 
 def _first_rows(dataset: Any) -> list[dict[str, Any]]:

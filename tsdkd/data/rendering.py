@@ -68,7 +68,7 @@ class Rendering:
         tokenizer: the tokenizer in it.
         ends: gives the ids that end a completion, the one that a given completion gets first; None: the tokenizer's end.
         tools, chat_template, options: of every chat, where a row names none of its own.
-        multimodal: from chats to their ids, in place of `processor`'s chat template.
+        multimodal: from rows with chats to their ids, images in them, in place of `processor`'s chat template.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Rendering:
                 raise ValueError(
                     "tools and chat_template_kwargs of a row cannot be passed on to a multimodal model's processor"
                 )
-            return self.multimodal([chat_of(row["prompt"]) for row in rows])
+            return self.multimodal(list(rows))
         return self._chats([(chat_of(row["prompt"]), row) for row in rows], add_generation_prompt=True)
 
     def _chats(self, chats: Sequence[tuple[list, dict[str, Any]]], **how: Any) -> list[Any]:

@@ -111,11 +111,13 @@ class Reader:
                     ids, recorded = self._written(rows, prompt_ids)
             finally:
                 trainer.model.train(was_training)
-        return Rollouts(prompt_ids, ids, [[1] * len(row) for row in ids], recorded, *loop.teacher_prompts.both(rows))
+        return Rollouts(
+            prompt_ids, ids, [[1] * len(row) for row in ids], recorded, *loop.teacher_prompts.both(rows), trainer.vision(rows)
+        )
 
     def _written(self, rows: list[dict[str, Any]], prompt_ids: list[list[int]]) -> Any:
         trainer = self.trainer
-        written = trainer.loop.write(Batch(rows), prompt_ids, lambda ids: trainer.write(ids, None, {}))
+        written = trainer.loop.write(Batch(rows), prompt_ids, lambda ids: trainer.write(ids, *trainer.drawn(rows)))
         return written.ids, written.token_values
 
     # ------------------------------------------------------------------ tables

@@ -65,9 +65,9 @@ def backbone_output(model: Any, ids: torch.Tensor, mask: torch.Tensor, **more: A
     return without_adapter_wrapper(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
 
 
-def last_hidden_state(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`[rows, longest, hidden]`, what the head reads."""
-    return backbone_output(model, ids, mask).last_hidden_state
+def last_hidden_state(model: Any, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> torch.Tensor:
+    """`[rows, longest, hidden]`, what the head reads; `more` is `Rollouts.beside`."""
+    return backbone_output(model, ids, mask, **more).last_hidden_state
 
 
 def without_dropout(model: Any) -> None:

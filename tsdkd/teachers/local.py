@@ -21,13 +21,13 @@ def hidden_of(
     batch_size: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-    read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    read: Callable[..., torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """For each row `[L, hidden]`, a model's hidden states that predict the trained tokens.
 
     In order of length, so that a batch's rows are alike and little padding is computed; the number of batches depends on
-    the number of rows alone, so that processes that gather a sharded model stay in step. `read(ids, mask)` stands in for the
-    model's own forward.
+    the number of rows alone, so that processes that gather a sharded model stay in step. `read(ids, mask, **beside)` stands
+    in for the model's own forward.
     """
     sizes = [len(p) + len(c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
     order = sorted(range(len(rollouts)), key=sizes.__getitem__)
@@ -37,8 +37,9 @@ def hidden_of(
         rows = order[start : start + batch_size]
         batch = rollouts.rows(rows)
         ids, mask, where = batch.padded(pad_id, model_device)
+        more = batch.beside(model_device)
         with autocast():
-            states = last_hidden_state(model, ids, mask) if read is None else read(ids, mask)
+            states = last_hidden_state(model, ids, mask, **more) if read is None else read(ids, mask, **more)
         packed = states.flatten(0, 1)[where.to(states.device)].to(device)
         for row, states_of_row in zip(rows, packed.split(batch.lengths), strict=True):
             hidden[row] = states_of_row.clone()  # a view would keep the whole batch alive
@@ -86,9 +87,9 @@ class LocalTeacher:
             self._moved = dataclasses.replace(head, weight=head.weight.to(self.device), bias=bias)
         return self._moved
 
-    def read(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`[rows, longest, hidden]`, the last hidden state of padded rows."""
-        return last_hidden_state(self.model, ids, mask)
+    def read(self, ids: torch.Tensor, mask: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        """`[rows, longest, hidden]`, the last hidden state of padded rows; `more` is `Rollouts.beside`."""
+        return last_hidden_state(self.model, ids, mask, **more)
 
     def hidden(self, rollouts: Rollouts, lengths: Sequence[int]) -> list[torch.Tensor]:
         read = rollouts.first(lengths)

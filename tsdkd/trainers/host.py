@@ -54,7 +54,7 @@ class Host(Protocol):
 
     @property
     def unknown_ids(self) -> list[int]:
-        """Ids that both models have and no token: rows that pad an embedding."""
+        """Ids that no completion may hold: rows that pad an embedding, and places of images."""
         ...
 
     @property
@@ -64,6 +64,14 @@ class Host(Protocol):
 
     def tokenize(self, prompts: list) -> list[list[int]]:
         """Prompts, or rows with them, as they are generated from."""
+        ...
+
+    def vision(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+        """What models read of rows beside their ids (`Rollouts.vision`); None of texts alone."""
+        ...
+
+    def drawn(self, rows: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+        """The images of rows, and what TRL's generation takes beside their ids."""
         ...
 
     def student(self) -> AbstractContextManager[Any]:

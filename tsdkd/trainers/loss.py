@@ -140,7 +140,7 @@ class StepLoss:
 
     def _read(self, student: nn.Module, step: Step) -> torch.Tensor:
         read = last_hidden_state if self.router is None else self.router.read
-        return hidden_states(lambda ids, mask: read(student, ids, mask), step, self.pad_id, self.device)
+        return hidden_states(lambda *inputs, **more: read(student, *inputs, **more), step, self.pad_id, self.device)
 
     def _terms(self, method: Method, batch: TokenBatch, head: Head, step: Step) -> LossTerms:
         return method.loss(batch, head, self._theirs(step), counts=step.counts, state=self.state, **self.engine)

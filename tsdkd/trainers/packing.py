@@ -16,17 +16,15 @@ def _read(step: Step) -> Rollouts:
     return step.rollouts.first(step.plan.student) if step.plan.is_cut else step.rollouts
 
 
-def hidden_states(
-    read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], step: Step, pad_id: int, device: torch.device
-) -> torch.Tensor:
+def hidden_states(read: Callable[..., torch.Tensor], step: Step, pad_id: int, device: torch.device) -> torch.Tensor:
     """`[all tokens, hidden]`, the student's hidden states that predict the rows' trained tokens, row by row; of one pass.
 
     Args:
-        read: from ids and mask to the last hidden states, `[rows, longest, hidden]`.
+        read: from ids, mask and `Rollouts.beside` to the last hidden states, `[rows, longest, hidden]`.
     """
     rollouts = _read(step)
     ids, mask, where = rollouts.padded(pad_id, device)
-    return read(ids, mask).flatten(0, 1)[where]
+    return read(ids, mask, **rollouts.beside(device)).flatten(0, 1)[where]
 
 
 def packed(hidden: torch.Tensor, step: Step, device: torch.device) -> TokenBatch:

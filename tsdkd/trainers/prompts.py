@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tsdkd.checks import refuse
-from tsdkd.data.prompts import fitting_rows, kind_of, pieces, prompt_problems
+from tsdkd.data.prompts import WITH_IMAGES, fitting_rows, kind_of, pieces, prompt_problems
 from tsdkd.teachers.heads import text_config
 from tsdkd.trainers.host import Host, batch_rows, once_a_run
 from tsdkd.trainers.rendered import row_by_row
@@ -111,17 +111,22 @@ class Prompts:
             dataset = dataset.select(fitting)
             if role == "train_dataset":
                 needed = batch_rows(host.args) * host.accelerator.num_processes
-                refuse(prompt_problems(dataset, role, needed, " after the others were dropped"))
+                refuse(prompt_problems(dataset, role, needed, " after the others were dropped", len(self._kinds) > 1))
         return dataset
 
     def _fits(self, row: dict[str, Any]) -> bool:
         """Whether a stream's row fits; one that does not is counted."""
-        if kind_of(row.get("prompt")) not in ("text", "chat"):
+        if kind_of(row.get("prompt")) not in (*self._kinds, "text"):
             return True  # refused when it arrives
         (ids,) = self.host.tokenize([row])
         fits = len(ids) <= self.limits.prompt and self.for_teacher.fits(row)
         self.dropped += not fits
         return fits
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """The kinds of chats that are read."""
+        return ("chat",) if self.host.rendering.multimodal is None else ("chat", WITH_IMAGES)
 
     def check_rows(self, rows: list[dict[str, Any]]) -> None:
         """Refuse rows that arrive and are no prompts, as a data set of them is refused at construction.
@@ -131,7 +136,7 @@ class Prompts:
         """
         for row in rows:
             kind = kind_of(row.get("prompt"))
-            if kind not in ("text", "chat", "empty") or (kind == "empty" and not isinstance(row["prompt"], str)):
+            if kind not in (*self._kinds, "text", "empty") or (kind == "empty" and not isinstance(row["prompt"], str)):
                 raise ValueError(f"a prompt arrived that is {kind}: {str(row.get('prompt'))[:80]!r}. Filter the stream.")
             self._check_fields(row, 0, "the rows that arrived", self._seen)
         if len({isinstance(row["prompt"], str) for row in rows}) > 1:

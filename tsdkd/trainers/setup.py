@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tsdkd.data.files import as_data_set
-from tsdkd.data.prompts import are_chats
+from tsdkd.data.prompts import are_chats, has_images
 from tsdkd.data.teacher_prompts import has_teacher_prompts, with_teacher_prompts
 from tsdkd.methods import TSDKD, Method, resolve_method
 from tsdkd.teachers import Recording
@@ -123,6 +123,11 @@ class Setup:
     def has_chats(self) -> bool:
         """Whether any prompts are chats."""
         return any(map(are_chats, self.sets.values()))
+
+    @property
+    def sees(self) -> bool:
+        """Whether prompts have images, and the student reads them."""
+        return any(map(has_images, self.sets.values())) and getattr(self.student_config, "vision_config", None) is not None
 
     @functools.cached_property
     def student_config(self) -> Any:

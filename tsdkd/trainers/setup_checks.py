@@ -29,6 +29,7 @@ from tsdkd.trainers.setup_models import (
     teacher_is_there,
 )
 from tsdkd.trainers.setup_placing import placement_is_possible, swap_is_possible, vllm_works
+from tsdkd.trainers.vision import images_can_be_read
 
 
 def recording_goes_alone(setup: Setup) -> Iterator[Problem]:
@@ -97,6 +98,7 @@ CHECKS: list[Callable[[Setup], Iterator[Problem]]] = [
     teachers_prompts_are_there,
     self_teaches_something,
     rows_name_their_teacher,
+    images_can_be_read,
     completions_are_there,
     models_write_text,  # it reads files, or asks the Hub
 ]
@@ -105,6 +107,7 @@ OF_DATA: list[Callable[[Setup], Iterator[Problem]]] = [
     prompts_can_be_read,
     teachers_prompts_are_there,
     rows_name_their_teacher,
+    images_can_be_read,
     completions_are_there,
 ]
 # Of several teachers each one's.

@@ -45,10 +45,10 @@ def prompts_can_be_read(setup: Setup) -> Iterator[Problem]:
             f" ({args.per_device_train_batch_size} per device × {args.world_size} processes × "
             f"{args.gradient_accumulation_steps} accumulation steps)"
         )
-        yield from prompt_problems(setup.train_dataset, "train_dataset", needed, batch)
+        yield from prompt_problems(setup.train_dataset, "train_dataset", needed, batch, setup.sees)
     for role, rows in eval_sets(setup.eval_dataset).items():
         if rows is not None:
-            yield from prompt_problems(rows, role)
+            yield from prompt_problems(rows, role, sees=setup.sees)
 
 
 def teachers_prompts_are_there(setup: Setup) -> Iterator[Problem]:

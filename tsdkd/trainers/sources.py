@@ -122,12 +122,17 @@ def load_student(name: str, args: TokenDistillConfig, quantization_config: Any =
             kwargs["quantization_config"] = quantization_config
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             kwargs["device_map"] = None  # "auto" fails with several processes
-        named = getattr(AutoConfig.from_pretrained(base, **_where(kwargs)), "architectures", None) or [""]
-        found = getattr(transformers, named[0], None)  # of a multimodal model its own class
-        writes = isinstance(found, type) and issubclass(found, GenerationMixin)
-        return create_model_from_path(base, architecture=found if writes else AutoModelForCausalLM, **kwargs)
+        return create_model_from_path(base, architecture=_class_of(base, kwargs), **kwargs)
 
     return _loaded(name, "student", args, load)
+
+
+def _class_of(base: str, kwargs: dict[str, Any]) -> Any:
+    """The class of a checkpoint: of a multimodal model its own."""
+    named = getattr(AutoConfig.from_pretrained(base, **_where(kwargs)), "architectures", None) or [""]
+    found = getattr(transformers, named[0], None)
+    writes = isinstance(found, type) and issubclass(found, GenerationMixin)
+    return found if writes else AutoModelForCausalLM
 
 
 def student_of(model: Any, args: TokenDistillConfig, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -144,7 +149,7 @@ def student_of(model: Any, args: TokenDistillConfig, kwargs: dict[str, Any]) -> 
 def load_teacher(name: str, args: TokenDistillConfig) -> Any:
     """A teacher, whole in this process whatever the student runs under; an adapter is merged into its base."""
     with loading_under(None):
-        return _loaded(name, "teacher", args, lambda base, kwargs: AutoModelForCausalLM.from_pretrained(base, **kwargs))
+        return _loaded(name, "teacher", args, lambda base, kwargs: _class_of(base, kwargs).from_pretrained(base, **kwargs))
 
 
 def load_sharded_teacher(model: Any, args: TokenDistillConfig) -> tuple[Any, dict[str, Any]]:
@@ -166,7 +171,7 @@ def load_sharded_teacher(model: Any, args: TokenDistillConfig) -> tuple[Any, dic
     deepspeed_config = zero3_config(args.teacher_deepspeed, dtype, args.teacher_cpu_offload)
     if named:
         with loading_under(deepspeed_config):
-            model = AutoModelForCausalLM.from_pretrained(expanded(model), **{**kwargs, "dtype": dtype})
+            model = _class_of(expanded(model), kwargs).from_pretrained(expanded(model), **{**kwargs, "dtype": dtype})
         restore_buffers(model, dtype)
     return model, deepspeed_config
 

@@ -52,6 +52,8 @@ class Step:
             per_row["teachers"] = self.rollouts.teachers
         if self.plan.pairs is not None:
             per_row["pairs"] = list(self.plan.pairs)
+        if self.rollouts.vision is not None:
+            per_row["vision"] = self.rollouts.vision
         if self.teacher_hidden is not None:
             per_row["teacher_hidden"] = list(self.teacher_hidden)
         batch = {_PREFIX + name: column for name, column in per_row.items()}
@@ -66,7 +68,7 @@ class Step:
         column = lambda name: batch[_PREFIX + name]  # noqa: E731
         part = lambda prefix: {key[len(prefix) :]: value for key, value in batch.items() if key.startswith(prefix)}  # noqa: E731
         written = column("completions"), column("masks"), part(_RECORDED)
-        theirs = (batch.get(_PREFIX + name) for name in ("teacher_prompts", "teachers"))
+        theirs = (batch.get(_PREFIX + name) for name in ("teacher_prompts", "teachers", "vision"))
         rollouts = Rollouts(column("prompts"), *written, *theirs)
         pairs = batch.get(_PREFIX + "pairs")
         plan = ReadPlan(

@@ -1,114 +1,39 @@
-"""The one subclass of TRL's trainer. Private names of TRL and transformers stand here, in `engines.py` and in `loading.py`, and
-nowhere else; `tests/trainers/test_trl_seam.py` compares the signatures relied on, so that an upgrade of TRL fails in one
-clear line.
+"""The one subclass of TRL's trainer. Private names of TRL and transformers stand here, in its base `trl_host.py`, in
+`engines.py` and in `loading.py`, and nowhere else; `tests/trainers/test_trl_seam.py` compares the signatures relied on, so that
+an upgrade of TRL fails in one clear line.
 """
 
 from __future__ import annotations
 
-import functools
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from trl import DistillationTrainer
 
 from tsdkd.data.prompts import COLUMNS
-from tsdkd.data.rendering import Rendering
 from tsdkd.rollouts import as_asked
-from tsdkd.teachers import gathered
-from tsdkd.trainers.engines import EpochSampler, Generation, InHand, asked_of_optimizer, without_repeats
+from tsdkd.trainers.engines import EpochSampler, InHand, asked_of_optimizer, without_repeats
 from tsdkd.trainers.loop import Loop
 from tsdkd.trainers.random_state import random_state_kept
 from tsdkd.trainers.saving import Saving
 from tsdkd.trainers.step import Step
+from tsdkd.trainers.trl_host import TRLHost
+from tsdkd.trainers.vision import messages, prepared, refuse_images_of_tools
 from tsdkd.types import Rollouts
 
 
-class TRLTrainer(DistillationTrainer):
+class TRLTrainer(TRLHost):
     """TRL's generation, tools, PEFT, accumulation and logging, handing its few moments to `self.loop`; it is the `Host`."""
 
     loop: Loop
-    generation: Generation
     saving: Saving
     epoch_in_hand = 0
     stopped_by: int | None = None  # the signal that ended the last run
-    vocab_size: int
     train_dataset: Any
     eval_dataset: Any
     _in_hand: InHand
     _buffered_inputs: Any
     _signature_columns: list[str]
-
-    @property
-    def mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    @property
-    def training(self) -> bool:
-        return self.is_in_train
-
-    @property
-    def step(self) -> int:
-        return self.state.global_step
-
-    @property
-    def micro_step(self) -> int:
-        return self._step % self.args.gradient_accumulation_steps
-
-    @property
-    def max_steps(self) -> int:
-        return self.state.max_steps
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._tokenizer
-
-    @property
-    def eos_ids(self) -> list[int]:
-        own = self._tokenizer.eos_token_id  # a list may begin with an end that the model never writes
-        return sorted((end for end in self.eos_token_ids if end < self.vocab_size), key=lambda end: end != own)
-
-    @property
-    def unknown_ids(self) -> list[int]:
-        known = set(self._tokenizer.get_vocab().values())
-        return [i for i in range(self.vocab_size) if i not in known]
-
-    @functools.cached_property
-    def rendering(self) -> Rendering:
-        alone = super()._tokenize_prompts  # a processor wants content in parts, and gives more than ids
-        return Rendering(
-            self.processing_class,
-            self._tokenizer,
-            lambda: self.eos_ids,
-            tools=self.tools,
-            chat_template=self.chat_template,
-            options=self.chat_template_kwargs,
-            multimodal=(lambda chats: alone(chats)[0]) if self._is_vlm else None,
-        )
-
-    def tokenize(self, prompts: list) -> list[list[int]]:
-        return self.rendering.prompts(prompts)
-
-    def student(self) -> AbstractContextManager[Any]:
-        return self.generation.student()
-
-    def rollout_engine(self) -> AbstractContextManager[Any]:
-        return self.generation.engine()
-
-    def gathered_heads(self, *models: Any) -> AbstractContextManager[None]:
-        heads = [model.get_output_embeddings() for model in models]
-        return gathered(*(p for head in heads for p in (head.weight, getattr(head, "bias", None))))
-
-    def any_process(self, flag: bool) -> bool:
-        up = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(up, reduction="sum").item())
-
-    def load_weights(self, checkpoint: str) -> None:
-        self._load_from_checkpoint(checkpoint)
-
-    def save_now(self) -> None:
-        self._save_checkpoint(self.model, trial=None)
 
     # ------------------------------------------------------------------ generation
 
@@ -129,13 +54,14 @@ class TRLTrainer(DistillationTrainer):
 
     def _tokenize_prompts(self, prompts: list):
         if self._is_vlm and not isinstance(prompts[0], str):
-            return super()._tokenize_prompts(prompts)
+            return super()._tokenize_prompts([messages(row) for row in self._in_hand.batch.rows])
         return self.tokenize(self._in_hand.batch.rows), None, {}
 
     def _generate(self, prompts: list):
         hand = self._in_hand
         with self.loop.metrics.time(self.mode, "rollout"):
-            prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
+            prompt_ids, completion_ids, tool_mask, _, tool_images = super()._generate(prompts)
+        refuse_images_of_tools(tool_images)
         self.loop.prompts.refuse_unfit(prompt_ids)
         masks = tool_mask if tool_mask is not None else [[1] * len(ids) for ids in completion_ids]
         if hand.empty:
@@ -144,12 +70,13 @@ class TRLTrainer(DistillationTrainer):
         values = hand.token_values.items()
         recorded = {name: [row or [0.0] for row in column] for name, column in values}  # of a placeholder too
         theirs = self.loop.teacher_prompts.both(hand.batch.rows)
-        hand.rollouts = Rollouts(prompt_ids, completion_ids, masks, recorded, *theirs)
-        return prompt_ids, completion_ids, tool_mask, images, tool_images
+        hand.rollouts = Rollouts(prompt_ids, completion_ids, masks, recorded, *theirs, self.vision(hand.batch.rows))
+        return prompt_ids, completion_ids, tool_mask, None, tool_images  # each row has its images in `vision`
 
     def _generate_and_score_completions(self, inputs):
         self._in_hand = InHand(self.loop.rows(inputs))
-        output = super()._generate_and_score_completions(self._in_hand.batch.rows)
+        rows = self._in_hand.batch.rows
+        output = super()._generate_and_score_completions([prepared(row) for row in rows] if self._is_vlm else rows)
         rollouts = self._in_hand.rollouts
         assert rollouts is not None
         if self.mode == "eval":

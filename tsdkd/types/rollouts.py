@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+PER_TOKEN = "token_type_ids"  # how names of what is there for each token end
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -131,6 +133,8 @@ class Rollouts:
         recorded: what the writer wrote down of each completion token, by name, one list a row.
         teacher_prompt_ids: what the teacher reads in place of the prompts; None: the prompts.
         teachers: the name of each row's teacher, where there are several.
+        vision: what both models read of each row beside its ids (`pixel_values`, `image_grid_thw`, `token_type_ids`, …), as a
+            processor gives it for the row alone; None: texts alone.
     """
 
     prompt_ids: list[list[int]]
@@ -139,6 +143,7 @@ class Rollouts:
     recorded: dict[str, list[list[float]]] = field(default_factory=dict)
     teacher_prompt_ids: list[list[int]] | None = None
     teachers: list[str] | None = None
+    vision: list[dict[str, torch.Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -158,7 +163,8 @@ class Rollouts:
         recorded = {name: of_tokens(column) for name, column in self.recorded.items()}
         theirs = None if self.teacher_prompt_ids is None else change(self.teacher_prompt_ids)
         columns = of_tokens(self.completion_ids), of_tokens(self.completion_mask)
-        return Rollouts(change(self.prompt_ids), *columns, recorded, theirs, self.teachers and change(self.teachers))
+        more = self.teachers and change(self.teachers), self.vision and change(self.vision)
+        return Rollouts(change(self.prompt_ids), *columns, recorded, theirs, *more)
 
     @property
     def for_teacher(self) -> Rollouts:
@@ -166,7 +172,7 @@ class Rollouts:
         if self.teacher_prompt_ids is None:
             return self
         written = self.completion_ids, self.completion_mask, self.recorded
-        return Rollouts(self.teacher_prompt_ids, *written, teachers=self.teachers)
+        return Rollouts(self.teacher_prompt_ids, *written, teachers=self.teachers, vision=self.vision)
 
     def first(self, trained: Sequence[int]) -> Rollouts:
         """Each completion up to its first `trained` trained tokens."""
@@ -204,3 +210,35 @@ class Rollouts:
             index += [first + t for t, trained in enumerate(self.completion_mask[row]) if trained]
         where = torch.tensor(index, dtype=torch.long)
         return ids.to(device), mask.to(device), where.to(device)
+
+    def beside(self, device: Any) -> dict[str, torch.Tensor]:
+        """What a forward pass of these rows takes beside `padded`: every row's, one behind the other along the first dimension.
+
+        What is there for each token is laid out as the ids are, 0 on the completion; rows of unlike shapes, of families that
+        pad their images, are filled with zeros.
+        """
+        names = dict.fromkeys(name for row in self.vision or () for name in row)
+        longest = max((len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)), default=0)
+        made = {}
+        for name in names:
+            parts = [row.get(name) for row in self.vision or ()]
+            if name.endswith(PER_TOKEN):
+                kinds = torch.zeros(len(parts), longest, dtype=torch.long)
+                for row, part in enumerate(parts):
+                    if part is not None:
+                        kinds[row, : part.shape[-1]] = part.reshape(-1)
+                made[name] = kinds.to(device)
+            else:
+                made[name] = _stacked([part for part in parts if part is not None]).to(device)
+        return made
+
+
+def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors along their first dimension, the others filled with zeros to the largest."""
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    if all(list(part.shape[1:]) == shape for part in parts):
+        return torch.cat(parts)
+    filled = [part.new_zeros(part.shape[0], *shape) for part in parts]
+    for whole, part in zip(filled, parts, strict=True):
+        whole[tuple(slice(size) for size in part.shape)] = part
+    return torch.cat(filled)
