@@ -22,7 +22,7 @@ def sorted_distance(student_logits: torch.Tensor, teacher_logits: torch.Tensor, 
         0.0
 
     References:
-        Boizard et al. 2024 (ULD), Eq. 6 and section 3; arXiv 2402.12030.
+        Boizard et al. 2024 (ULD); arXiv 2402.12030.
     """
     ours, theirs = (_sorted(logits, temperature) for logits in (student_logits, teacher_logits.detach()))
     return _padded_distance(ours, theirs)

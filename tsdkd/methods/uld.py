@@ -18,11 +18,11 @@ class ULD(CrossTokenizer):
     (`alignment="position"`) as in the paper, as many as the shorter of the two texts has.
 
     Attributes:
-        distillation_weight: λ_ULD; the paper's is 1.5, beside a `cross_entropy_weight` of 1 on completions that the teacher
-            wrote (`lmbda=0`).
+        distillation_weight: λ_ULD, in the paper beside a `cross_entropy_weight` of 1 on completions that the teacher wrote
+            (`lmbda=0`).
 
     References:
-        Boizard et al. 2024, section 3; arXiv 2402.12030.
+        Boizard et al. 2024; arXiv 2402.12030.
     """
 
     alignment: str = "position"
