@@ -65,6 +65,7 @@ setup(
         "tsdkd": [
             "py.typed",
             "CHANGELOG.md",
+            "gpus.json",
             "*/README.md",
             "demo/models/*/*",
             "demo/eval_tasks/*",

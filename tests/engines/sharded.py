@@ -45,8 +45,8 @@ SCENARIOS: dict[str, dict] = {
     "loaded in bf16 shares": {},
     "plain, lora": {},
     "ddp, teacher zero3, lora": TEACHER,
-    "plain, own prompts": {},
-    "ddp, teacher zero3, own prompts": TEACHER,
+    "plain, two teachers, own prompts": {},
+    "ddp, teacher zero3, two teachers, own prompts": TEACHER,
     "ddp, teacher zero3, recorded": TEACHER,
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
 }
@@ -154,15 +154,17 @@ def main(folder: Path, name: str) -> dict:
         adapters.update(save_strategy="steps", save_steps=1)
 
     def asked(count: int):
-        """Rows, with prompts of the teacher's own of very different lengths where the scenario says so."""
+        """Rows, with prompts of the teacher's own of very different lengths, and names of two, where the scenario says so."""
         rows = prompts(count)
+        rows = rows.add_column("teacher", ["b" if row % 3 == 1 else "a" for row in range(count)]) if "two" in name else rows
         theirs = [prompt + " 1+1=2" * (row % 5) for row, prompt in enumerate(rows["prompt"])]
         return rows.add_column("teacher_prompt", theirs) if "own prompts" in name else rows
 
+    both = {"a": str(folder.parent / "teacher"), "b": str(folder.parent / "other")}
     trainer = make(
         folder,
         student=str(folder.parent / "student"),
-        teacher=str(folder.parent / "teacher"),
+        teacher=both if "two" in name else both["a"],
         data=asked(24 if saved else 8),  # three steps an epoch, or one
         rollouts=None if saved else (lambda ids: []) if empty else by_prompt,
         processing_class=None,
@@ -176,7 +178,8 @@ def main(folder: Path, name: str) -> dict:
         **{"use_cpu": not SCENARIO.keys() & {"deepspeed", "fsdp"}, **SCENARIO},
     )
     result: dict = {"world": trainer.accelerator.num_processes}
-    for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+    teacher = trainer.teacher.teachers["b"] if "two" in name else trainer.teacher
+    for role, model in (("student", trainer.model), ("teacher", teacher.model)):
         result[f"{role} buffers"] = sorted({str(buffer.dtype) for buffer in model.buffers()})
     if "recorded" in name:
         trainer.record(folder / "recording")
@@ -196,7 +199,7 @@ def main(folder: Path, name: str) -> dict:
     trainer.train()
     result["inside"] = inside[:]
     result["rows"] = [row for row in trainer.state.log_history if "loss" in row]
-    for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+    for role, model in (("student", trainer.model), ("teacher", teacher.model)):
         parameters = list(model.parameters())
         here = sum(p.ds_tensor.numel() if hasattr(p, "ds_status") else p.numel() for p in parameters)
         result[role] = here / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
@@ -204,8 +207,8 @@ def main(folder: Path, name: str) -> dict:
     result["evaluation"] = trainer.evaluate()
     result["linear"] = torch.nn.functional.linear.__name__
     if TEACHER.items() <= SCENARIO.items():
-        shares = [p.ds_tensor for p in trainer.teacher_model.parameters()]
-        offload = trainer.teacher._engine.zero_offload_param()
+        shares = [p.ds_tensor for p in teacher.model.parameters()]
+        offload = teacher._engine.zero_offload_param()
         result["place"] = None if offload is None else str(offload.device).rpartition(".")[2]
         trainer.teacher.close()
         result["closed"] = sum(share.numel() for share in shares)

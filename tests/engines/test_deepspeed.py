@@ -20,6 +20,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     save_tiny(folder / "student", seed=1)
     save_tiny(folder / "teacher", seed=2, hidden=48)
+    save_tiny(folder / "other", seed=3, hidden=64)
     return folder
 
 
@@ -76,9 +77,9 @@ def test_five_steps_and_an_evaluation_are_those_of_one_process(models, plain, sc
 
 
 @pytest.mark.parametrize(
-    "whole,kind,tolerance", [("ddp", "bf16", 1e-6), ("plain", "lora", 5e-5), ("plain", "own prompts", 5e-5)]
+    "whole,kind,tolerance", [("ddp", "bf16", 1e-6), ("plain", "lora", 5e-5), ("plain", "two teachers, own prompts", 5e-5)]
 )
-def test_a_sharded_teacher_in_bfloat16_of_a_lora_student_or_with_its_own_prompts_is_the_whole_one(
+def test_a_sharded_teacher_in_bfloat16_of_a_lora_student_or_one_of_two_with_their_own_prompts_is_the_whole_one(
     models, whole, kind, tolerance
 ):
     """In bfloat16 of as many processes, since rounding depends on how rows are batched."""

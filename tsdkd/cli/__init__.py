@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "distil a student from a YAML recipe and flags",
     "compare": "train several methods from the same start and score each",
     "evaluate": "score a model on the paper's benchmarks or your own tasks",
+    "plan": "does it fit, what does it cost, how is it started? from configurations alone",
     "doctor": "is this set-up sound, and is it worth its GPU hours?",
     "inspect": "a page that shows what a method decides of every token",
     "report": "a page of what a run or several did",

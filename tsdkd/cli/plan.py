@@ -1,0 +1,110 @@
+"""`tsdkd plan`: does it fit, what does it cost, and how is it started?"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from typing import Any
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tsdkd plan",
+        allow_abbrev=False,
+        description="From the two models' configurations alone, without a weight: the memory of every placement on these "
+        "GPUs, at the first step and at the second (when the optimizer has its states), the FLOPs of a step, how long each "
+        "part takes at best, which placements fit, how the simplest is started, and what would make the next one fit. Flags "
+        "are tsdkd train's, recipes included; no data is read. The exit status is 1 where nothing fits.",
+        epilog="Example: tsdkd plan --config examples/recipes/qwen2.5-14b-to-1.5b.yaml --gpus 8xA100",
+    )
+    parser.add_argument("--gpus", required=True, help="how many and which: 8xH100, or by memory in GiB, 8x80")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes, FLOPs and seconds")
+    own, rest = parser.parse_known_args(arguments)
+
+    from tsdkd.preflight.plan import GPUs, as_json, plan, table
+
+    gpus = GPUs.of(own.gpus)
+    from tsdkd.cli.parsing import parse
+
+    _, config, model = parse(rest if "--use_cpu" in rest else [*rest, "--use_cpu"])  # nothing is trained here
+    made = plan(run_of(config, model), gpus, lambda where, count: _command(where, count, rest))
+    print(json.dumps(as_json(made), indent=1) if own.json else table(made))
+    return 0 if made.best is not None else 1
+
+
+def run_of(config: Any, model: Any) -> Any:
+    """What of the options a run's memory depends on.
+
+    Raises:
+        ValueError: no student, a model without a configuration, several teachers.
+    """
+    import torch
+    from trl import get_peft_config
+
+    from tsdkd.preflight.memory import Run
+    from tsdkd.teachers.itself import SELF
+    from tsdkd.trainers.sources import config_of
+
+    if model.model_name_or_path is None:
+        raise ValueError("no student was given: pass --student NAME_OR_PATH (model_name_or_path in YAML).")
+    if config.teachers:
+        raise ValueError("several teachers are not planned together: pass one of them, --teacher.")
+    named = config.teacher_model_name_or_path
+    reads = config.build_method().reads_teacher and named != SELF
+    if reads and named is None:
+        raise ValueError("no teacher was given: pass --teacher NAME_OR_PATH (teacher_model_name_or_path in YAML).")
+    student = config_of(model.model_name_or_path, "student", config)
+    teacher = config_of(named, "teacher", config) if reads else None
+    given = (config.model_init_kwargs or {}).get("dtype", model.dtype)
+    ours = _dtype(given) or torch.float32
+    their = (config.teacher_model_init_kwargs or {}).get("dtype", "auto")
+    theirs = _dtype(their) or _dtype(getattr(teacher, "dtype", None)) or torch.float32
+    peft = get_peft_config(model)
+
+    def adapt(base: Any) -> Any:
+        from peft import get_peft_model
+
+        return get_peft_model(base, copy.deepcopy(peft))
+
+    contexts = [c.get_text_config().max_position_embeddings for c in (student, teacher) if c is not None]
+    length = min([config.max_length or min(contexts), *contexts])
+    completion = min(config.max_completion_length or 512, length // 2 if config.max_completion_length is None else length - 1)
+    colocated = config.use_vllm and config.vllm_mode == "colocate"
+    return Run(
+        student,
+        teacher,
+        student_dtype=ours,
+        teacher_dtype=theirs,
+        autocast=torch.bfloat16,  # what GPUs of today train in
+        rows=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        teacher_rows=config.teacher_batch_size or config.per_device_train_batch_size,
+        length=length,
+        completion=completion,
+        checkpointing=bool(config.gradient_checkpointing),
+        optimizer=str(getattr(config.optim, "value", config.optim)),
+        adapt=None if peft is None else adapt,
+        vllm=config.vllm_gpu_memory_utilization if colocated else None,
+        vllm_sleeps=bool(config.vllm_enable_sleep_mode),
+        attention=model.attn_implementation,
+    )
+
+
+def _dtype(named: Any) -> Any:
+    """A dtype by its name; None of `auto`, and of nothing."""
+    from tsdkd.teachers.sources import dtype_of
+
+    found = None if named in (None, "auto") else dtype_of(named)
+    return found if found != "auto" else None
+
+
+def _command(where: Any, count: int, flags: list[str]) -> str:
+    """What starts a run in a placement."""
+    own = [flag for flag in flags if flag != "--use_cpu"]
+    more = ["--teacher_placement", where.teacher] if where.teacher != "local" else []
+    more += ["--swap_optimizer", "yes"] if where.swap_optimizer else []
+    more += ["--teacher_urls", "http://HOST:8000"] if where.teacher == "server" else []
+    share = f" --config_file examples/accelerate/8gpus-{where.student}.yaml" if where.student != "whole" else ""
+    launch = f"accelerate launch{share} --num_processes {count} -m tsdkd.cli train"
+    return " ".join(["  tsdkd train" if count == 1 else f"  {launch}", *own, *more])

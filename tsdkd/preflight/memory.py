@@ -1,0 +1,242 @@
+"""The memory of a run on each GPU: what stays, what comes and goes, and the most at once, in every placement."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tsdkd.costs import ModelSize
+from tsdkd.preflight.dry import Loss, Pass, reading_pass, student_pass
+from tsdkd.trainers.sizes import empty_model, size_of
+
+# Bytes of an optimizer's state for each trained parameter, in units of the parameter's own dtype, or in bytes.
+_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "adamw_apex_fused": 2, "sgd": 0, "adafactor": 0, "lion_32bit": 1}
+_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0, "paged_adamw": 0, "lion_8bit": 1}
+_BUCKET = 5 * 10**8  # DeepSpeed's buckets, elements
+
+
+@dataclass(frozen=True)
+class Run:
+    """What of a run its memory depends on.
+
+    Args:
+        student, teacher: configurations; no teacher is None.
+        student_dtype, teacher_dtype: of their weights.
+        autocast: the dtype of mixed precision; None is none.
+        rows, accumulation: of a micro-batch, and how many accumulate.
+        teacher_rows: of a forward pass of the teacher.
+        length, completion: tokens of prompt and completion together, and of the completion.
+        checkpointing: the student's layers are computed again in the backward pass.
+        optimizer: transformers' name.
+        adapt: puts an adapter on a model; None: all weights are trained.
+        vllm: the share of a GPU that a vLLM of this process takes; None: transformers writes.
+        vllm_sleeps: it gives that back while a step is computed.
+        chunk, block: tokens whose logits stand in memory at a time, and whose float32 copies do.
+        attention: the student's implementation.
+    """
+
+    student: Any
+    teacher: Any
+    student_dtype: torch.dtype = torch.float32
+    teacher_dtype: torch.dtype = torch.bfloat16
+    autocast: torch.dtype | None = torch.bfloat16
+    rows: int = 1
+    accumulation: int = 1
+    teacher_rows: int = 1
+    length: int = 1024
+    completion: int = 512
+    checkpointing: bool = True
+    optimizer: str = "adamw_torch_fused"
+    adapt: Callable[[Any], Any] | None = None
+    vllm: float | None = None
+    vllm_sleeps: bool = True
+    chunk: int = 2048
+    block: int = 2048
+    attention: str | None = None
+
+    @functools.cached_property
+    def sizes(self) -> tuple[ModelSize, ModelSize | None]:
+        return size_of(self.student), None if self.teacher is None else size_of(self.teacher)
+
+    @functools.cached_property
+    def trained(self) -> tuple[int, int]:
+        """The parameters of the student with its adapter, and those of them that are trained."""
+        with torch.device("meta"):
+            model = empty_model(self.student)
+            model = model if self.adapt is None else self.adapt(model)
+        every = {id(p): p for p in model.parameters()}.values()
+        return sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad)
+
+    @functools.cached_property
+    def student_pass(self) -> Pass:
+        """A micro-batch's forward, loss and backward."""
+        ours, theirs = self.sizes
+        return student_pass(
+            self.student,
+            rows=self.rows,
+            length=self.length,
+            completion=self.completion,
+            dtype=self.student_dtype,
+            loss=Loss(self.chunk, self.block, theirs is not None),
+            vocab=ours.vocab if theirs is None else min(ours.vocab, theirs.vocab),
+            autocast=self.autocast,
+            checkpointing=self.checkpointing,
+            accumulates=self.accumulation > 1,
+            adapt=self.adapt,
+            attention=self.attention,
+        )
+
+    @functools.cached_property
+    def teacher_pass(self) -> Pass:
+        """The teacher's forward pass."""
+        return reading_pass(
+            self.teacher,
+            rows=min(self.teacher_rows, self.rows * self.accumulation),
+            length=self.length,
+            dtype=self.teacher_dtype,
+        )
+
+    def but(self, **changes: Any) -> Run:
+        """The same with something else."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the two models are.
+
+    Args:
+        student: `whole` in each process, or in shares by DeepSpeed (`zero2`: gradients and optimizer; `zero3`: weights, too).
+        teacher: as `teacher_placement`.
+        swap_optimizer: of a swapped teacher.
+    """
+
+    student: str
+    teacher: str
+    swap_optimizer: bool = False
+
+    def __str__(self) -> str:
+        ours = {"whole": "whole student", "zero2": "student ZeRO-2", "zero3": "student ZeRO-3"}[self.student]
+        more = " with the optimizer" if self.swap_optimizer else ""
+        return f"{ours}, teacher {self.teacher}{more}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU.
+
+    Attributes:
+        parts: by name, what there is: weights, gradients, optimizer, teacher, its hidden states, activations, …
+        phases: of step 1 and of step 2, in which the optimizer has its states, the most at once of each phase.
+    """
+
+    parts: dict[str, int]
+    phases: tuple[dict[str, int], dict[str, int]]
+
+    @property
+    def peaks(self) -> tuple[int, int]:
+        """The most at once in step 1 and in step 2."""
+        first, second = (max(phase.values()) for phase in self.phases)
+        return first, second
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks)
+
+    @property
+    def fullest(self) -> str:
+        """The phase that takes the most."""
+        return max(self.phases[1], key=self.phases[1].__getitem__)
+
+
+def optimizer_bytes(run: Run, trained: int, shards: bool) -> int:
+    """What an optimizer keeps of its trained parameters.
+
+    Raises:
+        ValueError: one whose states are not known here.
+    """
+    width = run.student_dtype.itemsize
+    if shards:  # DeepSpeed keeps float32 weights and two moments, whatever it is given
+        return trained * (12 if width < 4 or run.autocast is not None else 8)
+    if run.optimizer in _BYTES:
+        return trained * _BYTES[run.optimizer]
+    if run.optimizer not in _STATES:
+        raise ValueError(
+            f"what optim={run.optimizer} keeps of each parameter is not known here; known: {', '.join([*_STATES, *_BYTES])}."
+        )
+    return trained * width * _STATES[run.optimizer]
+
+
+def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("inf")) -> Memory:
+    """The memory of a run on each of so many GPUs.
+
+    Args:
+        gpu_bytes: of a GPU, of which vLLM takes its share.
+    """
+    ours, theirs = run.sizes
+    whole, trained = run.trained
+    width, shards = run.student_dtype.itemsize, gpus if where.student != "whole" else 1
+    weights, gradients = whole * width, trained * width
+    layer = 2 * ours.largest_layer * width + ours.head * width  # two layers at a time, and the head while the loss is computed
+    held = weights // gpus + layer if where.student == "zero3" else weights
+    kept_gradients = gradients // shards
+    buckets = min(gradients, _BUCKET * width) if gpus > 1 else 0  # DDP's own copy, or DeepSpeed's
+    if gpus > 1 and where.student == "whole":
+        buckets = gradients
+    optimizer = optimizer_bytes(run, trained, where.student != "whole") // shards
+    parts = {"student's weights": held, "gradients": kept_gradients, "gradients' buckets": buckets, "optimizer": optimizer}
+
+    away = reads = hidden = 0
+    if theirs is not None:
+        size = run.teacher_dtype.itemsize
+        teacher, head = theirs.parameters * size, theirs.head * size
+        hidden = run.rows * run.accumulation * run.completion * theirs.hidden * size
+        if where.teacher == "zero3":
+            gathered = 2 * theirs.largest_layer * size
+            parts["teacher"], reads = teacher // gpus + head, run.teacher_pass.peak + gathered
+        elif where.teacher == "swap":
+            parts["teacher"], away, reads = head, teacher - head, run.teacher_pass.peak
+            hidden = 0  # they wait in CPU memory, and a micro-batch's come back
+        elif where.teacher == "server":
+            parts["teacher"] = head
+        else:
+            parts["teacher"], reads = teacher, run.teacher_pass.peak
+        parts["teacher's hidden states"] = hidden
+    step = run.student_pass
+    came = 0 if theirs is None else run.rows * run.completion * theirs.hidden * run.teacher_dtype.itemsize
+    activations = step.peak - (0 if run.accumulation > 1 else gradients)  # the first backward pass makes the gradients
+    rollout = _rollout(run, ours, gpu_bytes)
+    parts |= {"activations and loss": activations + came, "rollout": rollout}
+    asleep = 0 if run.vllm is None or run.vllm_sleeps else int(run.vllm * gpu_bytes)
+
+    def phases(states: int) -> dict[str, int]:
+        base = held + states + asleep + parts.get("teacher", 0)
+        made = {
+            "rollout": base - asleep + rollout,
+            "student": base + hidden + kept_gradients + buckets + activations + came,
+            "optimizer": base - states + kept_gradients + buckets + optimizer,
+        }
+        if theirs is not None and where.teacher != "server":
+            left = 0
+            if where.teacher == "swap":
+                left = held + (states if where.swap_optimizer else 0)
+            made["teacher"] = base - left + away + reads + hidden
+        return made
+
+    return Memory(parts, (phases(0), phases(optimizer)))
+
+
+def _rollout(run: Run, ours: ModelSize, gpu_bytes: float) -> int:
+    """What writing the completions of a step takes beside the student."""
+    if run.vllm is not None:
+        return int(run.vllm * gpu_bytes) if gpu_bytes < float("inf") else 0
+    width = (run.autocast or run.student_dtype).itemsize
+    rows = run.rows * run.accumulation
+    cache = ours.kv_cache(rows * run.length, run.student_dtype.itemsize)
+    logits = 4 * rows * ours.vocab * 4  # scores, sorted, their softmax, its draw
+    return int(cache * (1 + 1 / max(1, ours.layers)) + logits + rows * ours.hidden * width)

@@ -1,0 +1,264 @@
+"""Does it fit, and what does it cost: a run's placements on named GPUs, from configurations alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tsdkd.costs import GIB, GPU, StepShape, flops_of, known_gpus, rollout_bytes
+from tsdkd.preflight.memory import Memory, Placement, Run, memory_of
+
+USABLE = 0.94  # of a GPU's memory; the rest is CUDA's own, and what an allocator cannot use
+_LAUNCH = {"whole": "8gpus", "zero2": "8gpus-zero2", "zero3": "8gpus-zero3"}
+
+
+@dataclass(frozen=True)
+class GPUs:
+    """So many GPUs of a kind, as `8xH100` or, by memory in GiB, `8x80`."""
+
+    count: int
+    each: GPU
+
+    @classmethod
+    def of(cls, text: str) -> GPUs:
+        """From a command line.
+
+        Raises:
+            ValueError: a text that is none, or a name that is not known.
+
+        Example:
+            >>> GPUs.of("8x80").each.memory, GPUs.of("2xA100").each.name, GPUs.of("H200").count
+            (80.0, 'A100-80GB', 1)
+        """
+        found = re.fullmatch(r"(?:(\d+)\s*[xX×]\s*)?([\w. -]+?)\s*(?:GiB|GB)?", text.strip())
+        names = ", ".join(known_gpus())
+        if found is None or found.group(1) == "0":
+            raise ValueError(f"--gpus {text!r}: pass a number and a GPU, 8xH100, or its memory in GiB, 8x80. Known: {names}.")
+        count, what = int(found.group(1) or 1), found.group(2)
+        if re.fullmatch(r"\d+(\.\d+)?", what) and what not in known_gpus():
+            if not float(what):
+                raise ValueError(f"--gpus {text!r}: a GPU of no memory.")
+            return cls(count, GPU(f"{float(what):g} GiB", float(what), 0.0, 0.0))
+        named = what.upper().replace(" ", "-").removeprefix("NVIDIA-")
+        bare = lambda name: name.upper().replace("-", "")  # noqa: E731
+        like = [gpu for name, gpu in known_gpus().items() if bare(named) in bare(name)]
+        if not like:
+            raise ValueError(f"--gpus {text!r}: {what} is not known; known: {names}. Or give its memory: {count}x80.")
+        return cls(count, max(like, key=lambda gpu: gpu.memory))
+
+
+@dataclass(frozen=True)
+class Option:
+    """A placement, what it takes, and how it is started."""
+
+    placement: Placement
+    memory: Memory
+    fits: bool
+    command: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    Attributes:
+        run, gpus: what was asked.
+        options: the placements, those that fit first, simplest first.
+        asked: that of the options' own `teacher_placement`; None where it cannot be started so.
+        flops: of a step by part.
+        seconds: the roofline of each part on these GPUs; empty where their speed is not known.
+        knob: the one change with which the simplest placement that does not fit would; None where all fit or none helps.
+    """
+
+    run: Run
+    gpus: GPUs
+    options: Sequence[Option]
+    flops: dict[str, float]
+    seconds: dict[str, float]
+    knob: tuple[Placement, str] | None
+
+    @property
+    def best(self) -> Option | None:
+        """The simplest placement that fits."""
+        return next((option for option in self.options if option.fits), None)
+
+
+def placements(gpus: int) -> list[Placement]:
+    """Every placement that can be started on so many GPUs, the simplest first."""
+    if gpus == 1:
+        whole = [Placement("whole", teacher) for teacher in ("local", "swap", "server")]
+        return [*whole[:2], Placement("whole", "swap", swap_optimizer=True), whole[2]]
+    made = [Placement(student, teacher) for student in ("whole", "zero2", "zero3") for teacher in ("local", "zero3", "server")]
+    return [*made[:2], Placement("whole", "swap"), *made[2:]]
+
+
+def _changes(run: Run) -> list[tuple[str, Run]]:
+    """What one may change, the cheapest first."""
+    made: list[tuple[str, Run]] = []
+    if not run.checkpointing:
+        made.append(("gradient_checkpointing: true", run.but(checkpointing=True)))
+    if run.teacher_rows > 1:
+        made.append(("teacher_batch_size: 1", run.but(teacher_rows=1)))
+    rows = run.rows
+    while rows > 1:
+        rows //= 2
+        accumulated = run.rows * run.accumulation // rows
+        told = f"per_device_train_batch_size: {rows} and gradient_accumulation_steps: {accumulated}"
+        made.append((told, run.but(rows=rows, accumulation=accumulated)))
+    if run.vllm is not None and not run.vllm_sleeps:
+        made.append(("vllm_enable_sleep_mode: true", run.but(vllm_sleeps=True)))
+    if run.student_dtype == torch.float32 and run.adapt is None:
+        made.append(("optim: adamw_8bit", run.but(optimizer="adamw_8bit")))
+        made.append(("dtype: bfloat16 (the student's; updates below its unit are lost)", run.but(student_dtype=torch.bfloat16)))
+    return made
+
+
+def plan(run: Run, gpus: GPUs, command: Callable[[Placement, int], str] | None = None) -> Plan:
+    """A run on these GPUs.
+
+    Args:
+        command: from a placement and the number of GPUs to the command that starts it.
+    """
+    room = gpus.each.memory * GIB
+    told = command or (lambda placement, count: "")
+    made = []
+    for where in placements(gpus.count):
+        if run.teacher is None and where.teacher != "local":
+            continue
+        memory = memory_of(run, where, gpus.count, room)
+        made.append(Option(where, memory, memory.peak <= USABLE * room, told(where, gpus.count)))
+    made.sort(key=lambda option: not option.fits)
+    ours, theirs = run.sizes
+    whole, trained = run.trained
+    rows = run.rows * run.accumulation * gpus.count
+    shape = StepShape(rows, run.length - run.completion, run.completion, run.checkpointing, trained / whole)
+    flops = flops_of(ours, theirs, shape)
+    return Plan(run, gpus, made, flops, _seconds(run, gpus, shape, flops), _knob(run, gpus, made, room))
+
+
+def _seconds(run: Run, gpus: GPUs, shape: StepShape, flops: dict[str, float]) -> dict[str, float]:
+    """The roofline of each part, all GPUs at once."""
+    each = gpus.each
+    if not each.tflops:
+        return {}
+    ours, theirs = run.sizes
+    width = (run.autocast or run.student_dtype).itemsize
+    moved = {
+        "rollout": rollout_bytes(ours, shape, width, run.rows * run.accumulation * gpus.count),
+        "teacher": 0.0 if theirs is None else theirs.active * run.teacher_dtype.itemsize * shape.rows / run.teacher_rows,
+        "student": 3.0 * ours.active * width * shape.rows / run.rows,
+        "loss": (ours.head * width + (0 if theirs is None else theirs.head * 2)) * shape.tokens / run.chunk,
+    }
+    share = gpus.count
+    weights_each_time = ("rollout",)  # every GPU reads all weights for each of its tokens
+    return {
+        name: each.seconds(count / share, moved[name] if name in weights_each_time else moved[name] / share)
+        for name, count in flops.items()
+    }
+
+
+def _knob(run: Run, gpus: GPUs, options: Sequence[Option], room: float) -> tuple[Placement, str] | None:
+    """The one change that lets the simplest of what does not fit fit."""
+    lacking = [option for option in options if not option.fits]
+    if not lacking:
+        return None
+    simplest = min(lacking, key=lambda option: option.memory.peak) if len(lacking) == len(options) else lacking[0]
+    for told, changed in _changes(run):
+        if memory_of(changed, simplest.placement, gpus.count, room).peak <= USABLE * room:
+            return simplest.placement, told
+    return None
+
+
+# ---------------------------------------------------------------------- what is told
+
+
+def table(made: Plan) -> str:
+    """The plan in words, for a terminal."""
+    run, gpus = made.run, made.gpus
+    theirs = run.sizes[1]
+    whole, trained = run.trained
+    teacher = "none" if theirs is None else f"{_count(theirs.parameters)} parameters, {_kind(run.teacher_dtype)}"
+    own = "" if trained == whole else f", {_count(trained)} trained"
+    many = f"{gpus.count} GPU{'s' if gpus.count > 1 else ''}"
+    again = ", layers recomputed" if run.checkpointing else ""
+    room = f"of whose {gpus.each.memory:g} GiB {USABLE * gpus.each.memory:.1f} are counted on"
+    lines = [
+        f"student     {_count(whole)} parameters, {_kind(run.student_dtype)}{own}; {run.optimizer}",
+        f"teacher     {teacher}",
+        f"step        {run.rows} × {run.accumulation} accumulated × {many}, texts of up to {run.length} tokens, {run.completion} of "
+        f"them completion{again}",
+        f"GPUs        {gpus.count} × {gpus.each.name}, {room}",
+        "",
+        f"{'placement':<44}{'step 1':>9}{'step 2':>9}   GiB on each GPU; fullest while",
+    ]
+    for option in made.options:
+        first, second = (peak / GIB for peak in option.memory.peaks)
+        mark = "fits" if option.fits else "TOO MUCH"
+        lines.append(f"{option.placement!s:<44}{first:>9.1f}{second:>9.1f}   {mark}; {_PHASES[option.memory.fullest]}")
+    shown = made.best or min(made.options, key=lambda option: option.memory.peak)
+    lines += ["", f"of {shown.placement}, GiB:"]
+    lines += [f"  {name:<26}{size / GIB:>9.2f}" for name, size in shown.memory.parts.items() if size]
+    lines += ["", f"{'a step':<12}{'PFLOP':>9}" + (f"{'seconds at best':>18}" if made.seconds else "")]
+    for name, count in made.flops.items():
+        more = f"{made.seconds[name]:>18.2f}" if made.seconds else ""
+        lines.append(f"  {name:<10}{count / 1e15:>9.2f}{more}")
+    if not made.seconds:
+        lines.append(f"  (no speed is known of {gpus.each.name}: name the GPU for seconds)")
+    if made.best is not None and made.best.command:
+        lines += ["", "start it with", made.best.command]
+    if made.best is None:
+        lines += ["", "No placement fits."]
+    if made.knob is not None:
+        where, told = made.knob
+        lines += ["", f"{where} would fit with {told}."]
+    return "\n".join(lines)
+
+
+_PHASES = {
+    "rollout": "completions are written",
+    "teacher": "the teacher reads",
+    "student": "the student learns",
+    "optimizer": "the optimizer steps",
+}
+
+
+def as_json(made: Plan) -> dict[str, Any]:
+    """The plan as data: bytes, FLOPs and seconds."""
+    return {
+        "gpus": {"count": made.gpus.count, **dataclasses.asdict(made.gpus.each)},
+        "student": dataclasses.asdict(made.run.sizes[0]),
+        "teacher": None if made.run.sizes[1] is None else dataclasses.asdict(made.run.sizes[1]),
+        "placements": [
+            {
+                "student": option.placement.student,
+                "teacher": option.placement.teacher,
+                "swap_optimizer": option.placement.swap_optimizer,
+                "fits": option.fits,
+                "parts": option.memory.parts,
+                "step_1": option.memory.phases[0],
+                "step_2": option.memory.phases[1],
+                "peaks": list(option.memory.peaks),
+                "command": option.command,
+            }
+            for option in made.options
+        ],
+        "flops": made.flops,
+        "seconds": made.seconds,
+        "knob": None if made.knob is None else {"placement": str(made.knob[0]), "change": made.knob[1]},
+    }
+
+
+def _count(number: int) -> str:
+    for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return str(number)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,75 @@
+"""A model's sizes from its configuration: built on no device, without a weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from tsdkd.costs import ModelSize
+from tsdkd.teachers.heads import text_config
+
+
+def empty_model(config: Any, **options: Any) -> Any:
+    """A model of this configuration as it is built, of its own class where that is multimodal; its weights are whatever the
+    device in hand gives."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    own = getattr(transformers, named, None)
+    if getattr(config, "vision_config", None) is not None and own is not None:
+        return own._from_config(config, **options)
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+def size_of(config: Any) -> ModelSize:
+    """The sizes of a configuration's model, exact.
+
+    Raises:
+        ValueError: a configuration of no language model that writes, or without a size.
+    """
+    try:
+        with torch.device("meta"):
+            model = empty_model(config)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"a {getattr(config, 'model_type', type(config).__name__)} configuration gives no causal language model "
+            f"({str(error).splitlines()[0]}): pass the folder or the name of one."
+        ) from error
+    text = text_config(model)
+    parameters = {id(p): p for p in model.parameters()}
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    heads = text.num_attention_heads
+    return ModelSize(
+        parameters=sum(p.numel() for p in parameters.values()),
+        active=sum(p.numel() for p in parameters.values()) - _idle(model, text),
+        embedding=embedding.numel(),
+        head=head.numel(),
+        largest_layer=max(_layers(model), default=0),
+        vocab=head.shape[0],
+        hidden=head.shape[1],
+        layers=text.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        tied=embedding is head,
+    )
+
+
+def _layers(model: Any) -> list[int]:
+    """Parameters of each module that is not split: what ZeRO-3 and FSDP gather at a time."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    return [sum(p.numel() for p in module.parameters()) for module in found]
+
+
+def _idle(model: Any, text: Any) -> int:
+    """Of a mixture of experts the parameters that a token does not pass."""
+    total = next(
+        (n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, name, None))), 0
+    )
+    used = getattr(text, "num_experts_per_tok", None)
+    if not total or not used:
+        return 0
+    of_experts = {id(p): p.numel() for name, p in model.named_parameters() if ".experts." in name}
+    return sum(of_experts.values()) * (total - used) // total
