@@ -45,6 +45,24 @@ def sentence_piece(size: int = 300, texts=MANY) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), pad_token="<unk>", eos_token="</s>")
 
 
+def prepending(size: int = 300) -> PreTrainedTokenizerFast:
+    """Llama 2's layout: a sign of a space before every text, by a normalizer, and a beginning of text of its own."""
+    made = sentence_piece(size)
+    data = json.loads(made.backend_tokenizer.to_str())
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    data["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
+    data["pre_tokenizer"] = None
+    begin, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [made.convert_tokens_to_ids("<s>")], "tokens": ["<s>"]}},
+    }
+    names = {"pad_token": "<unk>", "eos_token": "</s>", "bos_token": "<s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), **names)
+
+
 def save_stranger(folder, tokenizer, seed=2, hidden=48, **options):
     """A teacher of a tokenizer's own, in a folder."""
     tiny_model("llama", vocab_size=len(tokenizer), hidden=hidden, seed=seed, **options).save_pretrained(folder)

@@ -93,6 +93,14 @@ def test_what_cannot_be_averaged_is_refused(tmp_path):
         make(tmp_path, teacher=folders, teacher_weights=WEIGHTS)
 
 
+def test_another_mean_is_another_run(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "rollouts": by_prompt}
+    make(tmp_path, teacher=both(), teacher_weights=WEIGHTS, **options).train()
+    with pytest.raises(ValueError, match="teacher"):
+        other = make(tmp_path, teacher=both(), teacher_weights={"a": 1.0, "b": 3.0}, **options)
+        other.train(str(tmp_path / "checkpoint-1"))
+
+
 def test_coverage_is_the_students_probability_of_the_teachers_best(tmp_path):
     """By hand, of each completion's first token, which is every sixteenth of completions that are shorter."""
     student, teacher = tiny_model(seed=1), tiny_model(seed=2, hidden=48, vocab_size=70)

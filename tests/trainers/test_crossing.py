@@ -8,12 +8,15 @@ from datasets import Dataset
 from oracles_vocabularies import by_matching, by_sorting
 from running import Gradients, by_prompt, general, rows
 from tiny import QUESTIONS, config, prompts, save_tiny, tiny_model
-from tongues import byte_level, save_renumbered, save_stranger, sentence_piece
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tongues import byte_level, prepending, save_renumbered, save_stranger, sentence_piece
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tsdkd import TokenDistillTrainer
 from tsdkd.demo.recreate import make_tokenizer
 from tsdkd.methods import GKD, GOLD, TSDKD, ULD
+from tsdkd.trainers.crossing import Crossing
+from tsdkd.types import Rollouts
 
 BIG = {"max_length": None, "teacher_batch_size": 3}
 
@@ -149,6 +152,53 @@ def test_a_teacher_of_little_context_reads_as_far_as_it_goes(tmp_path):
 
 def short():
     return Dataset.from_dict({"prompt": [q[:60] for q in QUESTIONS[:8]]})
+
+
+def pairs_of(student, teacher, prompt, completion, alignment="text"):
+    """What a teacher reads of a completion of the student's, and which of its tokens are paired."""
+    asked = [tokenizer(prompt)["input_ids"] for tokenizer in (student, teacher)]
+    crossing = Crossing(student, teacher, [student.eos_token_id], None, alignment, (10**6, 10**6))
+    rollouts = Rollouts([asked[0]], [completion], [[1] * len(completion)], teacher_prompt_ids=[asked[1]])
+    read, plan = crossing.pair(rollouts)
+    return teacher.decode(read.completion_ids[0]), plan.pairs[0]
+
+
+@pytest.mark.parametrize("prompt", ["How many apples now?", "How many apples now? ", "How many app", "now?\n"])
+@pytest.mark.parametrize("kind", [prepending, sentence_piece])
+def test_a_family_that_begins_texts_with_a_space_reads_what_was_written(kind, prompt):
+    """A completion alone would begin with a space that is not there, and nothing behind its first token would be paired."""
+    student, teacher = byte_level(), kind()
+    text = "Tom has 12 apples now. Tom buys 4 more."
+    ids = [*student(text)["input_ids"], student.eos_token_id]
+    read, pairs = pairs_of(student, teacher, prompt, ids)
+    assert read.removesuffix("</s>").strip() == text
+    assert len(pairs) >= len(ids) - 1 and pairs[-1] == len(ids) - 1  # "▁T" may reach across the first
+
+
+def test_bytes_that_are_no_character_cost_their_own_tokens_alone():
+    student, teacher = byte_level(), sentence_piece()
+    rest = student(" 12 apples now. Tom buys 4 more.")["input_ids"]
+    stray = student.convert_tokens_to_ids("ð")  # the first byte of four
+    for middle in ([stray], [stray] * 3, student("\ufffd")["input_ids"]):
+        ids = [*student("Tom has")["input_ids"], *middle, *rest, student.eos_token_id]
+        read, pairs = pairs_of(student, teacher, "How many?", ids)
+        assert "12 apples now. Tom buys 4 more." in read and len(pairs) >= len(rest)
+
+
+def test_what_a_student_spells_is_text():
+    student, teacher = byte_level(300, ["a"]), byte_level()
+    ids = [i for letter in "a<end>b" for i in student(letter)["input_ids"]]
+    asked = pairs_of(student, teacher, "Q", ids)[0]
+    assert asked == "a<end>b" and teacher("a<end>b", split_special_tokens=True)["input_ids"].count(1) == 0
+
+
+def test_tokenizers_that_put_spaces_themselves_are_refused():
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    made.train_from_iterator(QUESTIONS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]", "[SEP]"]))
+    wordpiece = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="[SEP]")
+    with pytest.raises(ValueError, match="puts spaces between tokens by itself"):
+        pairs_of(byte_level(), wordpiece, "Q", [70, 71])
 
 
 def test_what_it_learns_is_the_strangers_text(tmp_path):

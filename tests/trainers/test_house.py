@@ -17,7 +17,7 @@ from tsdkd.trainers.trl_seams import TRLTrainer
 
 PACKAGE = Path(tsdkd.__file__).parent
 TESTS = Path(__file__).parents[1]
-SEAM = {"trl_seams.py", "trl_host.py", "engines.py", "loading.py", "token_level.py"}
+SEAM = {"trl_seams.py", "processors.py", "engines.py", "loading.py", "token_level.py"}
 
 
 @pytest.mark.parametrize("folder,most", [("trainers", 250), ("", 420)])

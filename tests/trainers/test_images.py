@@ -106,6 +106,43 @@ def test_it_writes_with_them_and_never_a_place_of_one(tmp_path):
     assert len(reader.table(looked.rows([0])).tokens) == len(looked.completion_ids[0])
 
 
+def test_a_run_goes_on_bit_for_bit_and_a_finished_one_has_what_it_learnt(tmp_path):
+    """transformers writes this family's weights under other names than the model has, and passes them over when it loads."""
+
+    def run(checkpoint=None):
+        trainer = seeing(
+            tmp_path, seen_rows(), rollouts=written, max_steps=3, save_strategy="steps", save_steps=1, learning_rate=1e-2
+        )  # fmt: skip
+        trainer.train(checkpoint and str(tmp_path / checkpoint))
+        return [row["loss"] for row in rows(trainer)], torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    losses, weights = run()
+    for checkpoint in ("checkpoint-1", "checkpoint-3"):
+        again, others = run(checkpoint)
+        assert torch.equal(others, weights) and again == losses
+
+
+def test_rows_in_a_list_hold_pictures_as_people_put_them(tmp_path):
+    """In a column or in the chat, some rows without: the same as a data set's."""
+    questions = QUESTIONS[:8]
+    turns = [[{"role": "user", "content": q}] for q in questions]
+    parts = [[{"type": "image", "image": picture(n)}, {"type": "text", "text": q}] for n, q in enumerate(questions)]
+    given = [
+        seen_rows(),
+        [{"prompt": turn, "image": picture(n)} for n, turn in enumerate(turns)],
+        [{"prompt": [{"role": "user", "content": content}]} for content in parts],
+    ]
+    losses = []
+    for number, data in enumerate(given):
+        trainer = seeing(tmp_path / str(number), data, rollouts=written, max_steps=1, per_device_train_batch_size=8)
+        trainer.train()
+        losses.append(rows(trainer)[0]["loss"])
+    assert losses == [losses[0]] * 3
+    both = [{**given[2][0], "image": picture(0)}] * 8
+    with pytest.raises(ValueError, match="row 0 of train_dataset has images in its prompt and in a column"):
+        seeing(tmp_path / "both", both)
+
+
 def test_text_alone_is_as_before(tmp_path):
     trainer = seeing(tmp_path, prompts(8, chat=True), rollouts=written, max_steps=1)
     trainer.train()
@@ -140,6 +177,15 @@ def test_what_cannot_see_is_refused(tmp_path):
             seeing(tmp_path, **{"data": data, **options})
     with pytest.raises(ValueError, match="has images, and seq_kd trains on given completions"):
         general(tmp_path, "seq_kd", student=tiny_llava(1), teacher=tiny_llava(2), data=data.add_column("completion", ["1"] * 8))
+    with pytest.raises(ValueError, match="a recording holds texts, and these prompts have images"):
+        seeing(tmp_path / "out", data, rollouts=written).record(tmp_path / "recording")
+    texts = data.remove_columns("prompt").add_column("prompt", QUESTIONS[:8])
+    with pytest.raises(ValueError, match="has images, and its prompts are texts"):
+        seeing(tmp_path, texts)
+    other = tiny_llava(2)
+    other.config.image_token_id = 59
+    with pytest.raises(ValueError, match="other ids for the place of one"):
+        seeing(tmp_path, data, teacher=other)
     sounds = [[{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "?"}]}]] * 8
     with pytest.raises(ValueError, match="parts that are neither texts nor images"):
         seeing(tmp_path, Dataset.from_dict({"prompt": sounds}))

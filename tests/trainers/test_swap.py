@@ -143,6 +143,35 @@ def test_a_swapped_teacher_is_recorded(tmp_path):
     assert rows(again)[0]["loss"] == pytest.approx(rows(local)[0]["loss"], rel=1e-6)
 
 
+def test_a_run_with_a_swapped_teacher_goes_on_bit_for_bit(tmp_path):
+    """A checkpoint knows the teacher, whose weights are away when it is written."""
+
+    def go(resume=None, **options):
+        trainer = make(
+            tmp_path, rollouts=by_prompt, teacher_placement="swap", swap_optimizer=True, max_steps=3, save_strategy="steps",
+            save_steps=1, **options,
+        )  # fmt: skip
+        trainer.train(resume and str(tmp_path / resume))
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    whole = go()
+    assert torch.equal(go("checkpoint-1"), whole)
+    with pytest.raises(ValueError, match="teacher"):
+        go("checkpoint-1", teacher=tiny_model(seed=5, hidden=48))
+
+
+def test_a_teacher_object_comes_back_when_it_is_closed(tmp_path):
+    teacher, ids = tiny_model(seed=2, hidden=48), torch.arange(6).unsqueeze(0)
+    before = teacher(ids).logits
+    trainer = make(tmp_path / "a", teacher=teacher, rollouts=by_prompt, teacher_placement="swap")
+    trainer.train()
+    with pytest.raises(ValueError, match=r"are with another trainer, which swaps them: call its teacher\.close\(\)"):
+        make(tmp_path / "b", teacher=teacher)
+    trainer.teacher.close()
+    torch.testing.assert_close(teacher(ids).logits, before)
+    make(tmp_path / "b", teacher=teacher, rollouts=by_prompt, teacher_placement="swap").train()
+
+
 def test_an_adapter_and_a_head_that_is_tied(tmp_path):
     from peft import LoraConfig
 

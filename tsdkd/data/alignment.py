@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_BROKEN = "\ufffd"  # what bytes of an unfinished character are decoded to
-_CONTEXT = 4  # tokens: a character's bytes
 _SPACE = "\u2581"  # SentencePiece's
 
 
 class Pieces:
-    """The text that each token of a completion adds, by one tokenizer.
+    """The text of a tokenizer's tokens, one behind the other, as bytes: a token may hold a part of a character.
 
     Args:
         tokenizer: of transformers.
@@ -20,37 +19,36 @@ class Pieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
+        self._bytes = {i: text.encode() if isinstance(text, str) else text for i, text in texts_of(tokenizer).items()}
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens too, without anyone's tidying up of spaces."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def starts(self, ids: Sequence[int], behind: Sequence[int] = ()) -> tuple[str, list[int | None]]:
-        """The text of ids behind others, and how many characters of it stand before each; None of a token that begins within a
-        character, or behind one that added no text.
+    def starts(self, ids: Sequence[int]) -> tuple[str, list[int | None]]:
+        """The text of ids, and how many characters of it stand before each; None of a token that begins within a character.
+        Bytes that are no character are U+FFFD; an unfinished one at the end is left out.
 
         Example:
             >>> Pieces(tokenizer).starts(tokenizer("1+2")["input_ids"])  # doctest: +SKIP
             ('1+2', [0, 1, 2])
         """
-        text, starts = "", list[int | None]()
-        before = tuple(behind[-_CONTEXT:])  # the tokens whose text came last
-        own = tuple[int, ...]()  # those whose text is still to come
+        decoder, parts, length = codecs.getincrementaldecoder("utf-8")("replace"), list[str](), 0
+        starts = list[int | None]()
         for one in ids:
-            starts.append(None if own else len(text))
-            own = (*own, one)
-            piece = self._piece(before, own)
-            if piece and _BROKEN not in piece:
-                text, before, own = text + piece, own, ()
-        return text, starts
+            begun = bool(decoder.getstate()[0])
+            starts.append(None if begun else length)
+            parts.append(decoder.decode(self._bytes.get(one, b"")))
+            length += len(parts[-1])
+        return "".join(parts), starts
 
-    def _piece(self, before: tuple[int, ...], own: tuple[int, ...]) -> str:
-        """What ids add behind those before them: SentencePiece drops a space at the beginning of a text."""
-        if (before, own) not in self._known:
-            prefix, whole = self.decode(before), self.decode(before + own)
-            self._known[before, own] = whole[len(prefix) :] if whole.startswith(prefix) else self.decode(own)
-        return self._known[before, own]
+    def behind(self, text: str, before: Sequence[str]) -> list[int]:
+        """The ids of a text behind the first of some others from which no token reaches across; alone it would begin with a
+        space in some families."""
+        asked = {"add_special_tokens": False, "split_special_tokens": True}  # what is spelled is text
+        for other in before:
+            ids = list(self.tokenizer(other + text, **asked)["input_ids"])
+            whole, starts = self.starts(ids)
+            for lead in (0, 1):  # a space that the family puts before every text
+                if other and whole[lead:].startswith(other) and lead + len(other) in starts:
+                    return ids[starts.index(lead + len(other)) :]
+        return list(self.tokenizer(text, **asked)["input_ids"])
 
 
 def paired_by_text(ours: tuple[str, Sequence[int | None]], theirs: tuple[str, Sequence[int | None]]) -> list[tuple[int, int]]:
@@ -93,7 +91,7 @@ def same_tokens(student: Any, teacher: Any, ends: tuple[int, int] | None = None)
     """
     mine, their = surfaces(student), surfaces(teacher)
     if ends is not None:
-        mine[ends[0]] = their[ends[1]] = ("end", "")
+        mine[ends[0]] = their[ends[1]] = ("end",)  # like nothing else
     at: dict[Any, int] = {}
     for i in sorted(their):
         at.setdefault(their[i], i)
@@ -106,21 +104,38 @@ def same_tokens(student: Any, teacher: Any, ends: tuple[int, int] | None = None)
     return found
 
 
+def texts_of(tokenizer: Any) -> dict[int, str | bytes]:
+    """What each id of a tokenizer adds to a text: bytes, or a special token's name."""
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    to_bytes = _reader(tokenizer)
+    return {i: token if i in special else to_bytes(token) for token, i in tokenizer.get_vocab().items()}
+
+
 def surfaces(tokenizer: Any) -> dict[int, Any]:
-    """What each id of a tokenizer stands for: the bytes of its text, or a special token's name.
+    """What each id of a tokenizer stands for, as `texts_of`.
 
     A byte that SentencePiece falls back to is left out where an ordinary token is the same.
     """
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    to_bytes = _reader(tokenizer)
-    vocabulary = tokenizer.get_vocab().items()
-    found = {i: ("special", token) if i in special else to_bytes(token) for token, i in vocabulary}
+    found, vocabulary = texts_of(tokenizer), tokenizer.get_vocab().items()
     ordinary = {found[i] for token, i in vocabulary if not _is_fallback(token)}
     return {i: found[i] for token, i in vocabulary if not _is_fallback(token) or found[i] not in ordinary}
 
 
 def _is_fallback(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def is_plain(tokenizer: Any) -> bool:
+    """Whether the text of tokens is their texts one behind the other: not of WordPiece and word-level tokenizers, which put
+    spaces between them."""
+    special = set(tokenizer.all_special_ids)
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    words = [i for token, i in vocabulary if i not in special and token.isalnum() and token.isascii()]
+    if len(words) < 2:
+        return True
+    first, last = words[0], words[-1]
+    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for ids in ([first], [last], [first, last])]
+    return texts[2] == texts[0] + texts[1]
 
 
 def _reader(tokenizer: Any) -> Callable[[str], bytes]:

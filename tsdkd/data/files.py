@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tsdkd.data.completions import joined_parts, kept
+from tsdkd.data.pictures import has_picture, taken_out, with_columns
 from tsdkd.data.rows import parsed_lines, text_of
 
 _JSON = (".jsonl", ".ndjson", ".json")
@@ -157,6 +158,9 @@ def data_set(rows: Sequence[dict[str, Any]], source: str) -> Any:
     columns: dict[str, pyarrow.Array] = {}
     for name in dict.fromkeys(key for row in rows for key in row):
         values = [_kept_as_given(name, row.get(name)) for row in rows]
+        if any(map(has_picture, values)):
+            texts, pictures = taken_out(rows, source)
+            return with_columns(data_set(texts, source), pictures)
         try:
             columns[name] = pyarrow.array(values)
         except UnicodeEncodeError as error:

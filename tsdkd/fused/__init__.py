@@ -210,7 +210,7 @@ def _check_needs(objective: Objective, batch: TokenBatch, teacher_head: Head | N
     if batch.plan is not None and partly and scope == "all" and batch.plan.pairs is None:
         raise ValueError("the objective reads the teacher on every token, but the plan says that it was not read there.")
     if objective.own_vocabularies or batch.paired is not None:
-        _check_crossing(objective)
+        check_crossing(objective)
     for term in objective.active:
         if isinstance(term, SampledTerm) and batch.token_ids is None:
             raise ValueError("the objective reads the sampled tokens, but TokenBatch.token_ids is None: pass their ids.")
@@ -218,8 +218,12 @@ def _check_needs(objective: Objective, batch: TokenBatch, teacher_head: Head | N
             raise ValueError(f"the term {term.name} has no function: the batch lacks what it is made of, or it was left out.")
 
 
-def _check_crossing(objective: Objective) -> None:
-    """Refuse what a teacher of another tokenizer cannot give."""
+def check_crossing(objective: Objective) -> None:
+    """Refuse what a teacher of another tokenizer cannot give.
+
+    Raises:
+        ValueError: which term, and why.
+    """
     for term in objective.active:
         if isinstance(term, RankingTerm):
             raise ValueError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tsdkd.checks import check_choice, check_share, check_weight
+from tsdkd.fused import check_crossing
 from tsdkd.methods.base import DivergenceMethod, State, by_share, cross_entropy
 from tsdkd.types import Divergence, Objective, RolloutSpec, SampledTerm, Term, TokenBatch, VocabularyMap
 
@@ -38,6 +39,8 @@ class CrossTokenizer(DivergenceMethod):
         check_weight("distillation_weight", self.distillation_weight)
         check_weight("cross_entropy_weight", self.cross_entropy_weight)
         check_choice("alignment", self.alignment, ALIGNMENTS)
+        if not self.distillation_weight and not self.cross_entropy_weight:
+            raise ValueError("distillation_weight and cross_entropy_weight are both 0: nothing would be trained.")
         super().__post_init__()
 
     @property
@@ -47,6 +50,7 @@ class CrossTokenizer(DivergenceMethod):
     def across(self, vocabularies: VocabularyMap) -> CrossTokenizer:
         made = copy.copy(self)  # with something that is no option
         object.__setattr__(made, "_across", self.across_of(vocabularies))
+        check_crossing(made.objective())
         return made
 
     def across_of(self, vocabularies: VocabularyMap) -> Divergence:

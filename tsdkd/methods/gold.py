@@ -53,6 +53,8 @@ class GOLD(CrossTokenizer):
         for name in ("matched_weight", "unmatched_weight"):
             if getattr(self, name) is not None:
                 check_weight(name, getattr(self, name))
+        if self.matched_weight == self.unmatched_weight == 0:
+            raise ValueError("matched_weight and unmatched_weight are both 0: nothing of the teacher would be read.")
         super().__post_init__()
 
     def divergence_of(self, state: State | None = None) -> Divergence:

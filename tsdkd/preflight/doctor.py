@@ -271,6 +271,9 @@ def examine(
     Args:
         rights: which of the rows student and teacher solve, where their rows have answers.
     """
+    if trainer.loop.scorer.crossing is not None:
+        said = "the teacher is of another tokenizer: the student's tokens cannot be looked at one by one"
+        return [*context(trainer), *precision(trainer), *disk(trainer), Finding(YELLOW, "probe", said, "watch teacher/paired")]
     reader = Reader(trainer)
     rollouts = reader.rollouts(rows, seed=seed)
     rollouts = rollouts.rows([row for row, length in enumerate(rollouts.lengths) if length])

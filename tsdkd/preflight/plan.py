@@ -190,8 +190,8 @@ def table(made: Plan) -> str:
     lines = [
         f"student     {_count(whole)} parameters, {_kind(run.student_dtype)}{own}; {run.optimizer}",
         f"teacher     {teacher}",
-        f"step        {run.rows} × {run.accumulation} accumulated × {many}, texts of up to {run.length} tokens, {run.completion} of "
-        f"them completion{again}",
+        f"step        {run.rows} × {run.accumulation} accumulated × {many}, texts of up to {run.length} tokens, "
+        f"{run.completion} of them completion{again}",
         f"GPUs        {gpus.count} × {gpus.each.name}, {room}",
         "",
         f"{'placement':<44}{'step 1':>9}{'step 2':>9}   GiB on each GPU; fullest while",

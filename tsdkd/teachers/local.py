@@ -69,6 +69,11 @@ class LocalTeacher:
         device: torch.device,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
+        if any(p.numel() and not p.untyped_storage().nbytes() and not p.is_meta for p in model.parameters()):
+            raise ValueError(
+                "this teacher's weights are with another trainer, which swaps them: call its teacher.close() first, or pass "
+                "the teacher's name."
+            )
         self.model = model.requires_grad_(False).eval()
         self.pad_id = pad_id
         self.batch_size = batch_size

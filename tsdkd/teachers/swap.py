@@ -62,6 +62,8 @@ class Parked:
     def down(self) -> None:
         """Give the device's memory up, its content kept in CPU memory."""
         for storage, copy in zip(self._storages, self._copies, strict=True):
+            if not storage.resizable():
+                continue  # numpy has looked at it meanwhile: it stays
             if self.changes:
                 copy.copy_(storage)
             storage.resize_(0)
@@ -69,8 +71,9 @@ class Parked:
     def up(self) -> None:
         """Take the device's memory again, and its content."""
         for storage, copy in zip(self._storages, self._copies, strict=True):
-            storage.resize_(copy.nbytes())
-            storage.copy_(copy, non_blocking=True)
+            if not storage.nbytes():
+                storage.resize_(copy.nbytes())
+                storage.copy_(copy, non_blocking=True)
         for device in {storage.device for storage in self._storages if storage.device.type == "cuda"}:
             torch.cuda.synchronize(device)  # before the copies are written again
 
@@ -116,7 +119,8 @@ class SwapTeacher(LocalTeacher):
         for tensor in stay:
             tensor.data = tensor.data.to(self.device)
         kept = {id(tensor) for tensor in stay}
-        self._weights = Parked.moved([p for p in model.parameters() if id(p) not in kept], self.device)
+        self._moving = [p for p in model.parameters() if id(p) not in kept]
+        self._weights = Parked.moved(self._moving, self.device)
 
     @property
     def bytes(self) -> int:
@@ -132,6 +136,13 @@ class SwapTeacher(LocalTeacher):
                 yield
             finally:
                 self._weights.down()
+
+    def close(self) -> None:
+        """Give the model its weights back, in CPU memory."""
+        self._weights.up()
+        for parameter in self._moving:
+            parameter.data = parameter.data.to(_CPU, copy=True)
+        self._weights, self._moving = Parked(), []
 
     def hidden(self, rollouts: Rollouts, lengths: Sequence[int]) -> list[torch.Tensor]:
         read = rollouts.first(lengths)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from tsdkd.checks import Problem
-from tsdkd.data.alignment import Pieces, paired_by_position, paired_by_text, same_tokens
+from tsdkd.data.alignment import Pieces, is_plain, paired_by_position, paired_by_text, same_tokens
 from tsdkd.types import ReadPlan, Rollouts, VocabularyMap
+
+_END = 16  # tokens of a prompt that a completion is put behind
 
 
 class Crossing:
@@ -20,14 +22,14 @@ class Crossing:
         ends: the ids that end a completion of the student's, the tokenizer's own first.
         context: the teacher's, tokens; None: it states none.
         alignment: `"text"` or `"position"`.
-        beyond: the ids from which on the teacher has none.
+        beyond: the ids from which on the student and the teacher have none.
 
     Raises:
         ValueError: a teacher's tokenizer without an end, or two that share nothing.
     """
 
     def __init__(
-        self, student: Any, teacher: Any, ends: Sequence[int], context: int | None, alignment: str, beyond: int
+        self, student: Any, teacher: Any, ends: Sequence[int], context: int | None, alignment: str, beyond: tuple[int, int]
     ) -> None:
         self.student, self.teacher = Pieces(student), Pieces(teacher)
         self.ends, self.context, self.alignment = frozenset(ends), context, alignment
@@ -36,7 +38,14 @@ class Crossing:
                 "the teacher's tokenizer has no eos_token, with which the end of a completion is compared: set it and save it."
             )
         self.end = int(teacher.eos_token_id)
-        same = [pair for pair in same_tokens(student, teacher, (ends[0], self.end)) if pair[1] < beyond]
+        for role, tokenizer in (("student", student), ("teacher", teacher)):
+            if not is_plain(tokenizer):
+                raise ValueError(
+                    f"the {role}'s tokenizer puts spaces between tokens by itself ({type(tokenizer).__name__}): where a token "
+                    "begins in the text cannot be told. Take a model with byte-level or SentencePiece tokens."
+                )
+        pairs = same_tokens(student, teacher, (ends[0], self.end))
+        same = [(ours, theirs) for ours, theirs in pairs if ours < beyond[0] and theirs < beyond[1]]
         ours, theirs = (torch.tensor(column, dtype=torch.long) for column in zip(*same, strict=True)) if same else _nothing()
         self.vocabularies = VocabularyMap(ours, theirs, len(teacher.get_vocab()))
 
@@ -51,8 +60,7 @@ class Crossing:
         assert rollouts.teacher_prompt_ids is not None
         completions, masks, pairs = [], [], []
         for row, prompt in enumerate(rollouts.teacher_prompt_ids):
-            written = rollouts.completion_ids[row], rollouts.completion_mask[row]
-            ids, found = self._paired(rollouts.prompt_ids[row], prompt, *written)
+            ids, found = self._paired(prompt, rollouts.completion_ids[row], rollouts.completion_mask[row])
             completions.append(ids)
             masks.append([0] * len(ids))
             for _, theirs in found:
@@ -63,20 +71,14 @@ class Crossing:
         whole = Rollouts(rollouts.teacher_prompt_ids, completions, masks, teachers=rollouts.teachers)
         return whole, plan
 
-    def _paired(
-        self, asked: list[int], prompt: list[int], completion: list[int], mask: list[int]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """The teacher's ids of a completion, and pairs of (the student's trained token, the teacher's token), from 0.
-
-        Args:
-            asked, prompt: what the student and what the teacher reads before it.
-        """
+    def _paired(self, prompt: list[int], completion: list[int], mask: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The teacher's ids of a completion, and pairs of (the student's trained token, the teacher's token), from 0."""
         if not any(mask):
             return [self.end], []
         ended = completion[-1] in self.ends
-        text, starts = self.student.starts(completion[:-1] if ended else completion, asked)
+        text, starts = self.student.starts(completion[:-1] if ended else completion)
         own = self._ids(prompt, text)
-        their_text, their_starts = self.teacher.starts(own, prompt)
+        their_text, their_starts = self.teacher.starts(own)
         if ended:
             own, starts, their_starts = [*own, self.end], [*starts, len(text)], [*their_starts, len(their_text)]
         room = len(own) if self.context is None else max(1, self.context - len(prompt))
@@ -89,12 +91,11 @@ class Crossing:
         return own, [(number[ours], theirs) for ours, theirs in found if ours in number]
 
     def _ids(self, prompt: list[int], text: str) -> list[int]:
-        """A text behind a prompt in the teacher's tokens: as of the whole, unless a token would reach across."""
-        tokenizer = self.teacher.tokenizer
-        whole = tokenizer(self.teacher.decode(prompt) + text, add_special_tokens=False)["input_ids"]
-        if list(whole[: len(prompt)]) == list(prompt):
-            return list(whole[len(prompt) :])
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        """A text behind a prompt in the teacher's tokens: as behind the prompt's end, or, where a token would reach across,
+        behind a line's."""
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        end = self.teacher.tokenizer.decode(prompt[-_END:], **options)
+        return self.teacher.behind(text, (end, "\n"))
 
 
 def _nothing() -> tuple[torch.Tensor, torch.Tensor]:

@@ -211,4 +211,6 @@ def repetition(ids: Sequence[int], size: int = 3) -> float:
 def watch(trainer: Any) -> Health:
     """A trainer's."""
     norms = lambda: {name: float(norm) for name, norm in trainer.loop.loss.norms.items()}  # noqa: E731
-    return Health(norms, action=trainer.args.on_trouble, uniform=math.log(trainer.vocab_size))
+    crossing = trainer.loop.scorer.crossing
+    tokens = trainer.vocab_size if crossing is None else crossing.vocabularies.tokens
+    return Health(norms, action=trainer.args.on_trouble, uniform=math.log(tokens))

@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from tsdkd.provenance import redacted
+from tsdkd.teachers.swap import SwapTeacher
 from tsdkd.trainers.host import batch_rows
 
 # What a run that goes on may change, and is told of.
@@ -94,7 +96,7 @@ def digest_of_weights(model: Any, trained: bool | None = None) -> str:
         if trained is not None and parameter.requires_grad != trained:
             continue
         share = getattr(parameter, "ds_tensor", parameter).detach().flatten()
-        some = share[:: max(1, share.numel() // 32)][:32].float().cpu()
+        some = share[:: max(1, share.numel() // 32)][:32].float().cpu().clone()  # numpy would hold the weights' own memory
         made.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return made.hexdigest()[:16]
 
@@ -113,15 +115,22 @@ def _stable(value: Any) -> str:
 
 def _teacher_of(trainer: Any) -> str:
     if trainer.setup.several:
-        return json.dumps({name: _shown(one.model) for name, one in trainer.setup.several.items()})
+        teachers = trainer.teacher.teachers
+        named = {name: _shown(one.model, teachers[name]) for name, one in trainer.setup.several.items()}
+        weights = {"weights": trainer.args.teacher_weights} if trainer.args.teacher_weights else {}
+        return json.dumps({**named, **weights})
     if trainer.teacher_model is not None and trainer.args.teacher_placement in ("local", "swap"):
-        return _shown(trainer.teacher_model)
+        return _shown(trainer.teacher_model, trainer.teacher)
     decay = f", {trainer.args.ema_decay}" if trainer.setup.teaches_itself and trainer.args.self_teacher == "ema" else ""
     return f"{trainer.loop.names['teacher']}{decay}" if trainer.teacher is not None else "none"
 
 
-def _shown(teacher: Any) -> str:
-    return teacher if isinstance(teacher, str) else f"{shape_of(teacher)}, {digest_of_weights(teacher)}"
+def _shown(model: Any, teacher: Any) -> str:
+    """A teacher's name, or what its model is; one that is swapped is asked while it is there."""
+    if isinstance(model, str):
+        return model
+    with teacher.up() if isinstance(teacher, SwapTeacher) else nullcontext():
+        return f"{shape_of(model)}, {digest_of_weights(model)}"
 
 
 def digest_of_rows(rows: Any) -> str:

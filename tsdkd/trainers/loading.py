@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
+from safetensors import safe_open
 from transformers.integrations import deepspeed as integration
 
 from tsdkd.teachers.heads import without_adapter_wrapper
@@ -28,6 +30,34 @@ def loading_under(config: dict[str, Any] | None) -> Iterator[None]:
         integration.unset_hf_deepspeed_config()
         if before is not None:
             integration.set_hf_deepspeed_config(before)
+
+
+def load_renamed(trainer: Any, folder: str | None) -> bool:
+    """Load a checkpoint whose names are not the model's own, which transformers writes for some families (multimodal models,
+    experts that it holds in one piece) and its trainer passes over without a word; whether it was one.
+
+    Raises:
+        ValueError: it lacks weights of the model.
+    """
+    if folder is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return False
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    own = set(model.state_dict())
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names |= set(opened.keys())
+    if not files or hasattr(model, "peft_config") or names <= own:
+        return False
+    fresh, told = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    missing = sorted(told.get("missing_keys") or ())
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} weights of the student ({', '.join(missing[:3])}, …): it is of another."
+        )
+    model.load_state_dict(fresh.state_dict())
+    return True
 
 
 def restore_buffers(model: Any, dtype: Any) -> None:

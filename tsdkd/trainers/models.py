@@ -28,7 +28,7 @@ def fingerprint_of(model: Any) -> str:
     with gathered(parameter):
         weight = parameter.detach()
         shape = [config.model_type, list(weight.shape), getattr(config, "num_hidden_layers", None)]
-        some = weight[:: max(1, len(weight) // 16), :8].float().cpu().numpy().tobytes()
+        some = weight[:: max(1, len(weight) // 16), :8].float().cpu().clone().numpy().tobytes()
     return hashlib.sha256(json.dumps(shape).encode() + some).hexdigest()[:16]
 
 

@@ -36,6 +36,8 @@ def check_recordable(trainer: Any, folder: Path) -> None:
         raise ValueError("a recording holds one teacher's head: record each teacher's rows apart.")
     if trainer.loop.scorer.crossing is not None:
         raise ValueError("a recording holds a state of the teacher for each token, and this one is of another tokenizer.")
+    if trainer.setup.sees:
+        raise ValueError("a recording holds texts, and these prompts have images: train on them with the teacher itself.")
     if trainer.tools:
         raise ValueError("completions that call tools cannot be recorded: leave tools out.")
 

@@ -94,7 +94,7 @@ def teacher_of(trainer: Any, setup: Setup, room: Room | None = None) -> Here:
         context = getattr(setup.teacher_config.get_text_config(), "max_position_embeddings", None)
         refuse(crossing_problems(args, setup.has_tools))
         ends = sorted(trainer.eos_token_ids, key=lambda end: end != trainer.tokenizer.eos_token_id)
-        more = ends, context, setup.method.alignment, placed.vocab_size
+        more = ends, context, setup.method.alignment, (own, placed.vocab_size)
         return Here(placed.teacher, own, **found, crossing=Crossing(trainer.tokenizer, tokenizer, *more))
     size = _shared(trainer, own, placed.vocab_size, None if tokenizer is None else tokenizer.get_vocab())
     placed.check(trainer.tokenizer, size)
@@ -138,13 +138,13 @@ def _several(trainer: Any, alone: Mapping[str, Here], room: Callable[[], Abstrac
     sizes: dict[str | None, int] = {name: size for name, here in alone.items() for size in here.sizes.values()}
     weights = trainer.args.teacher_weights
     if weights:
-        templates = {getattr(tokenizer, "chat_template", None) for tokenizer in tokenizers.values()}
+        templates = {tokenizer.chat_template for tokenizer in tokenizers.values() if tokenizer is not None}
         if len(templates) > 1:
             raise ValueError(
                 "teachers whose chat templates differ were to be averaged: they would read different prompts. Give them one "
                 "template, or let rows name their teacher."
             )
-        first = next(iter(tokenizers.values()))
+        first = next((tokenizer for tokenizer in tokenizers.values() if tokenizer is not None), None)
         return Here(AverageTeacher(teachers, weights, time, room), size, models, {None: first}, {None: min(sizes.values())})
     return Here(SeveralTeachers(teachers, most, time, room), size, models, tokenizers, sizes)
 

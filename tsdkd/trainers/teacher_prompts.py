@@ -136,7 +136,7 @@ class TeacherPrompts:
             rows = self._asked(rows)
             if not {COLUMN, IDS} & rows[0].keys():
                 return None
-            what = f"the teacher_prompt of row {{}} of {role} cannot be rendered for the teacher"
+            what = f"the {'prompt' if self.by_prompt else COLUMN} of row {{}} of {role} cannot be rendered for the teacher"
             found = row_by_row(lambda some: self.ids(some) or [], rows, start, what)
             empty = [row for row, ids in enumerate(found, start) if not ids]
             if empty:

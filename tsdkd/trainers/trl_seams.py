@@ -1,39 +1,110 @@
-"""The one subclass of TRL's trainer. Private names of TRL and transformers stand here, in its base `trl_host.py`, in
-`engines.py` and in `loading.py`, and nowhere else; `tests/trainers/test_trl_seam.py` compares the signatures relied on, so that
-an upgrade of TRL fails in one clear line.
+"""The one subclass of TRL's trainer. Private names of TRL and transformers stand here, in `engines.py`, `processors.py`
+and `loading.py`, and nowhere else; `tests/trainers/test_trl_seam.py` compares the signatures relied on, so that an upgrade of
+TRL fails in one clear line.
 """
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from trl import DistillationTrainer
 
 from tsdkd.data.prompts import COLUMNS
 from tsdkd.rollouts import as_asked
-from tsdkd.trainers.engines import EpochSampler, InHand, asked_of_optimizer, without_repeats
+from tsdkd.teachers import gathered
+from tsdkd.trainers.engines import EpochSampler, Generation, InHand, asked_of_optimizer, without_repeats
+from tsdkd.trainers.loading import load_renamed
 from tsdkd.trainers.loop import Loop
+from tsdkd.trainers.processors import drawn_of, rendering_of, seen_by
 from tsdkd.trainers.random_state import random_state_kept
 from tsdkd.trainers.saving import Saving
 from tsdkd.trainers.step import Step
-from tsdkd.trainers.trl_host import TRLHost
-from tsdkd.trainers.vision import messages, prepared, refuse_images_of_tools
+from tsdkd.trainers.vision import messages, places_of_images, prepared, refuse_images_of_tools
 from tsdkd.types import Rollouts
 
 
-class TRLTrainer(TRLHost):
+class TRLTrainer(DistillationTrainer):
     """TRL's generation, tools, PEFT, accumulation and logging, handing its few moments to `self.loop`; it is the `Host`."""
 
     loop: Loop
+    generation: Generation
     saving: Saving
     epoch_in_hand = 0
     stopped_by: int | None = None  # the signal that ended the last run
+    vocab_size: int
     train_dataset: Any
     eval_dataset: Any
     _in_hand: InHand
     _buffered_inputs: Any
     _signature_columns: list[str]
+    rendering = functools.cached_property(rendering_of)
+    vision, drawn = seen_by, drawn_of
+
+    @property
+    def mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @property
+    def training(self) -> bool:
+        return self.is_in_train
+
+    @property
+    def step(self) -> int:
+        return self.state.global_step
+
+    @property
+    def micro_step(self) -> int:
+        return self._step % self.args.gradient_accumulation_steps
+
+    @property
+    def max_steps(self) -> int:
+        return self.state.max_steps
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    @property
+    def eos_ids(self) -> list[int]:
+        own = self._tokenizer.eos_token_id  # a list may begin with an end that the model never writes
+        return sorted((end for end in self.eos_token_ids if end < self.vocab_size), key=lambda end: end != own)
+
+    @property
+    def unknown_ids(self) -> list[int]:
+        known = set(self._tokenizer.get_vocab().values()) - places_of_images(self.model.config)
+        return [i for i in range(self.vocab_size) if i not in known]
+
+    def tokenize(self, prompts: list) -> list[list[int]]:
+        return self.rendering.prompts(prompts)
+
+    def student(self) -> AbstractContextManager[Any]:
+        return self.generation.student()
+
+    def rollout_engine(self) -> AbstractContextManager[Any]:
+        return self.generation.engine()
+
+    def gathered_heads(self, *models: Any) -> AbstractContextManager[None]:
+        heads = [model.get_output_embeddings() for model in models]
+        return gathered(*(p for head in heads for p in (head.weight, getattr(head, "bias", None))))
+
+    def any_process(self, flag: bool) -> bool:
+        up = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(up, reduction="sum").item())
+
+    def load_weights(self, checkpoint: str) -> None:
+        if not load_renamed(self, checkpoint):
+            self._load_from_checkpoint(checkpoint)
+
+    def _load_best_model(self):
+        if not load_renamed(self, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def save_now(self) -> None:
+        self._save_checkpoint(self.model, trial=None)
 
     # ------------------------------------------------------------------ generation
 
@@ -156,6 +227,7 @@ class TRLTrainer(TRLHost):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self.loop.begin(max_steps)  # before a checkpoint's state is loaded
+        load_renamed(self, resume_from_checkpoint)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):

@@ -9,7 +9,7 @@ import torch
 from trl.data_utils import prepare_multimodal_messages
 
 from tsdkd.checks import Problem
-from tsdkd.data.prompts import IMAGES, has_images
+from tsdkd.data.prompts import IMAGES, are_chats, has_images
 from tsdkd.data.rendering import chat_of
 from tsdkd.data.teacher_prompts import has_teacher_prompts
 from tsdkd.trainers.setup import Setup
@@ -80,6 +80,13 @@ def images_can_be_read(setup: Setup) -> Iterator[Problem]:
     if not given or not sees(setup.student_config):
         return  # of a student that reads text alone it is told with the prompts
     where = given[0]
+    for role in given:
+        if not are_chats(setup.sets[role]):
+            yield Problem(
+                f"{role} has images, and its prompts are texts",
+                "a chat says where an image stands",
+                "make them chats: prompt_as_chat, or [{'role': 'user', 'content': text}]",
+            )
     parts = setup.apart.values() if setup.teacher is not None else ()
     for part in parts:
         if not sees(part.teacher_config):
@@ -87,6 +94,12 @@ def images_can_be_read(setup: Setup) -> Iterator[Problem]:
                 f"{where} has images, and the teacher reads text alone",
                 "both models read one prompt",
                 "take a multimodal teacher of the student's family",
+            )
+        elif places_of_images(part.teacher_config) != places_of_images(setup.student_config):
+            yield Problem(
+                f"{where} has images, and student and teacher have other ids for the place of one",
+                "both read one prompt's ids",
+                "take a teacher of the student's family",
             )
         if part.args.teacher_placement == "server":
             yield Problem(
