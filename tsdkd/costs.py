@@ -55,6 +55,15 @@ class ModelSize:
         return rows * (2 * self.backbone * lengths + attention)
 
 
+def least_bytes(
+    student: ModelSize, width: int, teacher: ModelSize | None = None, teacher_width: int = 2, trained: bool = True
+) -> int:
+    """What a run holds on a GPU at the least, beside activations: both models whole, and of a student whose weights are all
+    trained its gradients and Adam's two states. `width` is bytes a number."""
+    own = student.parameters * width * (4 if trained else 1)
+    return own + (0 if teacher is None else teacher.parameters * teacher_width)
+
+
 @dataclass(frozen=True)
 class StepShape:
     """An optimizer step, over all processes.

@@ -54,8 +54,17 @@ def run_of(config: Any, model: Any) -> Any:
     reads = config.build_method().reads_teacher and named != SELF
     if reads and named is None:
         raise ValueError("no teacher was given: pass --teacher NAME_OR_PATH (teacher_model_name_or_path in YAML).")
-    student = config_of(model.model_name_or_path, "student", config)
-    teacher = config_of(named, "teacher", config) if reads else None
+
+    def read(name: str, role: str) -> Any:
+        try:
+            return config_of(name, role, config)
+        except ValueError as error:
+            raise ValueError(
+                f"the {role} {name}: {str(error).splitlines()[0]} Pass the folder or the name of a model."
+            ) from error
+
+    student = read(model.model_name_or_path, "student")
+    teacher = read(named, "teacher") if reads else None
     given = (config.model_init_kwargs or {}).get("dtype", model.dtype)
     ours = _dtype(given) or torch.float32
     their = (config.teacher_model_init_kwargs or {}).get("dtype", "auto")

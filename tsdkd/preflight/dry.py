@@ -26,8 +26,8 @@ class Pass:
     """Bytes beside the weights (and gradients that are there already).
 
     Attributes:
-        forward: alive when the forward pass has ended.
-        peak: the most during forward, loss and backward.
+        forward: alive when the forward pass has ended, what the loss leaves for the backward pass with it.
+        peak: the most during forward and backward, without what the loss takes for a while.
         gradients: what the backward pass leaves.
     """
 
@@ -37,35 +37,21 @@ class Pass:
 
 
 class _Loss(torch.autograd.Function):
-    """The fused loss as far as its memory goes: chunk buffers that come and go, and the gradients that it leaves."""
+    """The fused loss as far as what it leaves goes: the gradients of hidden states and head, in float32 or better."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, tokens: int, vocab: int, shared: Loss) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         work = torch.promote_types(torch.float32, hidden.dtype)
         ctx.hidden = torch.zeros(hidden.shape, dtype=work)
         ctx.weight = torch.zeros(weight.shape, dtype=work) if weight.requires_grad else None
         ctx.dtypes = hidden.dtype, weight.dtype
-        chunk = min(shared.chunk, tokens)
-        logits = [torch.empty(chunk, vocab, dtype=hidden.dtype) for _ in range(2 if shared.teacher else 1)]
-        block = min(shared.block, chunk)
-        spares = [torch.empty(block, vocab, dtype=work) for _ in range(6)]
-        del logits, spares
         return hidden.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         hidden, weight, ctx.hidden, ctx.weight = ctx.hidden, ctx.weight, None, None
         ours, theirs = ctx.dtypes
-        return hidden.to(ours), None if weight is None else weight.to(theirs), None, None, None
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What the fused loss holds: tokens of a chunk and of a block of it, and whether a teacher's logits stand beside."""
-
-    chunk: int
-    block: int
-    teacher: bool
+        return hidden.to(ours), None if weight is None else weight.to(theirs)
 
 
 def _of_depth(config: Any, layers: int) -> Any:
@@ -99,8 +85,6 @@ def student_pass(
     length: int,
     completion: int,
     dtype: torch.dtype,
-    loss: Loss,
-    vocab: int,
     autocast: torch.dtype | None = None,
     checkpointing: bool = False,
     accumulates: bool = False,
@@ -110,7 +94,6 @@ def student_pass(
     """Forward, loss and backward of a micro-batch of `rows` texts of `length` tokens, `completion` of them trained on.
 
     Args:
-        vocab: the ids that both models have.
         autocast: the dtype of mixed precision; None is none.
         accumulates: gradients of an earlier micro-batch are there.
         adapt: puts an adapter on a model.
@@ -134,7 +117,7 @@ def student_pass(
                     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
                         hidden = _states(model, ids, mask).flatten(0, 1)[where]
                         weight = model.get_output_embeddings().weight
-                        value = _Loss.apply(hidden, weight, rows * completion, vocab, loss)
+                        value = _Loss.apply(hidden, weight)
                     kept = live.now() - before
                     del hidden
                     value.backward()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tsdkd.costs import ModelSize
-from tsdkd.preflight.dry import Loss, Pass, reading_pass, student_pass
+from tsdkd.preflight.dry import Pass, reading_pass, student_pass
 from tsdkd.trainers.sizes import empty_model, size_of
 
 # Bytes of an optimizer's state for each trained parameter, in units of the parameter's own dtype, or in bytes.
@@ -36,7 +36,8 @@ class Run:
         adapt: puts an adapter on a model; None: all weights are trained.
         vllm: the share of a GPU that a vLLM of this process takes; None: transformers writes.
         vllm_sleeps: it gives that back while a step is computed.
-        chunk, block: tokens whose logits stand in memory at a time, and whose float32 copies do.
+        chunk, block: tokens whose logits stand in memory at a time, and whose float32 copies do; None: what the loss chooses on
+            a GPU from the memory that is free, and all of them.
         attention: the student's implementation.
     """
 
@@ -55,8 +56,8 @@ class Run:
     adapt: Callable[[Any], Any] | None = None
     vllm: float | None = None
     vllm_sleeps: bool = True
-    chunk: int = 2048
-    block: int = 2048
+    chunk: int | None = None
+    block: int | None = None
     attention: str | None = None
 
     @functools.cached_property
@@ -75,15 +76,12 @@ class Run:
     @functools.cached_property
     def student_pass(self) -> Pass:
         """A micro-batch's forward, loss and backward."""
-        ours, theirs = self.sizes
         return student_pass(
             self.student,
             rows=self.rows,
             length=self.length,
             completion=self.completion,
             dtype=self.student_dtype,
-            loss=Loss(self.chunk, self.block, theirs is not None),
-            vocab=ours.vocab if theirs is None else min(ours.vocab, theirs.vocab),
             autocast=self.autocast,
             checkpointing=self.checkpointing,
             accumulates=self.accumulation > 1,
@@ -208,8 +206,11 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
             parts["teacher"], reads = teacher, run.teacher_pass.peak
         parts["teacher's hidden states"] = hidden
     step = run.student_pass
+    resting = held + optimizer + parts.get("teacher", 0) + hidden + kept_gradients + buckets + step.forward
+    loss = _loss_bytes(run, ours, theirs, gpu_bytes - resting)
     came = 0 if theirs is None else run.rows * run.completion * theirs.hidden * run.teacher_dtype.itemsize
-    activations = step.peak - (0 if run.accumulation > 1 else gradients)  # the first backward pass makes the gradients
+    backward = step.peak - (0 if run.accumulation > 1 else gradients)  # the first backward pass makes the gradients
+    activations = max(backward, step.forward + loss - (0 if run.accumulation > 1 else kept_gradients))
     rollout = _rollout(run, ours, gpu_bytes)
     parts |= {"activations and loss": activations + came, "rollout": rollout}
     asleep = 0 if run.vllm is None or run.vllm_sleeps else int(run.vllm * gpu_bytes)
@@ -229,6 +230,22 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
         return made
 
     return Memory(parts, (phases(0), phases(optimizer)))
+
+
+_MOST, _LEAST, _COPIES = 2048, 16, 6  # as `fused.chunks` and `fused.tiles_torch` have it on a GPU
+
+
+def _loss_bytes(run: Run, ours: ModelSize, theirs: ModelSize | None, free: float) -> int:
+    """What the fused loss takes for a while: a chunk's logits of both models, and float32 copies of them."""
+    vocab = ours.vocab if theirs is None else min(ours.vocab, theirs.vocab)
+    width = (run.autocast or run.student_dtype).itemsize
+    chunk = run.chunk
+    if chunk is None:
+        affordable = _MOST if free == float("inf") else int(max(0, free) // 10 // (2 * vocab * width))
+        chunk = max(_LEAST, min(_MOST, affordable))
+    chunk = min(chunk, run.rows * run.completion)
+    block = min(chunk, run.block or chunk)
+    return vocab * ((2 if theirs is not None else 1) * chunk * width + _COPIES * block * 4)
 
 
 def _rollout(run: Run, ours: ModelSize, gpu_bytes: float) -> int:

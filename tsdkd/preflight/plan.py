@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ class GPUs:
             return cls(count, GPU(f"{float(what):g} GiB", float(what), 0.0, 0.0))
         named = what.upper().replace(" ", "-").removeprefix("NVIDIA-")
         bare = lambda name: name.upper().replace("-", "")  # noqa: E731
-        like = [gpu for name, gpu in known_gpus().items() if bare(named) in bare(name)]
+        ends = lambda name: bare(name).startswith(bare(named)) or bare(name).endswith(bare(named))  # noqa: E731
+        like = [gpu for name, gpu in known_gpus().items() if len(named) > 2 and ends(name)]
         if not like:
             raise ValueError(f"--gpus {text!r}: {what} is not known; known: {names}. Or give its memory: {count}x80.")
         return cls(count, max(like, key=lambda gpu: gpu.memory))
@@ -72,7 +74,7 @@ class Plan:
         asked: that of the options' own `teacher_placement`; None where it cannot be started so.
         flops: of a step by part.
         seconds: the roofline of each part on these GPUs; empty where their speed is not known.
-        knob: the one change with which the simplest placement that does not fit would; None where all fit or none helps.
+        knob: the one change with which the nearest placement that does not fit would; None where all fit or none helps.
     """
 
     run: Run
@@ -112,10 +114,19 @@ def _changes(run: Run) -> list[tuple[str, Run]]:
         made.append((told, run.but(rows=rows, accumulation=accumulated)))
     if run.vllm is not None and not run.vllm_sleeps:
         made.append(("vllm_enable_sleep_mode: true", run.but(vllm_sleeps=True)))
+    if run.adapt is None and find_spec("peft") is not None:
+        made.append(("use_peft: true, lora_target_modules: all-linear (an adapter)", run.but(adapt=_adapted)))
     if run.student_dtype == torch.float32 and run.adapt is None:
         made.append(("optim: adamw_8bit", run.but(optimizer="adamw_8bit")))
         made.append(("dtype: bfloat16 (the student's; updates below its unit are lost)", run.but(student_dtype=torch.bfloat16)))
     return made
+
+
+def _adapted(model: Any) -> Any:
+    """A model with a LoRA adapter on all its linear layers."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def plan(run: Run, gpus: GPUs, command: Callable[[Placement, int], str] | None = None) -> Plan:
@@ -152,7 +163,7 @@ def _seconds(run: Run, gpus: GPUs, shape: StepShape, flops: dict[str, float]) ->
         "rollout": rollout_bytes(ours, shape, width, run.rows * run.accumulation * gpus.count),
         "teacher": 0.0 if theirs is None else theirs.active * run.teacher_dtype.itemsize * shape.rows / run.teacher_rows,
         "student": 3.0 * ours.active * width * shape.rows / run.rows,
-        "loss": (ours.head * width + (0 if theirs is None else theirs.head * 2)) * shape.tokens / run.chunk,
+        "loss": (ours.head * width + (0 if theirs is None else theirs.head * 2)) * shape.tokens / 2048,
     }
     share = gpus.count
     weights_each_time = ("rollout",)  # every GPU reads all weights for each of its tokens
@@ -163,14 +174,12 @@ def _seconds(run: Run, gpus: GPUs, shape: StepShape, flops: dict[str, float]) ->
 
 
 def _knob(run: Run, gpus: GPUs, options: Sequence[Option], room: float) -> tuple[Placement, str] | None:
-    """The one change that lets the simplest of what does not fit fit."""
+    """The one change that lets one of those that do not fit fit, the nearest first."""
     lacking = [option for option in options if not option.fits]
-    if not lacking:
-        return None
-    simplest = min(lacking, key=lambda option: option.memory.peak) if len(lacking) == len(options) else lacking[0]
-    for told, changed in _changes(run):
-        if memory_of(changed, simplest.placement, gpus.count, room).peak <= USABLE * room:
-            return simplest.placement, told
+    for option in sorted(lacking, key=lambda option: option.memory.peak):
+        for told, changed in _changes(run):
+            if memory_of(changed, option.placement, gpus.count, room).peak <= USABLE * room:
+                return option.placement, told
     return None
 
 

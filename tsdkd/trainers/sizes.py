@@ -8,8 +8,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from tsdkd.costs import ModelSize
+from tsdkd.costs import GIB, ModelSize, least_bytes
 from tsdkd.teachers.heads import text_config
+from tsdkd.teachers.sources import dtype_of
+from tsdkd.trainers.host import once_a_run
+from tsdkd.trainers.setup import Setup
+
+logger = once_a_run(__name__)
 
 
 def empty_model(config: Any, **options: Any) -> Any:
@@ -73,3 +78,37 @@ def _idle(model: Any, text: Any) -> int:
         return 0
     of_experts = {id(p): p.numel() for name, p in model.named_parameters() if ".experts." in name}
     return sum(of_experts.values()) * (total - used) // total
+
+
+def tell_if_too_large(setup: Setup, memory: int | None = None, adapter: bool = False) -> str:
+    """Warn, before anything is loaded, of models that cannot fit a GPU whatever the batch is; what is said, or nothing.
+
+    Args:
+        memory: of a GPU, bytes; None: this machine's, nothing without one.
+        adapter: an adapter alone is trained.
+    """
+    args = setup.args
+    if memory is None:
+        memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    sharded = args.deepspeed or args.fsdp or setup.quantization is not None or (args.model_init_kwargs or {}).get("device_map")
+    if memory is None or sharded or setup.several:
+        return ""
+    here = setup.teacher is not None and not setup.teaches_itself and args.teacher_placement == "local"
+    if here and "quantization_config" in (args.teacher_model_init_kwargs or {}):
+        return ""
+    try:
+        ours, theirs = size_of(setup.student_config), size_of(setup.teacher_config) if here else None
+    except ValueError:
+        return ""  # which is told of by itself
+    given = dtype_of((args.model_init_kwargs or {}).get("dtype")), dtype_of((args.teacher_model_init_kwargs or {}).get("dtype"))
+    named = [kind if isinstance(kind, torch.dtype) else None for kind in (*given, getattr(setup.teacher_config, "dtype", None))]
+    own, their = named[0] or torch.float32, named[1] or named[2] or torch.float32
+    least = least_bytes(ours, own.itemsize, theirs, their.itemsize, trained=not adapter)
+    if least <= memory:
+        return ""
+    told = (
+        f"the models, gradients and Adam's states take {least / GIB:.1f} GiB at the least, and the GPU has {memory / GIB:.1f}: "
+        "`tsdkd plan` with the same flags says which placement fits."
+    )
+    logger.warning(told)
+    return told

@@ -42,6 +42,7 @@ from tsdkd.trainers.run_record import RunRecord
 from tsdkd.trainers.saving import Saving
 from tsdkd.trainers.setup import Setup, chosen_method
 from tsdkd.trainers.setup_checks import OF_DATA, problems
+from tsdkd.trainers.sizes import tell_if_too_large
 from tsdkd.trainers.sources import student_of
 from tsdkd.trainers.teacher_of import teacher_of
 from tsdkd.trainers.trl_seams import TRLTrainer
@@ -99,6 +100,7 @@ class TokenDistillTrainer(TRLTrainer):
         data = train_dataset, eval_dataset, pretraining_dataset
         setup = Setup.of(args, self.method, model, teacher_model, *data, **more)
         refuse(problems(setup))
+        tell_if_too_large(setup, adapter=kwargs.get("peft_config") is not None)
         self.setup, self.saving = setup, Saving(self)
         recording, train_dataset, eval_dataset = setup.recording, setup.train_dataset, setup.eval_dataset
         if recording is not None:

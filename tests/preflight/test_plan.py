@@ -1,0 +1,213 @@
+"""`tsdkd plan`: sizes against models that are there, bytes against those of runs, FLOPs against torch's own counter."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from live import LiveBytes
+from peft import LoraConfig, get_peft_model
+from running import make
+from tiny import FAMILIES, QUESTIONS, config, prompts, save_tiny, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig, Qwen2Config
+
+from tsdkd.cli import main
+from tsdkd.costs import GIB, StepShape, flops_of, gpu_named, known_gpus, rollout_bytes
+from tsdkd.demo.recreate import make_tokenizer
+from tsdkd.preflight.memory import Placement, Run, memory_of
+from tsdkd.preflight.plan import GPUs, plan
+from tsdkd.trainers.sizes import size_of, tell_if_too_large
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+
+
+def paper():
+    """The paper's pair: Qwen2.5 1.5B and 14B."""
+    student = Qwen2Config(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    teacher = Qwen2Config(
+        vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    teacher.tie_word_embeddings = False
+    return student, teacher
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_sizes_are_those_of_the_model(family, tied):
+    model = tiny_model(family, hidden=48, tie_word_embeddings=tied)
+    size = size_of(model.config)
+    assert size.parameters == size.active == sum(p.numel() for p in model.parameters())
+    assert (size.vocab, size.hidden, size.layers, size.tied) == (64, 48, 2, tied)
+    assert size.largest_layer == sum(p.numel() for p in model.model.layers[0].parameters())
+
+
+def test_of_a_mixture_a_token_passes_its_experts_alone():
+    mixture = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    size, experts = size_of(mixture), 2 * 8 * 3 * 32 * 64
+    assert size.parameters - size.active == experts * 6 // 8
+
+
+def test_the_papers_pair_is_counted_to_the_parameter():
+    student, teacher = map(size_of, paper())
+    assert (student.parameters, teacher.parameters) == (1_543_714_304, 14_770_033_664)
+
+
+CASES = {
+    "local": ("local", {}),
+    "accumulated": ("local", {"gradient_accumulation_steps": 2}),
+    "recomputed": ("local", {"gradient_checkpointing": True}),
+    "swapped": ("swap", {}),
+    "swapped with the optimizer": ("swap", {"swap_optimizer": True}),
+    "adapter": ("local", {"peft_config": LORA}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_those_of_a_run(tmp_path, case):
+    """Weights, gradients and optimizer exact; the peak of two steps, by the bytes of all live tensors, within 15 %."""
+    where, options = CASES[case]
+    given, length = copy.deepcopy(options), 100
+    student = tiny_model(seed=1, hidden=96, positions=256)
+    own, teacher = copy.deepcopy(student.config), tiny_model(seed=2, hidden=128, positions=256, num_hidden_layers=3)
+    trainer = make(
+        tmp_path, student=student, teacher=teacher, data=prompts(16), max_length=None, max_completion_length=length,
+        rollouts=lambda ids: [5 + t % 50 for t in range(length)],
+        max_steps=2, teacher_placement=where, teacher_batch_size=2, logging_steps=10, **given,
+    )  # fmt: skip
+    room = getattr(trainer.teacher, "room", None)
+
+    def apart():
+        parked = () if room is None else (trainer.teacher._weights, room._weights, room._states)
+        return [storage for each in parked for storage in each._copies]
+
+    with LiveBytes([*trainer.model.parameters(), *teacher.parameters()], apart) as live:
+        trainer.train()
+    prompt = max(len(make_tokenizer()(question)["input_ids"]) for question in QUESTIONS[:16])
+    run = Run(
+        own, teacher.config, torch.float32, torch.float32, None, rows=4, optimizer="adamw_torch",
+        accumulation=options.get("gradient_accumulation_steps", 1), teacher_rows=2, length=prompt + length, completion=length,
+        checkpointing=options.get("gradient_checkpointing", False), chunk=512, block=(1 << 18) // 64,
+        adapt=(lambda model: get_peft_model(model, copy.deepcopy(LORA))) if "peft_config" in options else None,
+    )  # fmt: skip
+    memory = memory_of(run, Placement("whole", where, options.get("swap_optimizer", False)), 1)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    states = [v for state in trainer.optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.ndim]
+    assert memory.parts["student's weights"] == size(trainer.model.parameters())
+    assert memory.parts["gradients"] == size(trained) and memory.parts["optimizer"] == size(states) > 0
+    assert memory.peak == pytest.approx(live.peak, rel=0.15)
+    assert memory.peaks[1] >= memory.peaks[0]
+
+
+def test_flops_are_those_that_torch_counts():
+    """A forward and a backward pass below the head; attention is counted causal here, by torch whole."""
+    model, rows, length = tiny_model("llama", hidden=128, positions=256, attn_implementation="eager"), 2, 96
+    size = size_of(model.config)
+    with FlopCounterMode(display=False) as counter:
+        model.model(torch.zeros(rows, length, dtype=torch.long)).last_hidden_state.sum().backward()
+    attention = rows * 2 * size.layers * size.heads * size.head_dim * length**2
+    counted = flops_of(size, None, StepShape(rows, length, 0))["student"]
+    assert counter.get_total_flops() == pytest.approx(counted + 3 * attention, rel=0.02)
+    both = flops_of(size, size, StepShape(rows, length, 10, checkpointing=True))
+    assert both["student"] == pytest.approx(4 * both["teacher"])
+    heads = 2 * size.head * rows * 10
+    assert both["loss"] == 4 * heads and flops_of(size, None, StepShape(rows, length, 10, trained=0.01))["loss"] == 2 * heads
+    assert rollout_bytes(size, StepShape(4, 8, 10), 2, batch=4) < rollout_bytes(size, StepShape(4, 8, 10), 2, batch=1)
+
+
+def test_a_plan_of_the_papers_machine():
+    """The teacher whole beside the student's Adam, which comes at step 2; what is sharded is smaller; what is asked fits."""
+    made = plan(Run(*paper(), rows=8, accumulation=2, teacher_rows=8), GPUs.of("8xA100"))
+    by_name = {str(option.placement): option.memory for option in made.options}
+    local, zero = by_name["whole student, teacher local"], by_name["whole student, teacher zero3"]
+    assert local.parts["student's weights"] == 1_543_714_304 * 4 and local.parts["optimizer"] == 1_543_714_304 * 8
+    assert local.parts["teacher"] == 14_770_033_664 * 2 and zero.parts["teacher"] < local.parts["teacher"] / 5
+    assert local.peaks[1] - local.peaks[0] > 0.8 * local.parts["optimizer"]
+    assert (
+        by_name["student ZeRO-3, teacher zero3"].peak < by_name["student ZeRO-2, teacher zero3"].peak < zero.peak < local.peak
+    )
+    assert made.best is not None and made.best.memory.peak < 75 * GIB and set(made.seconds) == set(made.flops)
+    assert made.seconds["teacher"] == pytest.approx(made.flops["teacher"] / 8 / 312e12)
+
+
+def test_what_would_make_it_fit():
+    run = Run(*paper(), rows=8, accumulation=16, teacher_rows=8, checkpointing=False)
+    made = plan(run, GPUs.of("1x40"))
+    assert made.knob is not None and not all(option.fits for option in made.options)
+    changes = {
+        "gradient_checkpointing: true": {"checkpointing": True},
+        "teacher_batch_size: 1": {"teacher_rows": 1},
+        "per_device_train_batch_size: 4 and gradient_accumulation_steps: 32": {"rows": 4, "accumulation": 32},
+    }
+    where, told = made.knob
+    assert (
+        memory_of(run, where, 1, 40 * GIB).peak
+        > 0.94 * 40 * GIB
+        >= memory_of(run.but(**changes[told]), where, 1, 40 * GIB).peak
+    )
+    hopeless = plan(Run(*paper(), rows=1), GPUs.of("1x2"))
+    assert hopeless.knob is None and hopeless.best is None
+
+
+def test_a_run_that_cannot_fit_is_told_of_before_it_is_loaded(tmp_path):
+    from tsdkd.methods import TSDKD
+    from tsdkd.trainers.setup import Setup
+
+    student, teacher = save_tiny(tmp_path / "s", seed=1), save_tiny(tmp_path / "t", seed=2, hidden=48)
+    sizes = [sum(p.numel() for p in tiny_model("llama", hidden=hidden).parameters()) for hidden in (32, 48)]
+    least = 4 * (4 * sizes[0] + sizes[1])
+    setup = lambda **options: Setup.of(config(tmp_path / "out", **options), TSDKD(), student, teacher)  # noqa: E731
+    assert "`tsdkd plan`" in tell_if_too_large(setup(), least - 1) and tell_if_too_large(setup(), least) == ""
+    assert tell_if_too_large(setup(), 4 * (sizes[0] + sizes[1]), adapter=True) == ""
+    assert tell_if_too_large(setup(teacher_placement="swap"), 16 * sizes[0]) == "" and tell_if_too_large(setup()) == ""
+
+
+def test_gpus_by_name_and_by_memory():
+    assert GPUs.of("8x80").count == 8 and GPUs.of("8x80").each.memory == 80
+    assert GPUs.of("2 x RTX 4090").each.name == "RTX-4090" and GPUs.of("a100-40gb").each.memory == 40
+    assert GPUs.of("NVIDIA H100").each.tflops == 989 and GPUs.of("40GiB").each.memory == 40
+    wrong = {
+        "8xT5000": "is not known; known: .*H100.*give its memory",
+        "0x80": "pass a number and a GPU",
+        "x": "x is not known",
+    }
+    for text, told in wrong.items():
+        with pytest.raises(ValueError, match=told):
+            GPUs.of(text)
+    names = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GeForce RTX 4090", "NVIDIA L40S")
+    found = [gpu_named(name) for name in names]
+    assert [gpu and gpu.name for gpu in found] == ["A100-80GB", "H100", "H200", "RTX-4090", "L40S"] and gpu_named("T4") is None
+    assert all(gpu.source for gpu in known_gpus().values())
+
+
+def test_the_command(tmp_path, capsys):
+    student, teacher = save_tiny(tmp_path / "s", seed=1), save_tiny(tmp_path / "t", seed=2, hidden=48)
+    models = ["--student", student, "--teacher", teacher]
+    assert main(["plan", *models, "--gpus", "1xH100"]) == 0
+    out = capsys.readouterr().out
+    assert "whole student, teacher swap" in out and f"tsdkd train --student {student}" in out and "seconds at best" in out
+    assert main(["plan", *models, "--gpus", "2x24", "--json", "--use_peft", "--lora_target_modules", "all-linear"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = [(one["student"], one["teacher"]) for one in found["placements"]]
+    assert ("zero3", "zero3") in names and found["seconds"] == {} and found["gpus"]["count"] == 2
+    first = found["placements"][0]
+    assert first["fits"] and first["parts"]["gradients"] < 0.5 * first["parts"]["student's weights"]
+    assert main(["plan", *models, "--gpus", "1x0.001"]) == 1 and "No placement fits" in capsys.readouterr().out
+    for arguments, told in (
+        ([*models, "--gpus", "8xT5000"], "T5000 is not known"),
+        (["--teacher", teacher, "--gpus", "8x80"], "no student was given"),
+        (["--student", student, "--gpus", "8x80"], "no teacher was given"),
+        (["--student", str(tmp_path), "--teacher", teacher, "--gpus", "8x80"], f"the student {tmp_path}: "),
+        ([*models, "--gpus", "8x80", "--optim", "lomo"], "optim=lomo keeps of each parameter is not known"),
+    ):
+        assert main(["plan", *arguments]) == 2 and told in capsys.readouterr().err
