@@ -111,7 +111,7 @@ REFUSED = [
     ({"data": iter([{"prompt": "a"}])}, r"train_dataset is list_iterator: pass rows"),
     (
         {"data": Dataset.from_dict({"prompt": [[{"role": "user", "content": [{"type": "image"}]}]] * 4})},
-        r"4 prompts that are chats with parts \(images\?\)",
+        r"4 prompts that are chats with images \(rows 0, 1, 2, 3\): the student reads text alone",
     ),
     ({"data": Dataset.from_dict({"prompt": ["a"] * 4, "image": ["b"] * 4})}, r"has images"),
     ({"eval_dataset": Dataset.from_dict({"prompt": ["a", ""]})}, r"eval_dataset has 1 prompts that are empty \(row 1\)"),

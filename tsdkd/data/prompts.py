@@ -120,7 +120,10 @@ def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = 
     if sees and WITH_IMAGES in kinds:
         kinds["chat"] = sorted([*kinds.get("chat", []), *kinds.pop(WITH_IMAGES)])
     for kind, rows in kinds.items():
-        if kind not in ("text", "chat"):
+        if kind == WITH_IMAGES:
+            told = f"{role} has {len(rows)} prompts that are {kind} ({rows_named(rows)})"
+            yield Problem(told, "the student reads text alone", "remove the images, or take a multimodal student")
+        elif kind not in ("text", "chat"):
             yield Problem(
                 f"{role} has {len(rows)} prompts that are {kind} ({rows_named(rows)})",
                 "a prompt is a text or a list of chat messages {'role': …, 'content': …}, with something in it",
