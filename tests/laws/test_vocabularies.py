@@ -201,3 +201,6 @@ def test_the_same_tokens_are_those_of_the_same_text():
         if i != sentences.eos_token_id:
             assert surfaces(sentences)[i] == surfaces(bytes_)[j]
     assert same_tokens(bytes_, bytes_, (1, 1)) == [(i, i) for i in range(len(bytes_))]
+    added = byte_level()
+    added.add_tokens(["<thé> x"])
+    assert surfaces(added)[len(added) - 1] == "<thé> x".encode()

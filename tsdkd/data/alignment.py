@@ -106,9 +106,11 @@ def same_tokens(student: Any, teacher: Any, ends: tuple[int, int] | None = None)
 
 def texts_of(tokenizer: Any) -> dict[int, str | bytes]:
     """What each id of a tokenizer adds to a text: bytes, or a special token's name."""
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    to_bytes = _reader(tokenizer)
-    return {i: token if i in special else to_bytes(token) for token, i in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder  # their names are texts, whatever the others are written as
+    special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+    read = _reader(tokenizer)
+    to_bytes = lambda token, i: token.encode() if i in added else read(token)  # noqa: E731
+    return {i: token if i in special else to_bytes(token, i) for token, i in tokenizer.get_vocab().items()}
 
 
 def surfaces(tokenizer: Any) -> dict[int, Any]:

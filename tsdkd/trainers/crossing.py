@@ -25,7 +25,7 @@ class Crossing:
         beyond: the ids from which on the student and the teacher have none.
 
     Raises:
-        ValueError: a teacher's tokenizer without an end, or two that share nothing.
+        ValueError: a teacher's tokenizer without an end, or one of the two that puts spaces between its tokens.
     """
 
     def __init__(
