@@ -92,6 +92,17 @@ class StepShape:
 _STUDENT_HEAD, _TEACHER_HEAD = 3, 1
 
 
+def backward_factor(trained: float, checkpointing: bool) -> float:
+    """What a student's forward and backward pass are of its forward pass: `trained` is the share of its parameters that have a
+    gradient; of frozen weights none is computed."""
+    return 1.0 + (1.0 + (1.0 if trained > 0.5 else trained)) + (1.0 if checkpointing else 0.0)
+
+
+def head_products(trained: float) -> int:
+    """Products of states and head in the student's part of the loss: forward, the states' gradient, and the weight's."""
+    return _STUDENT_HEAD if trained > 0.5 else _STUDENT_HEAD - 1
+
+
 def flops_of(student: ModelSize, teacher: ModelSize | None, shape: StepShape) -> dict[str, float]:
     """The FLOPs of a step by part: `rollout`, `teacher`, `student`, `loss`.
 
@@ -102,16 +113,13 @@ def flops_of(student: ModelSize, teacher: ModelSize | None, shape: StepShape) ->
     """
     length = shape.prompt + shape.completion
     read = student.forward_flops(length, shape.rows)
-    weights = 1.0 if shape.trained > 0.5 else shape.trained  # of frozen weights no gradient is computed
-    backward = read * (1.0 + weights) + (read if shape.checkpointing else 0.0)
-    heads = _STUDENT_HEAD if weights == 1.0 else _STUDENT_HEAD - 1
-    loss = heads * 2 * student.head * shape.tokens
+    loss = head_products(shape.trained) * 2 * student.head * shape.tokens
     if teacher is not None:
         loss += _TEACHER_HEAD * 2 * teacher.head * shape.tokens
     return {
         "rollout": read + 2 * student.head * shape.tokens,
         "teacher": 0.0 if teacher is None else teacher.forward_flops(length, shape.rows),
-        "student": read + backward,
+        "student": read * backward_factor(shape.trained, shape.checkpointing),
         "loss": loss,
     }
 

@@ -34,6 +34,7 @@ from tsdkd.trainers.random_state import random_state, set_random_state
 from tsdkd.trainers.routers import router_of
 from tsdkd.trainers.scoring import StepScorer
 from tsdkd.trainers.setup import Setup
+from tsdkd.trainers.spending import spending_of
 from tsdkd.trainers.step import Step
 from tsdkd.trainers.teacher_of import Here
 from tsdkd.trainers.teacher_prompts import TeacherPrompts
@@ -71,7 +72,8 @@ class Loop:
         called = names["teacher"], self.metrics, self.teacher_prompts
         self.supply = CompletionSupply(host, setup.rollouts, teacher_model, teacher, *called)
         self.prompts = Prompts(host, limits, self.supply.check, self.teacher_prompts)
-        self.scorer = StepScorer(host, method, lambda: self.state, reader, self.metrics, corpus, here.crossing)
+        counted = here.crossing, spending_of(host, setup)
+        self.scorer = StepScorer(host, method, lambda: self.state, reader, self.metrics, corpus, *counted)
         self.loss = StepLoss(
             method,
             teacher_head=lambda: None if reader is None else reader.head,
@@ -130,6 +132,7 @@ class Loop:
             NonFiniteError: naming the student.
         """
         failure, written = None, Written([[] for _ in prompt_ids])
+        self.scorer.written = batch.given is None
         try:
             written = self.supply.write(batch, prompt_ids, by_student)
         except RuntimeError as error:

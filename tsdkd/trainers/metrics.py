@@ -109,6 +109,8 @@ class Metrics:
         self.constants: dict[str, Callable[[], float]] = {}  # read in every window
         self._tokens_of_window = 0
         self._steps_of_window = 0
+        self._flops_of_window = 0.0
+        self._peak: float | None = None
         self._spent: torch.Tensor | None = None
         self._left_out: set[str] = set()
 
@@ -129,6 +131,13 @@ class Metrics:
         self._tokens_of_window += own_tokens
         spent = all_tokens.double()  # float32 stops counting by ones at 16.7 million
         self._spent = spent if self._spent is None else self._spent + spent
+
+    def computed(self, flops: Mapping[str, float], peak: float | None) -> None:
+        """A training step's FLOPs on this process by part, and what its GPU could make a second, where that is known."""
+        for part, count in flops.items():
+            self.add_host("train", f"tflop/{part}", count / 1e12, 1 / self.accelerator.num_processes)
+        self._flops_of_window += sum(flops.values())
+        self._peak = peak
 
     def step_made(self) -> None:
         """Count an optimizer step."""
@@ -161,7 +170,10 @@ class Metrics:
             sums.add_host("tokens_per_second", self._tokens_of_window, whole / self.accelerator.num_processes)
             for name, read in self.constants.items():
                 sums.add_host(name, read())
+            if self._peak and whole:
+                sums.add_host("mfu", self._flops_of_window, whole * self._peak)
             self._steps_of_window = self._tokens_of_window = 0
+            self._flops_of_window = 0.0
         metrics = sums.flush(self.accelerator)
         if not metrics:
             return {}

@@ -15,6 +15,7 @@ from tsdkd.trainers.crossing import Crossing
 from tsdkd.trainers.health import repetition
 from tsdkd.trainers.host import Host, teacher_rows
 from tsdkd.trainers.metrics import Metrics
+from tsdkd.trainers.spending import Spending
 from tsdkd.trainers.step import Step
 from tsdkd.types import Counts, Objective, ReadPlan, Rollouts, TokenBatch
 
@@ -29,6 +30,7 @@ class StepScorer:
         metrics: what is logged.
         corpus: texts for a loss beside the completions.
         crossing: of a teacher of another tokenizer.
+        spending: counts the step's FLOPs.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class StepScorer:
         metrics: Metrics,
         corpus: Corpus | None = None,
         crossing: Crossing | None = None,
+        spending: Spending | None = None,
     ) -> None:
         self.host, self.method, self.state, self.teacher = host, method, state, teacher
-        self.metrics, self.corpus, self.crossing = metrics, corpus, crossing
+        self.metrics, self.corpus, self.crossing, self.spending = metrics, corpus, crossing, spending
+        self.written = True  # by the student: what is given costs no rollout
         self.rewind: Callable[[], None] = lambda: None  # puts everything that changes back to the step's start
         self.whole = False  # a recording keeps whole completions, for methods that read more than this one
 
@@ -71,6 +75,8 @@ class StepScorer:
         if self.teacher is not None:
             plan = self._with_rule(rollouts, plan)
             hidden = self._hidden(self.teacher, theirs, plan)
+        if self.spending is not None and host.mode == "train":
+            self.metrics.computed(self.spending.of(rollouts, theirs, plan, self.written), self.spending.peak)
         return Step(rollouts, counts, rows, plan, hidden, extra)
 
     def _log(self, rollouts: Rollouts) -> None:
