@@ -55,15 +55,6 @@ class ModelSize:
         return rows * (2 * self.backbone * lengths + attention)
 
 
-def least_bytes(
-    student: ModelSize, width: int, teacher: ModelSize | None = None, teacher_width: int = 2, trained: bool = True
-) -> int:
-    """What a run holds on a GPU at the least, beside activations: both models whole, and of a student whose weights are all
-    trained its gradients and Adam's two states. `width` is bytes a number."""
-    own = student.parameters * width * (4 if trained else 1)
-    return own + (0 if teacher is None else teacher.parameters * teacher_width)
-
-
 @dataclass(frozen=True)
 class StepShape:
     """An optimizer step, over all processes.
@@ -124,12 +115,10 @@ def flops_of(student: ModelSize, teacher: ModelSize | None, shape: StepShape) ->
     }
 
 
-def rollout_bytes(student: ModelSize, shape: StepShape, width: int, batch: int) -> float:
-    """Bytes that writing reads: all weights once a token of the longest row of each batch, and every row's keys and values."""
-    batches = max(1.0, shape.rows / batch)
-    steps = batches * shape.completion
+def rollout_bytes(student: ModelSize, shape: StepShape, width: int, gpus: int = 1) -> float:
+    """Bytes that each GPU reads for writing: all weights once a token, all its rows at a time, and their keys and values."""
     cache = shape.rows * shape.completion * student.kv_cache(1, width) * (shape.prompt + shape.completion / 2)
-    return steps * student.active * width + cache
+    return shape.completion * student.active * width + cache / gpus
 
 
 @dataclass(frozen=True)
@@ -169,5 +158,7 @@ def gpu_named(name: str) -> GPU | None:
         ('A100-80GB', None)
     """
     told = name.upper().replace(" ", "").replace("-", "")
+    if "PCIE" in told or "NVL" in told:  # slower than those of the name that are known
+        return None
     found = [gpu for gpu in known_gpus().values() if all(part in told for part in gpu.name.upper().split("-"))]
     return max(found, key=lambda gpu: len(gpu.name), default=None)

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from running import make
 from tiny import FAMILIES, QUESTIONS, config, prompts, save_tiny, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MixtralConfig, Qwen2Config
+from transformers import MambaConfig, MixtralConfig, Qwen2Config
 
 from tsdkd.cli import main
 from tsdkd.costs import GIB, StepShape, flops_of, gpu_named, known_gpus, rollout_bytes
@@ -122,7 +122,10 @@ def test_flops_are_those_that_torch_counts():
     assert both["student"] == pytest.approx(4 * both["teacher"])
     heads = 2 * size.head * rows * 10
     assert both["loss"] == 4 * heads and flops_of(size, None, StepShape(rows, length, 10, trained=0.01))["loss"] == 2 * heads
-    assert rollout_bytes(size, StepShape(4, 8, 10), 2, batch=4) < rollout_bytes(size, StepShape(4, 8, 10), 2, batch=1)
+    step = StepShape(4, 8, 10)
+    cache = 4 * 10 * 13 * 2 * size.layers * size.kv_heads * size.head_dim * 2  # rows, tokens, the mean text before each, keys …
+    for gpus in (1, 4):
+        assert rollout_bytes(size, step, 2, gpus) == pytest.approx(10 * size.parameters * 2 + cache / gpus)
 
 
 def test_a_plan_of_the_papers_machine():
@@ -165,11 +168,17 @@ def test_a_run_that_cannot_fit_is_told_of_before_it_is_loaded(tmp_path):
 
     student, teacher = save_tiny(tmp_path / "s", seed=1), save_tiny(tmp_path / "t", seed=2, hidden=48)
     sizes = [sum(p.numel() for p in tiny_model("llama", hidden=hidden).parameters()) for hidden in (32, 48)]
-    least = 4 * (4 * sizes[0] + sizes[1])
-    setup = lambda **options: Setup.of(config(tmp_path / "out", **options), TSDKD(), student, teacher)  # noqa: E731
+    least = 4 * (2 * sizes[0] + sizes[1])  # weights and gradients, and the teacher's
+    setup = lambda teacher=teacher, student=student, **options: Setup.of(  # noqa: E731
+        config(tmp_path / "out", **options), TSDKD(), student, teacher
+    )
     assert "`tsdkd plan`" in tell_if_too_large(setup(), least - 1) and tell_if_too_large(setup(), least) == ""
     assert tell_if_too_large(setup(), 4 * (sizes[0] + sizes[1]), adapter=True) == ""
-    assert tell_if_too_large(setup(teacher_placement="swap"), 16 * sizes[0]) == "" and tell_if_too_large(setup()) == ""
+    assert tell_if_too_large(setup(teacher_placement="swap"), 8 * sizes[0]) == "" and tell_if_too_large(setup()) == ""
+    two = setup({"a": teacher, "b": teacher})
+    assert tell_if_too_large(two, least) and tell_if_too_large(two, least + 4 * sizes[1]) == ""
+    half = tiny_model("llama", seed=1).to(torch.bfloat16)
+    assert tell_if_too_large(setup(student=half), 4 * sizes[0] + 4 * sizes[1]) == ""
 
 
 def test_gpus_by_name_and_by_memory():
@@ -187,12 +196,14 @@ def test_gpus_by_name_and_by_memory():
     names = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GeForce RTX 4090", "NVIDIA L40S")
     found = [gpu_named(name) for name in names]
     assert [gpu and gpu.name for gpu in found] == ["A100-80GB", "H100", "H200", "RTX-4090", "L40S"] and gpu_named("T4") is None
+    assert gpu_named("NVIDIA H100 PCIe") is None
     assert all(gpu.source for gpu in known_gpus().values())
 
 
 def test_the_command(tmp_path, capsys):
     student, teacher = save_tiny(tmp_path / "s", seed=1), save_tiny(tmp_path / "t", seed=2, hidden=48)
-    models = ["--student", student, "--teacher", teacher]
+    models, mamba = ["--student", student, "--teacher", teacher], str(tmp_path / "mamba")
+    MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2).save_pretrained(mamba)
     assert main(["plan", *models, "--gpus", "1xH100"]) == 0
     out = capsys.readouterr().out
     assert "whole student, teacher swap" in out and f"tsdkd train --student {student}" in out and "seconds at best" in out
@@ -202,12 +213,20 @@ def test_the_command(tmp_path, capsys):
     assert ("zero3", "zero3") in names and found["seconds"] == {} and found["gpus"]["count"] == 2
     first = found["placements"][0]
     assert first["fits"] and first["parts"]["gradients"] < 0.5 * first["parts"]["student's weights"]
+    asked = [*models, "--teacher_placement", "swap", "--swap_optimizer", "yes"]
+    assert main(["plan", *asked, "--gpus", "1xH100"]) == 0
+    command = next(line for line in capsys.readouterr().out.splitlines() if "tsdkd train" in line)
+    assert command.endswith("--teacher_placement local --swap_optimizer no")
     assert main(["plan", *models, "--gpus", "1x0.001"]) == 1 and "No placement fits" in capsys.readouterr().out
     for arguments, told in (
         ([*models, "--gpus", "8xT5000"], "T5000 is not known"),
         (["--teacher", teacher, "--gpus", "8x80"], "no student was given"),
         (["--student", student, "--gpus", "8x80"], "no teacher was given"),
         (["--student", str(tmp_path), "--teacher", teacher, "--gpus", "8x80"], f"the student {tmp_path}: "),
+        ([*models, "--gpus", "1x80", "--teacher_placement", "zero3"], "it is shared by the processes of several"),
+        (["--student", student, "--recording", str(tmp_path), "--gpus", "1x80"], "a recording is trained on without a teacher"),
+        (["--student", student, "--teacher", "self", "--gpus", "1x80"], "a student that teaches itself is not planned"),
+        (["--student", mamba, "--teacher", teacher, "--gpus", "1x80"], "its sizes are not known here"),
         ([*models, "--gpus", "8x80", "--optim", "lomo"], "optim=lomo keeps of each parameter is not known"),
     ):
         assert main(["plan", *arguments]) == 2 and told in capsys.readouterr().err

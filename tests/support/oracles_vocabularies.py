@@ -34,7 +34,7 @@ def by_matching(student, teacher, pairs, beta, matched, unmatched):
     ours = sorted((p for i, p in enumerate(s) if i not in {i for i, _ in pairs}), reverse=True)
     theirs = sorted((p for j, p in enumerate(t) if j not in {j for _, j in pairs}), reverse=True)
     lone = 0.0
-    if ours and theirs:
+    if ours or theirs:
         longest = max(len(ours), len(theirs))
         ours, theirs = (row + [0.0] * (longest - len(row)) for row in (ours, theirs))
         lone = sum(abs(a - b) for a, b in zip(ours, theirs, strict=True))

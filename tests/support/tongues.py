@@ -65,7 +65,8 @@ def prepending(size: int = 300) -> PreTrainedTokenizerFast:
 
 def save_stranger(folder, tokenizer, seed=2, hidden=48, **options):
     """A teacher of a tokenizer's own, in a folder."""
-    tiny_model("llama", vocab_size=len(tokenizer), hidden=hidden, seed=seed, **options).save_pretrained(folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id}
+    tiny_model("llama", vocab_size=len(tokenizer), hidden=hidden, seed=seed, **ends, **options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

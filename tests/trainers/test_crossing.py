@@ -10,12 +10,12 @@ from running import Gradients, by_prompt, general, rows
 from tiny import QUESTIONS, config, prompts, save_tiny, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tongues import byte_level, prepending, save_renumbered, save_stranger, sentence_piece
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from tsdkd import TokenDistillTrainer
 from tsdkd.demo.recreate import make_tokenizer
 from tsdkd.methods import GKD, GOLD, TSDKD, ULD
-from tsdkd.trainers.crossing import Crossing
+from tsdkd.trainers.crossing import Crossing, end_of
 from tsdkd.types import Rollouts
 
 BIG = {"max_length": None, "teacher_batch_size": 3}
@@ -157,7 +157,7 @@ def short():
 def pairs_of(student, teacher, prompt, completion, alignment="text"):
     """What a teacher reads of a completion of the student's, and which of its tokens are paired."""
     asked = [tokenizer(prompt)["input_ids"] for tokenizer in (student, teacher)]
-    crossing = Crossing(student, teacher, [student.eos_token_id], None, alignment, (10**6, 10**6))
+    crossing = Crossing(student, teacher, [student.eos_token_id], None, alignment, teacher.eos_token_id, (10**6, 10**6))
     rollouts = Rollouts([asked[0]], [completion], [[1] * len(completion)], teacher_prompt_ids=[asked[1]])
     read, plan = crossing.pair(rollouts)
     return teacher.decode(read.completion_ids[0]), plan.pairs[0]
@@ -190,6 +190,17 @@ def test_what_a_student_spells_is_text():
     ids = [i for letter in "a<end>b" for i in student(letter)["input_ids"]]
     asked = pairs_of(student, teacher, "Q", ids)[0]
     assert asked == "a<end>b" and teacher("a<end>b", split_special_tokens=True)["input_ids"].count(1) == 0
+
+
+def test_the_end_is_what_the_teachers_turns_end_with():
+    tokenizer, named = byte_level(), GenerationConfig(eos_token_id=[1, 70])
+    letter = tokenizer.convert_ids_to_tokens(70)
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ m['content'] }}}}{letter}{{% endfor %}}"
+    assert end_of(tokenizer, named, chats=True) == 70 and end_of(tokenizer, named, chats=False) == 1
+    assert end_of(tokenizer, GenerationConfig(eos_token_id=5), chats=True) == 5 and end_of(tokenizer, None, chats=True) == 1
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token"):
+        end_of(tokenizer, None, chats=False)
 
 
 def test_tokenizers_that_put_spaces_themselves_are_refused():

@@ -12,6 +12,7 @@ from tiny import QUESTIONS, config, prompts, tiny_model
 
 from tsdkd import TokenDistillConfig, TokenDistillTrainer
 from tsdkd.inspection.reader import Reader
+from tsdkd.teachers.several import _with_empty
 from tsdkd.trainers.vision import refuse_images_of_tools
 from tsdkd.types import Rollouts
 
@@ -141,6 +142,23 @@ def test_rows_in_a_list_hold_pictures_as_people_put_them(tmp_path):
     both = [{**given[2][0], "image": picture(0)}] * 8
     with pytest.raises(ValueError, match="row 0 of train_dataset has images in its prompt and in a column"):
         seeing(tmp_path / "both", both)
+
+
+def test_rows_with_images_in_chats_and_without_go_together(tmp_path):
+    """The first row has none, too; and rows that are read so that processes read as many have none to lose."""
+    shown = [[{"type": "image", "image": picture(n)}, {"type": "text", "text": q}] for n, q in enumerate(QUESTIONS[:8])]
+    mixed = [{"prompt": [{"role": "user", "content": shown[n] if n % 2 else QUESTIONS[n]}]} for n in range(8)]
+    student, teacher = tiny_llava(1), tiny_llava(2, hidden=48)
+    trainer = seeing(tmp_path, mixed, student=student, teacher=teacher, rollouts=written, eval_dataset=mixed)
+    found = []
+    prepare = trainer.loop.prepare
+    trainer.loop.prepare = lambda rollouts: found.append(rollouts) or prepare(rollouts)
+    trainer.evaluate()
+    kinds = sorted("pixel_values" in row for rollouts in found for row in rollouts.vision)
+    assert kinds == [False] * 4 + [True] * 4
+    rollouts = found[0]
+    more = _with_empty(rollouts, 2)
+    assert len(more.vision) == len(more) == len(rollouts) + 2 and more.beside("cpu").keys() == rollouts.beside("cpu").keys()
 
 
 def test_text_alone_is_as_before(tmp_path):

@@ -160,6 +160,15 @@ def test_a_run_with_a_swapped_teacher_goes_on_bit_for_bit(tmp_path):
         go("checkpoint-1", teacher=tiny_model(seed=5, hidden=48))
 
 
+def test_the_optimizers_states_leave_by_where_the_weights_are(tmp_path):
+    """accelerate's device has no number where a GPU's tensors have one."""
+    trainer = make(tmp_path, rollouts=by_prompt, teacher_placement="swap", swap_optimizer=True, max_steps=1)
+    trainer.train()
+    trainer.accelerator.state.device = torch.device("cpu", 7)
+    states = trainer.teacher.room._of_optimizer()
+    assert bytes_of(states) == 2 * bytes_of(trainer.model.parameters())
+
+
 def test_a_teacher_object_comes_back_when_it_is_closed(tmp_path):
     teacher, ids = tiny_model(seed=2, hidden=48), torch.arange(6).unsqueeze(0)
     before = teacher(ids).logits

@@ -28,8 +28,9 @@ def main(arguments: list[str]) -> int:
 
     from tsdkd.cli.parsing import parse
     from tsdkd.cli.train import build, inputs, no_empty_folder
-    from tsdkd.preflight.doctor import RED, Finding, examine
+    from tsdkd.preflight.doctor import RED, YELLOW, Finding, examine
     from tsdkd.trainers.setup_checks import problems
+    from tsdkd.trainers.sizes import tell_if_too_large
 
     try:
         data, config, model = parse(rest)
@@ -39,11 +40,13 @@ def main(arguments: list[str]) -> int:
     found = [Finding(RED, "set-up", problem.what + (f": {problem.why}" if problem.why else ""), problem.do or "")
              for problem in problems(setup_of(config, loaded))]  # fmt: skip
     if not found:
+        told = tell_if_too_large(setup_of(config, loaded), adapter=loaded["peft_config"] is not None)
+        large = [Finding(YELLOW, "memory", told)] if told else []
         try:
             with no_empty_folder(Path(config.output_dir)):
                 trainer = build(data, config, model, loaded)
                 rows = _rows(trainer, own.rows)
-                found = examine(trainer, rows, _rights(trainer, rows, _answers(data, rows)), seed=config.seed)
+                found = large + examine(trainer, rows, _rights(trainer, rows, _answers(data, rows)), seed=config.seed)
         except ValueError as error:
             found = [Finding(RED, "set-up", str(error))]
     return _told(found, own.json)

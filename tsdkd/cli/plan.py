@@ -22,13 +22,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes, FLOPs and seconds")
     own, rest = parser.parse_known_args(arguments)
 
-    from tsdkd.preflight.plan import GPUs, as_json, plan, table
+    from tsdkd.preflight.plan import GPUs, as_json, placements, plan, table
 
     gpus = GPUs.of(own.gpus)
     from tsdkd.cli.parsing import parse
 
     _, config, model = parse(rest if "--use_cpu" in rest else [*rest, "--use_cpu"])  # nothing is trained here
-    made = plan(run_of(config, model), gpus, lambda where, count: _command(where, count, rest))
+    run = run_of(config, model)
+    possible = {where.teacher for where in placements(gpus.count)}
+    if run.teacher is not None and config.teacher_placement not in possible:
+        raise ValueError(
+            f"teacher_placement={config.teacher_placement} on {gpus.count} GPU: it is shared by the processes of several; here "
+            f"there are: {', '.join(sorted(possible))}."
+        )
+    made = plan(run, gpus, lambda where, count: _command(where, count, rest, config))
     print(json.dumps(as_json(made), indent=1) if own.json else table(made))
     return 0 if made.best is not None else 1
 
@@ -50,8 +57,14 @@ def run_of(config: Any, model: Any) -> Any:
         raise ValueError("no student was given: pass --student NAME_OR_PATH (model_name_or_path in YAML).")
     if config.teachers:
         raise ValueError("several teachers are not planned together: pass one of them, --teacher.")
+    if config.recording is not None:
+        raise ValueError("a recording is trained on without a teacher: leave it out to plan the run that makes it.")
     named = config.teacher_model_name_or_path
-    reads = config.build_method().reads_teacher and named != SELF
+    if named == SELF:
+        raise ValueError(
+            "a student that teaches itself is not planned: it holds what is trained a second time, and no other model."
+        )
+    reads = config.build_method().reads_teacher
     if reads and named is None:
         raise ValueError("no teacher was given: pass --teacher NAME_OR_PATH (teacher_model_name_or_path in YAML).")
 
@@ -76,7 +89,10 @@ def run_of(config: Any, model: Any) -> Any:
 
         return get_peft_model(base, copy.deepcopy(peft))
 
-    contexts = [c.get_text_config().max_position_embeddings for c in (student, teacher) if c is not None]
+    texts = [each.get_text_config() for each in (student, teacher) if each is not None]
+    contexts = [context for text in texts if (context := getattr(text, "max_position_embeddings", None))]
+    if not contexts and not config.max_length:
+        raise ValueError("neither model states its context: pass --max_length.")
     length = min([config.max_length or min(contexts), *contexts])
     completion = min(config.max_completion_length or 512, length // 2 if config.max_completion_length is None else length - 1)
     colocated = config.use_vllm and config.vllm_mode == "colocate"
@@ -108,12 +124,14 @@ def _dtype(named: Any) -> Any:
     return found if found != "auto" else None
 
 
-def _command(where: Any, count: int, flags: list[str]) -> str:
-    """What starts a run in a placement."""
+def _command(where: Any, count: int, flags: list[str], config: Any) -> str:
+    """What starts a run in a placement: everything that a recipe may say otherwise is said."""
     own = [flag for flag in flags if flag != "--use_cpu"]
-    more = ["--teacher_placement", where.teacher] if where.teacher != "local" else []
-    more += ["--swap_optimizer", "yes"] if where.swap_optimizer else []
-    more += ["--teacher_urls", "http://HOST:8000"] if where.teacher == "server" else []
-    share = f" --config_file examples/accelerate/8gpus-{where.student}.yaml" if where.student != "whole" else ""
-    launch = f"accelerate launch{share} --num_processes {count} -m tsdkd.cli train"
+    more = ["--teacher_placement", where.teacher]
+    if where.swap_optimizer != config.swap_optimizer:
+        more += ["--swap_optimizer", "yes" if where.swap_optimizer else "no"]
+    if where.teacher == "server" and not config.teacher_urls:
+        more += ["--teacher_urls", "http://HOST:8000"]
+    stage = {"whole": "--multi_gpu", "zero2": "--use_deepspeed --zero_stage 2", "zero3": "--use_deepspeed --zero_stage 3"}
+    launch = f"accelerate launch {stage[where.student]} --mixed_precision bf16 --num_processes {count} -m tsdkd.cli train"
     return " ".join(["  tsdkd train" if count == 1 else f"  {launch}", *own, *more])

@@ -75,12 +75,10 @@ def _parts(turn: dict[str, Any]) -> Sequence[Any]:
 
 
 def has_images(dataset: Any) -> bool:
-    """Whether a data set has images: a column of them, or parts of chats; by its first row."""
-    if dataset is None or isinstance(dataset, dict):
+    """Whether a data set has images: a column of them, or parts of a chat; of a stream by its first row."""
+    if dataset is None or isinstance(dataset, dict) or "prompt" not in columns_of(dataset):
         return False
-    return bool(set(IMAGES) & set(columns_of(dataset))) or any(
-        kind_of(row.get("prompt")) == WITH_IMAGES for row in _first_rows(dataset)
-    )
+    return bool(set(IMAGES) & set(columns_of(dataset))) or WITH_IMAGES in _kinds(dataset)
 
 
 def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = "", sees: bool = False) -> Iterator[Problem]:

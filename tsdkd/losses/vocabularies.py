@@ -72,7 +72,7 @@ def matched_divergence(
     student_ids, teacher_ids = student_ids.to(ours.device), teacher_ids.to(ours.device)
     value = matched_weight * _of_measures(ours[..., student_ids], theirs[..., teacher_ids], beta)
     lone = [_without(logs, ids) for logs, ids in ((ours, student_ids), (theirs, teacher_ids))]
-    if unmatched_weight and all(logs.shape[-1] for logs in lone):
+    if unmatched_weight and any(logs.shape[-1] for logs in lone):
         ordered = [logs.exp().sort(dim=-1, descending=True).values for logs in lone]
         value = value + unmatched_weight * _padded_distance(*ordered)
     return value

@@ -160,7 +160,7 @@ def optimizer_bytes(run: Run, trained: int, shards: bool) -> int:
     """
     width = run.student_dtype.itemsize
     if shards:  # DeepSpeed keeps float32 weights and two moments, whatever it is given
-        return trained * (12 if width < 4 or run.autocast is not None else 8)
+        return trained * 12
     if run.optimizer in _BYTES:
         return trained * _BYTES[run.optimizer]
     if run.optimizer not in _STATES:
@@ -178,7 +178,10 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
     """
     ours, theirs = run.sizes
     whole, trained = run.trained
-    width, shards = run.student_dtype.itemsize, gpus if where.student != "whole" else 1
+    shards = gpus if where.student != "whole" else 1
+    width = run.student_dtype.itemsize
+    if where.student != "whole" and run.autocast is not None:  # DeepSpeed holds the weights in the dtype of mixed precision
+        width = run.autocast.itemsize
     weights, gradients = whole * width, trained * width
     layer = 2 * ours.largest_layer * width + ours.head * width  # two layers at a time, and the head while the loss is computed
     held = weights // gpus + layer if where.student == "zero3" else weights
@@ -209,18 +212,20 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
     resting = held + optimizer + parts.get("teacher", 0) + hidden + kept_gradients + buckets + step.forward
     loss = _loss_bytes(run, ours, theirs, gpu_bytes - resting)
     came = 0 if theirs is None else run.rows * run.completion * theirs.hidden * run.teacher_dtype.itemsize
-    backward = step.peak - (0 if run.accumulation > 1 else gradients)  # the first backward pass makes the gradients
+    backward = step.peak - (0 if run.accumulation > 1 else step.gradients)  # the first backward pass makes the gradients
     activations = max(backward, step.forward + loss - (0 if run.accumulation > 1 else kept_gradients))
     rollout = _rollout(run, ours, gpu_bytes)
+    if where.student == "zero3" and run.vllm is None:
+        rollout += weights  # TRL gathers the whole student while it writes
     parts |= {"activations and loss": activations + came, "rollout": rollout}
     asleep = 0 if run.vllm is None or run.vllm_sleeps else int(run.vllm * gpu_bytes)
 
     def phases(states: int) -> dict[str, int]:
-        base = held + states + asleep + parts.get("teacher", 0)
+        base = held + states + asleep + parts.get("teacher", 0) + buckets
         made = {
             "rollout": base - asleep + rollout,
-            "student": base + hidden + kept_gradients + buckets + activations + came,
-            "optimizer": base - states + kept_gradients + buckets + optimizer,
+            "student": base + hidden + kept_gradients + activations + came,
+            "optimizer": base - states + kept_gradients + optimizer,
         }
         if theirs is not None and where.teacher != "server":
             left = 0
@@ -232,7 +237,7 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
     return Memory(parts, (phases(0), phases(optimizer)))
 
 
-_MOST, _LEAST, _COPIES = 2048, 16, 6  # as `fused.chunks` and `fused.tiles_torch` have it on a GPU
+MOST_TOKENS, _LEAST, _COPIES = 2048, 16, 6  # as `fused.chunks` and `fused.tiles_torch` have it on a GPU
 
 
 def _loss_bytes(run: Run, ours: ModelSize, theirs: ModelSize | None, free: float) -> int:
@@ -241,8 +246,8 @@ def _loss_bytes(run: Run, ours: ModelSize, theirs: ModelSize | None, free: float
     width = (run.autocast or run.student_dtype).itemsize
     chunk = run.chunk
     if chunk is None:
-        affordable = _MOST if free == float("inf") else int(max(0, free) // 10 // (2 * vocab * width))
-        chunk = max(_LEAST, min(_MOST, affordable))
+        affordable = MOST_TOKENS if free == float("inf") else int(max(0, free) // 10 // (2 * vocab * width))
+        chunk = max(_LEAST, min(MOST_TOKENS, affordable))
     chunk = min(chunk, run.rows * run.completion)
     block = min(chunk, run.block or chunk)
     return vocab * ((2 if theirs is not None else 1) * chunk * width + _COPIES * block * 4)

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from tsdkd.costs import GIB, GPU, StepShape, flops_of, known_gpus, rollout_bytes
-from tsdkd.preflight.memory import Memory, Placement, Run, memory_of
+from tsdkd.preflight.memory import MOST_TOKENS, Memory, Placement, Run, memory_of
 
 USABLE = 0.94  # of a GPU's memory; the rest is CUDA's own, and what an allocator cannot use
-_LAUNCH = {"whole": "8gpus", "zero2": "8gpus-zero2", "zero3": "8gpus-zero3"}
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,8 @@ class Plan:
     Attributes:
         run, gpus: what was asked.
         options: the placements, those that fit first, simplest first.
-        asked: that of the options' own `teacher_placement`; None where it cannot be started so.
         flops: of a step by part.
+        moved: bytes of weights, caches and heads that each part reads, of all GPUs.
         seconds: the roofline of each part on these GPUs; empty where their speed is not known.
         knob: the one change with which the nearest placement that does not fit would; None where all fit or none helps.
     """
@@ -81,6 +80,7 @@ class Plan:
     gpus: GPUs
     options: Sequence[Option]
     flops: dict[str, float]
+    moved: dict[str, float]
     seconds: dict[str, float]
     knob: tuple[Placement, str] | None
 
@@ -106,9 +106,7 @@ def _changes(run: Run) -> list[tuple[str, Run]]:
         made.append(("gradient_checkpointing: true", run.but(checkpointing=True)))
     if run.teacher_rows > 1:
         made.append(("teacher_batch_size: 1", run.but(teacher_rows=1)))
-    rows = run.rows
-    while rows > 1:
-        rows //= 2
+    for rows in (rows for rows in range(run.rows - 1, 0, -1) if run.rows % rows == 0):
         accumulated = run.rows * run.accumulation // rows
         told = f"per_device_train_batch_size: {rows} and gradient_accumulation_steps: {accumulated}"
         made.append((told, run.but(rows=rows, accumulation=accumulated)))
@@ -149,27 +147,22 @@ def plan(run: Run, gpus: GPUs, command: Callable[[Placement, int], str] | None =
     rows = run.rows * run.accumulation * gpus.count
     shape = StepShape(rows, run.length - run.completion, run.completion, run.checkpointing, trained / whole)
     flops = flops_of(ours, theirs, shape)
-    return Plan(run, gpus, made, flops, _seconds(run, gpus, shape, flops), _knob(run, gpus, made, room))
+    moved = _moved(run, gpus, shape)
+    each, share = gpus.each, gpus.count
+    seconds = {name: each.seconds(flops[name] / share, moved[name] / share) for name in flops} if each.tflops else {}
+    return Plan(run, gpus, made, flops, moved, seconds, _knob(run, gpus, made, room))
 
 
-def _seconds(run: Run, gpus: GPUs, shape: StepShape, flops: dict[str, float]) -> dict[str, float]:
-    """The roofline of each part, all GPUs at once."""
-    each = gpus.each
-    if not each.tflops:
-        return {}
+def _moved(run: Run, gpus: GPUs, shape: StepShape) -> dict[str, float]:
+    """The bytes that each part reads, over all GPUs: weights for every pass, the heads for every chunk of tokens."""
     ours, theirs = run.sizes
-    width = (run.autocast or run.student_dtype).itemsize
-    moved = {
-        "rollout": rollout_bytes(ours, shape, width, run.rows * run.accumulation * gpus.count),
-        "teacher": 0.0 if theirs is None else theirs.active * run.teacher_dtype.itemsize * shape.rows / run.teacher_rows,
-        "student": 3.0 * ours.active * width * shape.rows / run.rows,
-        "loss": (ours.head * width + (0 if theirs is None else theirs.head * 2)) * shape.tokens / 2048,
-    }
-    share = gpus.count
-    weights_each_time = ("rollout",)  # every GPU reads all weights for each of its tokens
+    width, their_width = (run.autocast or run.student_dtype).itemsize, run.teacher_dtype.itemsize
+    heads = ours.head * width + (0 if theirs is None else theirs.head * their_width)
     return {
-        name: each.seconds(count / share, moved[name] if name in weights_each_time else moved[name] / share)
-        for name, count in flops.items()
+        "rollout": rollout_bytes(ours, shape, width, gpus.count) * gpus.count,
+        "teacher": 0.0 if theirs is None else theirs.active * their_width * shape.rows / run.teacher_rows,
+        "student": 3.0 * ours.active * width * shape.rows / run.rows,
+        "loss": heads * shape.tokens / (run.chunk or MOST_TOKENS),
     }
 
 
@@ -212,10 +205,10 @@ def table(made: Plan) -> str:
     shown = made.best or min(made.options, key=lambda option: option.memory.peak)
     lines += ["", f"of {shown.placement}, GiB:"]
     lines += [f"  {name:<26}{size / GIB:>9.2f}" for name, size in shown.memory.parts.items() if size]
-    lines += ["", f"{'a step':<12}{'PFLOP':>9}" + (f"{'seconds at best':>18}" if made.seconds else "")]
+    lines += ["", f"{'a step':<12}{'PFLOP':>9}{'GB read':>10}" + (f"{'seconds at best':>18}" if made.seconds else "")]
     for name, count in made.flops.items():
         more = f"{made.seconds[name]:>18.2f}" if made.seconds else ""
-        lines.append(f"  {name:<10}{count / 1e15:>9.2f}{more}")
+        lines.append(f"  {name:<10}{count / 1e15:>9.2f}{made.moved[name] / 1e9:>10.0f}{more}")
     if not made.seconds:
         lines.append(f"  (no speed is known of {gpus.each.name}: name the GPU for seconds)")
     if made.best is not None and made.best.command:
@@ -257,6 +250,7 @@ def as_json(made: Plan) -> dict[str, Any]:
             for option in made.options
         ],
         "flops": made.flops,
+        "bytes": made.moved,
         "seconds": made.seconds,
         "knob": None if made.knob is None else {"placement": str(made.knob[0]), "change": made.knob[1]},
     }

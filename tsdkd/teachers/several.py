@@ -71,4 +71,4 @@ def _with_empty(rollouts: Rollouts, count: int) -> Rollouts:
     """The rollouts and rows behind them of which nothing is trained on."""
     extra = [[0]] * count
     columns = rollouts.prompt_ids + extra, rollouts.completion_ids + extra, rollouts.completion_mask + extra
-    return Rollouts(*columns)
+    return Rollouts(*columns, vision=rollouts.vision and rollouts.vision + [{}] * count)

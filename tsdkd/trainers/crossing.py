@@ -9,6 +9,7 @@ import torch
 
 from tsdkd.checks import Problem
 from tsdkd.data.alignment import Pieces, is_plain, paired_by_position, paired_by_text, same_tokens
+from tsdkd.data.rendering import Rendering
 from tsdkd.types import ReadPlan, Rollouts, VocabularyMap
 
 _END = 16  # tokens of a prompt that a completion is put behind
@@ -22,22 +23,26 @@ class Crossing:
         ends: the ids that end a completion of the student's, the tokenizer's own first.
         context: the teacher's, tokens; None: it states none.
         alignment: `"text"` or `"position"`.
+        end: the id that ends a completion of the teacher's.
         beyond: the ids from which on the student and the teacher have none.
 
     Raises:
-        ValueError: a teacher's tokenizer without an end, or one of the two that puts spaces between its tokens.
+        ValueError: one of the two that puts spaces between its tokens.
     """
 
     def __init__(
-        self, student: Any, teacher: Any, ends: Sequence[int], context: int | None, alignment: str, beyond: tuple[int, int]
+        self,
+        student: Any,
+        teacher: Any,
+        ends: Sequence[int],
+        context: int | None,
+        alignment: str,
+        end: int,
+        beyond: tuple[int, int],
     ) -> None:
         self.student, self.teacher = Pieces(student), Pieces(teacher)
         self.ends, self.context, self.alignment = frozenset(ends), context, alignment
-        if teacher.eos_token_id is None:
-            raise ValueError(
-                "the teacher's tokenizer has no eos_token, with which the end of a completion is compared: set it and save it."
-            )
-        self.end = int(teacher.eos_token_id)
+        self.end = end
         for role, tokenizer in (("student", student), ("teacher", teacher)):
             if not is_plain(tokenizer):
                 raise ValueError(
@@ -100,6 +105,28 @@ class Crossing:
 
 def _nothing() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+
+
+def end_of(tokenizer: Any, generation_config: Any, chats: bool) -> int:
+    """The id that a teacher ends a completion with: of several that its generation_config names the one that its chat template
+    ends a turn with, for chats, or its tokenizer's own.
+
+    Raises:
+        ValueError: neither names one.
+    """
+    named = getattr(generation_config, "eos_token_id", None)
+    ends = list(named) if isinstance(named, (list, tuple)) else [] if named is None else [named]
+    ends = ends or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+    if not ends:
+        raise ValueError(
+            "the teacher's tokenizer has no eos_token, with which the end of a completion is compared: set it and save it."
+        )
+    if chats and tokenizer.chat_template and len(ends) > 1:
+        row = {"prompt": [{"role": "user", "content": "a"}]}
+        turn = [{"role": "assistant", "content": "b"}]
+        ((ids, _),) = Rendering(tokenizer, tokenizer, lambda: ends).completions([row], [turn], 64)
+        return ids[-1]
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
 
 
 def crossing_problems(args: Any, has_tools: bool) -> Iterator[Problem]:

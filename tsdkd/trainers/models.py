@@ -185,8 +185,8 @@ def check_same_tokens(
             raise ValueError(
                 f"the tokenizers disagree: id {i} is {our_ids[i]!r} for the student but {token!r} for the teacher. "
                 "Distillation compares next-token distributions id by id, so both models must share one tokenizer: pick a "
-                f"teacher of the student's family. If the two are one token renamed, say so: token_aliases={{{our_ids[i]!r}: "
-                f"{token!r}}}."
+                f"teacher of the student's family, or a method across tokenizers (gold, uld). If the two are one token "
+                f"renamed, say so: token_aliases={{{our_ids[i]!r}: {token!r}}}."
             )
         if token in ours and ours[token] != i and min(i, ours[token]) < vocab_size:
             raise ValueError(

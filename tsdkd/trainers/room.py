@@ -47,9 +47,9 @@ class Room:
     def _of_optimizer(self) -> list[torch.Tensor]:
         if not self.with_optimizer or self.trainer.optimizer is None:
             return []
-        device = self.trainer.accelerator.device
+        devices = {parameter.device for parameter in self.trainer.model.parameters()}  # accelerate's own has no number
         values = (value for state in self.trainer.optimizer.state.values() for value in state.values())
-        return [v for v in values if isinstance(v, torch.Tensor) and v.device == device and v.ndim]
+        return [v for v in values if isinstance(v, torch.Tensor) and v.device in devices and v.ndim]
 
     def _timed(self) -> AbstractContextManager:
         loop = getattr(self.trainer, "loop", None)  # not there yet while a teacher is checked

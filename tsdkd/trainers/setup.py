@@ -124,7 +124,7 @@ class Setup:
         """Whether any prompts are chats."""
         return any(map(are_chats, self.sets.values()))
 
-    @property
+    @functools.cached_property
     def sees(self) -> bool:
         """Whether prompts have images, and the student reads them."""
         return any(map(has_images, self.sets.values())) and getattr(self.student_config, "vision_config", None) is not None

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from tsdkd.costs import GIB, ModelSize, least_bytes
+from tsdkd.costs import GIB, ModelSize
 from tsdkd.teachers.heads import text_config
 from tsdkd.teachers.sources import dtype_of
 from tsdkd.trainers.host import once_a_run
@@ -36,15 +36,14 @@ def size_of(config: Any) -> ModelSize:
     try:
         with torch.device("meta"):
             model = empty_model(config)
+        text, heads = text_config(model), text_config(model).num_attention_heads
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"a {getattr(config, 'model_type', type(config).__name__)} configuration gives no causal language model "
-            f"({str(error).splitlines()[0]}): pass the folder or the name of one."
+            f"a {getattr(config, 'model_type', type(config).__name__)} configuration gives no causal language model with "
+            f"attention ({str(error).splitlines()[0]}): its sizes are not known here."
         ) from error
-    text = text_config(model)
     parameters = {id(p): p for p in model.parameters()}
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    heads = text.num_attention_heads
     return ModelSize(
         parameters=sum(p.numel() for p in parameters.values()),
         active=sum(p.numel() for p in parameters.values()) - _idle(model, text),
@@ -81,7 +80,8 @@ def _idle(model: Any, text: Any) -> int:
 
 
 def tell_if_too_large(setup: Setup, memory: int | None = None, adapter: bool = False) -> str:
-    """Warn, before anything is loaded, of models that cannot fit a GPU whatever the batch is; what is said, or nothing.
+    """Warn, before anything is loaded, of models that cannot fit a GPU whatever the batch and the optimizer are; what is said,
+    or nothing.
 
     Args:
         memory: of a GPU, bytes; None: this machine's, nothing without one.
@@ -91,24 +91,33 @@ def tell_if_too_large(setup: Setup, memory: int | None = None, adapter: bool = F
     if memory is None:
         memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     sharded = args.deepspeed or args.fsdp or setup.quantization is not None or (args.model_init_kwargs or {}).get("device_map")
-    if memory is None or sharded or setup.several:
-        return ""
-    here = setup.teacher is not None and not setup.teaches_itself and args.teacher_placement == "local"
-    if here and "quantization_config" in (args.teacher_model_init_kwargs or {}):
+    if memory is None or sharded:
         return ""
     try:
-        ours, theirs = size_of(setup.student_config), size_of(setup.teacher_config) if here else None
+        given = dtype_of((args.model_init_kwargs or {}).get("dtype"))
+        least = _bytes_of(setup.student, setup.student_config, given, torch.float32, not adapter)
+        for part in setup.apart.values():
+            options = part.args.teacher_model_init_kwargs or {}
+            held = part.teacher is not None and not part.teaches_itself and part.args.teacher_placement == "local"
+            if held and not {"quantization_config", "device_map"} & options.keys():
+                own = dtype_of(getattr(part.teacher_config, "dtype", None))
+                least += _bytes_of(part.teacher, part.teacher_config, dtype_of(options.get("dtype")), own, False)
     except ValueError:
         return ""  # which is told of by itself
-    given = dtype_of((args.model_init_kwargs or {}).get("dtype")), dtype_of((args.teacher_model_init_kwargs or {}).get("dtype"))
-    named = [kind if isinstance(kind, torch.dtype) else None for kind in (*given, getattr(setup.teacher_config, "dtype", None))]
-    own, their = named[0] or torch.float32, named[1] or named[2] or torch.float32
-    least = least_bytes(ours, own.itemsize, theirs, their.itemsize, trained=not adapter)
     if least <= memory:
         return ""
     told = (
-        f"the models, gradients and Adam's states take {least / GIB:.1f} GiB at the least, and the GPU has {memory / GIB:.1f}: "
+        f"the models and the student's gradients take {least / GIB:.1f} GiB at the least, and the GPU has {memory / GIB:.1f}: "
         "`tsdkd plan` with the same flags says which placement fits."
     )
     logger.warning(told)
     return told
+
+
+def _bytes_of(model: Any, config: Any, given: Any, default: Any, trained: bool) -> int:
+    """What a model and, of one that is trained, its gradients take; of a loaded one as it is."""
+    if not isinstance(model, str):
+        each = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+        return sum(size * (2 if trained and has_gradient else 1) for size, has_gradient in each)
+    kind = next((kind for kind in (given, default) if isinstance(kind, torch.dtype)), torch.float32)
+    return size_of(config).parameters * kind.itemsize * (2 if trained else 1)

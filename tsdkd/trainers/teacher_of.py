@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from tsdkd.checks import refuse
 from tsdkd.teachers import RecordedTeacher, Teacher, vocabulary_size
 from tsdkd.teachers.average import AverageTeacher
 from tsdkd.teachers.itself import SelfTeacher
-from tsdkd.teachers.placing import Request, place
+from tsdkd.teachers.placing import Placed, Request, place
 from tsdkd.teachers.several import SeveralTeachers
-from tsdkd.trainers.crossing import Crossing, crossing_problems
+from tsdkd.trainers.crossing import Crossing, crossing_problems, end_of
 from tsdkd.trainers.host import once_a_run, teacher_rows
 from tsdkd.trainers.models import check_same_tokens
 from tsdkd.trainers.room import Room
@@ -94,11 +95,22 @@ def teacher_of(trainer: Any, setup: Setup, room: Room | None = None) -> Here:
         context = getattr(setup.teacher_config.get_text_config(), "max_position_embeddings", None)
         refuse(crossing_problems(args, setup.has_tools))
         ends = sorted(trainer.eos_token_ids, key=lambda end: end != trainer.tokenizer.eos_token_id)
-        more = ends, context, setup.method.alignment, (own, placed.vocab_size)
+        end = end_of(tokenizer, generation_of(placed), setup.has_chats)
+        more = ends, context, setup.method.alignment, end, (own, placed.vocab_size)
         return Here(placed.teacher, own, **found, crossing=Crossing(trainer.tokenizer, tokenizer, *more))
     size = _shared(trainer, own, placed.vocab_size, None if tokenizer is None else tokenizer.get_vocab())
     placed.check(trainer.tokenizer, size)
     return Here(placed.teacher, size, **found)
+
+
+def generation_of(placed: Placed) -> Any:
+    """The generation configuration of a teacher, wherever it is; None of one without."""
+    if placed.model is not None:
+        return getattr(placed.model, "generation_config", None)
+    try:
+        return GenerationConfig.from_pretrained(placed.source)
+    except OSError:
+        return None
 
 
 def _agree(trainer: Any, tokenizer: Any, size: int) -> bool:
