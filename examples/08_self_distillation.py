@@ -80,12 +80,13 @@ def main() -> None:
     answers = [p.answer for p in test]
     data = Dataset.from_list([{"prompt": f"{p.question}\n", "solution": p.solution} for p in problems])
     # `student_answers` puts a line's end behind each prompt by itself.
+    solved, briefly = [f"{p.question}\n{p.solution}" for p in test], [f"?{p.question}" for p in test]
     told(base, [p.question for p in test], answers, "before, alone")
-    told(base, [f"{p.question}\n{p.solution}" for p in test], answers, "before, with the worked solution")
-    told(base, [f"?{p.question}" for p in test], answers, "before, told to be brief")
-    for name, template, hows in (
-        ("solutions", "{prompt}{solution}\n", ("start", "live", "ema")),
-        ("brief", "?{prompt}", ("start",)),
+    told(base, solved, answers, "before, with the worked solution")
+    told(base, briefly, answers, "before, told to be brief")
+    for name, template, hows, context, what in (
+        ("solutions", "{prompt}{solution}\n", ("start", "live", "ema"), solved, "with the worked solution"),
+        ("brief", "?{prompt}", ("start",), briefly, "told to be brief"),
     ):
         for how in hows:
             folder = out / f"{name}-{how}"
@@ -104,6 +105,7 @@ def main() -> None:
             trainer.train()
             trainer.save_model()
             told(str(folder), [p.question for p in test], answers, f"{name}, self_teacher={how}: after, alone")
+            told(str(folder), context, answers, f"{name}, self_teacher={how}: after, {what}")
     AutoModelForCausalLM.from_pretrained(out / "solutions-start")  # a folder as any other
 
 

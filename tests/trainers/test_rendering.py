@@ -188,7 +188,7 @@ def test_tools_of_rows_reach_the_rollouts(tmp_path):
             r"chats that end in an assistant's turn .*\(row 0\)|\(rows 0, 1, 2, 3\)",
         ),
         ([{"role": "user"}], "a list that is not chat messages"),
-        ([{"role": "user", "content": [{"type": "image", "image": "x"}]}], "chats with images"),
+        ([{"role": "user", "content": [{"type": "image", "image": "x"}]}], "has images: the student reads text alone"),
     ],
 )
 def test_chats_that_are_no_prompts_are_refused(tmp_path, prompt, message):

@@ -107,7 +107,11 @@ def prompt_problems(dataset: Any, role: str, rows_needed: int = 1, batch: str = 
         )
         return
     if set(IMAGES) & set(columns) and not sees:
-        yield Problem(f"{role} has images", "the student reads text alone", "remove the column with dataset.remove_columns")
+        yield Problem(
+            f"{role} has images",
+            "the student reads text alone",
+            "remove them (dataset.remove_columns), or take a multimodal student",
+        )
     if hasattr(dataset, "__len__") and len(dataset) < rows_needed:
         yield Problem(
             f"{role} has {len(dataset)} rows but one generation batch takes {rows_needed}{batch}",
