@@ -113,6 +113,23 @@ def test_the_peak_is_the_larger_phase_not_the_sum(tmp_path, optimizer):
     assert peaks["swap"] < peaks["local"] - min(whole, student) / 2
 
 
+@pytest.mark.gpu
+def test_the_peak_on_a_gpu_is_the_larger_phase_not_the_sum(tmp_path):
+    """As above by what CUDA says, with models that are large beside its own blocks."""
+    peaks = {}
+    for where in ("local", "swap"):
+        teacher, student = tiny_model(seed=2, hidden=1024, num_hidden_layers=12), tiny_model(seed=1, hidden=512)
+        sizes = bytes_of(teacher.parameters()), bytes_of(student.parameters())
+        options = {"teacher_placement": where, "swap_optimizer": where == "swap", "use_cpu": False, "bf16": False}
+        trainer = make(tmp_path / where, student=student, teacher=teacher, rollouts=by_prompt, **options)
+        torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        peaks[where] = torch.cuda.max_memory_allocated()
+        del trainer, teacher, student
+        torch.cuda.empty_cache()
+    assert peaks["swap"] < peaks["local"] - 0.7 * min(sizes[0], 4 * sizes[1])
+
+
 def bytes_of(tensors):
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
