@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import dataclasses
 from dataclasses import dataclass
@@ -53,9 +54,9 @@ class CrossTokenizer(DivergenceMethod):
         check_crossing(made.objective())
         return made
 
+    @abc.abstractmethod
     def across_of(self, vocabularies: VocabularyMap) -> Divergence:
         """The divergence between the two vocabularies."""
-        raise NotImplementedError
 
     def objective(self, batch: TokenBatch | None = None, state: State | None = None) -> Objective:
         ordinary = super().objective(batch, state)

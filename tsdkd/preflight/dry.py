@@ -1,4 +1,4 @@
-"""A micro-batch of student and teacher on tensors without memory: what its activations hold, exactly and for any architecture.
+"""A micro-batch of student and teacher on tensors without memory: what its activations hold, as the architecture runs.
 
 Models of a few layers are run under torch's fake tensors, forward and backward, and what is alive is counted; the layers that
 are left out are added by the line through two depths, since all are alike (or alternate: the depths differ by two).

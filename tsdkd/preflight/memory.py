@@ -70,8 +70,8 @@ class Run:
         with torch.device("meta"):
             model = empty_model(self.student)
             model = model if self.adapt is None else self.adapt(model)
-        every = {id(p): p for p in model.parameters()}.values()
-        return sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad)
+        each = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        return sum(size for size, _ in each), sum(size for size, has_gradient in each if has_gradient)
 
     @functools.cached_property
     def student_pass(self) -> Pass:

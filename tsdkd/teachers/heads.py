@@ -25,6 +25,11 @@ def text_config(model: Any):
     return model.config.get_text_config()
 
 
+def reads_images(config: Any) -> bool:
+    """Whether a model of this configuration reads images."""
+    return getattr(config, "vision_config", None) is not None
+
+
 def head_of(model: Any) -> Head:
     """The model's head with every factor that its family applies to the logits.
 

@@ -43,12 +43,13 @@ def load_renamed(trainer: Any, folder: str | None) -> bool:
         return False
     model = trainer.accelerator.unwrap_model(trainer.model)
     files = sorted(Path(folder).glob("model*.safetensors"))
-    own = set(model.state_dict())
+    if not files or hasattr(model, "peft_config"):
+        return False
     names: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as opened:
             names |= set(opened.keys())
-    if not files or hasattr(model, "peft_config") or names <= own:
+    if names <= set(model.state_dict()):
         return False
     fresh, told = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     missing = sorted(told.get("missing_keys") or ())

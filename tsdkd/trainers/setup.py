@@ -14,6 +14,7 @@ from tsdkd.data.prompts import are_chats, has_images
 from tsdkd.data.teacher_prompts import has_teacher_prompts, with_teacher_prompts
 from tsdkd.methods import TSDKD, Method, resolve_method
 from tsdkd.teachers import Recording
+from tsdkd.teachers.heads import reads_images
 from tsdkd.teachers.itself import SELF
 from tsdkd.trainers.config import TokenDistillConfig
 from tsdkd.trainers.host import eval_sets
@@ -125,9 +126,14 @@ class Setup:
         return any(map(are_chats, self.sets.values()))
 
     @functools.cached_property
+    def with_images(self) -> list[str]:
+        """The data sets whose prompts have images, by their roles."""
+        return [role for role, rows in self.sets.items() if has_images(rows)]
+
+    @property
     def sees(self) -> bool:
         """Whether prompts have images, and the student reads them."""
-        return any(map(has_images, self.sets.values())) and getattr(self.student_config, "vision_config", None) is not None
+        return bool(self.with_images) and reads_images(self.student_config)
 
     @functools.cached_property
     def student_config(self) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 from tsdkd.costs import GIB, ModelSize
@@ -13,18 +12,15 @@ from tsdkd.teachers.heads import text_config
 from tsdkd.teachers.sources import dtype_of
 from tsdkd.trainers.host import once_a_run
 from tsdkd.trainers.setup import Setup
+from tsdkd.trainers.sources import class_of
 
 logger = once_a_run(__name__)
 
 
 def empty_model(config: Any, **options: Any) -> Any:
-    """A model of this configuration as it is built, of its own class where that is multimodal; its weights are whatever the
-    device in hand gives."""
-    named = (getattr(config, "architectures", None) or [""])[0]
-    own = getattr(transformers, named, None)
-    if getattr(config, "vision_config", None) is not None and own is not None:
-        return own._from_config(config, **options)
-    return AutoModelForCausalLM.from_config(config, **options)
+    """A model of this configuration as it is built; its weights are whatever the device in hand gives."""
+    found = class_of(config)
+    return (found.from_config if found is AutoModelForCausalLM else found._from_config)(config, **options)
 
 
 def size_of(config: Any) -> ModelSize:
@@ -43,10 +39,10 @@ def size_of(config: Any) -> ModelSize:
             f"a {getattr(config, 'model_type', type(config).__name__)} configuration gives no causal language model with "
             f"attention ({str(error).splitlines()[0]}): its sizes are not known here."
         ) from error
-    parameters = {id(p): p for p in model.parameters()}
+    parameters = sum(p.numel() for p in model.parameters())  # each once
     return ModelSize(
-        parameters=sum(p.numel() for p in parameters.values()),
-        active=sum(p.numel() for p in parameters.values()) - _idle(model, text),
+        parameters=parameters,
+        active=parameters - _idle(model, text),
         embedding=embedding.numel(),
         head=head.numel(),
         largest_layer=max(_layers(model), default=0),
@@ -75,8 +71,8 @@ def _idle(model: Any, text: Any) -> int:
     used = getattr(text, "num_experts_per_tok", None)
     if not total or not used:
         return 0
-    of_experts = {id(p): p.numel() for name, p in model.named_parameters() if ".experts." in name}
-    return sum(of_experts.values()) * (total - used) // total
+    of_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    return of_experts * (total - used) // total
 
 
 def tell_if_too_large(setup: Setup, memory: int | None = None, adapter: bool = False) -> str:

@@ -127,12 +127,17 @@ def load_student(name: str, args: TokenDistillConfig, quantization_config: Any =
     return _loaded(name, "student", args, load)
 
 
-def _class_of(base: str, kwargs: dict[str, Any]) -> Any:
-    """The class of a checkpoint: of a multimodal model its own."""
-    named = getattr(AutoConfig.from_pretrained(base, **_where(kwargs)), "architectures", None) or [""]
+def class_of(config: Any) -> Any:
+    """The class of a configuration's model: of a multimodal model its own."""
+    named = getattr(config, "architectures", None) or [""]
     found = getattr(transformers, named[0], None)
     writes = isinstance(found, type) and issubclass(found, GenerationMixin)
     return found if writes else AutoModelForCausalLM
+
+
+def _class_of(base: str, kwargs: dict[str, Any]) -> Any:
+    """The class of a checkpoint."""
+    return class_of(AutoConfig.from_pretrained(base, **_where(kwargs)))
 
 
 def student_of(model: Any, args: TokenDistillConfig, kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ from tsdkd.trainers.processors import drawn_of, rendering_of, seen_by
 from tsdkd.trainers.random_state import random_state_kept
 from tsdkd.trainers.saving import Saving
 from tsdkd.trainers.step import Step
-from tsdkd.trainers.vision import messages, places_of_images, prepared, refuse_images_of_tools
+from tsdkd.trainers.vision import places_of_images, prepared, refuse_images_of_tools
 from tsdkd.types import Rollouts
 
 
@@ -125,7 +125,7 @@ class TRLTrainer(DistillationTrainer):
 
     def _tokenize_prompts(self, prompts: list):
         if self._is_vlm and not isinstance(prompts[0], str):
-            return super()._tokenize_prompts([messages(row) for row in self._in_hand.batch.rows])
+            return super()._tokenize_prompts(prompts)
         return self.tokenize(self._in_hand.batch.rows), None, {}
 
     def _generate(self, prompts: list):

@@ -9,23 +9,19 @@ import torch
 from trl.data_utils import prepare_multimodal_messages
 
 from tsdkd.checks import Problem
-from tsdkd.data.prompts import IMAGES, are_chats, has_images
+from tsdkd.data.prompts import IMAGES, are_chats
 from tsdkd.data.rendering import chat_of
 from tsdkd.data.teacher_prompts import has_teacher_prompts
+from tsdkd.teachers.heads import reads_images
 from tsdkd.trainers.setup import Setup
 
 _OF_TEXT = ("input_ids", "attention_mask")
 
 
-def sees(config: Any) -> bool:
-    """Whether a model of this configuration reads images."""
-    return getattr(config, "vision_config", None) is not None
-
-
 def places_of_images(config: Any) -> set[int]:
     """The ids that stand for images and videos in a prompt, which no completion may hold: there is nothing for them."""
     named = (getattr(config, f"{kind}_token_{what}", None) for kind in ("image", "video") for what in ("id", "index"))
-    return {int(token) for token in named if token is not None} if sees(config) else set()
+    return {int(token) for token in named if token is not None} if reads_images(config) else set()
 
 
 def messages(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -76,9 +72,9 @@ def vision_of(rows: Sequence[dict[str, Any]], processor: Any, **options: Any) ->
 
 def images_can_be_read(setup: Setup) -> Iterator[Problem]:
     """Images reach both models."""
-    given = [role for role, rows in setup.sets.items() if has_images(rows)]
-    if not given or not sees(setup.student_config):
+    if not setup.sees:
         return  # of a student that reads text alone it is told with the prompts
+    given = setup.with_images
     where = given[0]
     for role in given:
         if not are_chats(setup.sets[role]):
@@ -89,7 +85,7 @@ def images_can_be_read(setup: Setup) -> Iterator[Problem]:
             )
     parts = setup.apart.values() if setup.teacher is not None else ()
     for part in parts:
-        if not sees(part.teacher_config):
+        if not reads_images(part.teacher_config):
             yield Problem(
                 f"{where} has images, and the teacher reads text alone",
                 "both models read one prompt",
