@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GIB = 2**30
+PARTS = ("rollout", "teacher", "student", "loss")  # of a step
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def test_a_comparison_is_made_again_when_its_data_change(tmp_path):
 
     class Trained:
         stopped_by = None
-        teacher, trained_tokens = None, 1
+        teacher, spent = None, {"trained_tokens": 1, "flops": {}, "seconds": 0.5}
         state = argparse.Namespace(global_step=1)
         args = argparse.Namespace(output_dir=str(tmp_path / "runs"))
         accelerator = argparse.Namespace(is_main_process=True, wait_for_everyone=lambda: None)

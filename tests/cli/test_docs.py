@@ -144,6 +144,7 @@ def test_example_04_compares_and_goes_on_where_it_was(tmp_path):
     assert [row["method"] for row in rows] == ["untrained", "untrained", "gkd", "minillm", "seq_kd"]
     assert all(row["n"] == 1 and "commit" in row["provenance"] for row in rows)
     assert all((row["trained_tokens"] > 0) == (row["method"] != "untrained") for row in rows)
+    assert all((sum(row["flops"].values()) > 0) == (row["method"] != "untrained") for row in rows)
     assert "| gkd |" in first and [f"run {number} of 3" in first for number in (1, 2, 3)] == [True] * 3
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:4]) + lines[4][:40])  # interrupted while it wrote

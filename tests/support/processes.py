@@ -172,7 +172,7 @@ def main(folder: Path, scenario: str) -> None:
         result["train"] = next(row for row in trainer.state.log_history if "loss" in row)
         result["gradient"] = gradients.flat.tolist()
         result["evaluation"] = trainer.evaluate()
-        result["tokens"] = trainer.trained_tokens
+        result["tokens"], result["spent"] = trainer.trained_tokens, trainer.spent
         result["state"] = trainer.loop.checkpoints.state()
     except FloatingPointError as error:
         result["stopped"] = str(error)

@@ -39,6 +39,8 @@ def test_two_processes_give_the_loss_gradient_and_evaluation_of_one(tmp_path, sc
         # 7 rows in batches of 2 on 2 processes: accelerate repeats a row to fill the last batch, which must not count
         for name in ("eval_loss", "eval_loss/direct", "eval_loss/indirect", "eval_student/entropy"):
             assert result["evaluation"][name] == pytest.approx(one["evaluation"][name], rel=5e-6), name
+        assert result["spent"]["flops"] == pytest.approx(one["spent"]["flops"], rel=1e-5) and one["spent"]["flops"]
+        assert result["tokens"] == one["tokens"] == result["spent"]["trained_tokens"] > 0
 
 
 def test_draws_and_histories_do_not_depend_on_the_processes(tmp_path):

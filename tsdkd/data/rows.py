@@ -163,6 +163,7 @@ class ScoreRow:
         settings: of the scoring.
         items: which items were right, for paired tests.
         step, seconds: of a student in training, and of the scoring.
+        spent: what the student took (`data.spent`), where that is known.
         origin: commit, versions, hardware, seed and command.
         more: whatever else the file's row held.
     """
@@ -192,6 +193,7 @@ class ScoreRow:
     items: dict[str, str] | None = None
     step: int | None = None
     seconds: float | None = None
+    spent: dict[str, Any] | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
 
@@ -210,7 +212,7 @@ class ScoreRow:
         """The row of a file."""
         stated = {member.name: getattr(self, member.name) for member in dataclasses.fields(self)}
         stated["settings"] = dict(self.settings)
-        for optional in ("items", "step", "seconds"):
+        for optional in ("items", "step", "seconds", "spent"):
             if stated[optional] is None:
                 del stated[optional]
         return {**stated.pop("more"), **stated.pop("origin"), **stated}

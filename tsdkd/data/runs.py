@@ -7,6 +7,7 @@
 | `metrics.jsonl` | a row a log: `step` and the logged names; rows of scores have `accuracy`, `low`, `high`, `n` |
 | `samples.jsonl` | a row a completion that was kept: `step`, `tokens`, `columns` of numbers a token |
 | `benchmarks.jsonl` | a `ScoreRow` a score while training |
+| `spent.json` | tokens trained on, FLOPs by part and seconds until now; beside a saved student and in a checkpoint, too |
 | `curve.png`, `report.html` | pictures of them |
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 from tsdkd.data.intervals import wilson_interval
 from tsdkd.data.rows import lines_of
+from tsdkd.data.spent import is_spent
 
 SCHEMA = 1
 RUN, CONFIG, METRICS, SAMPLES = "run.json", "config.yaml", "metrics.jsonl", "samples.jsonl"
@@ -64,6 +66,18 @@ class Run:
         found = {name for row in self.rows for name, value in row.items() if _is_number(value)}
         order = dict.fromkeys(name for row in self.rows for name in row)
         return [name for name in order if name in found and name != "step"]
+
+    def spent_at(self, step: float) -> dict[str, Any] | None:
+        """What the run had taken by a step (`data.spent`), from the last row of its log by then; None where it is not said."""
+        rows = [row for row in self.rows if row["step"] <= step and _number(row.get("spent/trained_tokens")) is not None]
+        if not rows:
+            return None
+        last, prefix = rows[-1], "spent/tflop/"
+        flops = {
+            name[len(prefix) :]: 1e12 * value for name, value in last.items() if name.startswith(prefix) and _number(value)
+        }
+        found = {"trained_tokens": last["spent/trained_tokens"], "flops": flops, "seconds": last.get("spent/seconds")}
+        return found if is_spent(found) else None
 
 
 def read_run(folder: Path | str) -> Run:

@@ -7,17 +7,20 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tsdkd.costs import PARTS
+from tsdkd.data.spent import COSTS, costs_of
 from tsdkd.evaluation.tables import LEVEL, TEACHER, Cell, Table
 from tsdkd.reporting.figures import MARKS, PALETTE, pyplot, save
 
-_COLUMNS = (
+_SCORED = (
     "table chat_template label benchmark score stderr n partial best above_teacher runner_up p_against_student paired paper "
     "difference p_against_paper low high"
 ).split()
+_COLUMNS = [*_SCORED, "trained_tokens", *(f"tflop_{part}" for part in PARTS), "seconds"]
 
 
 def markdown(table: Table) -> str:
@@ -46,6 +49,10 @@ def markdown(table: Table) -> str:
         f"{legend} (p < {LEVEL}; paired where the items are the same), ~ some items only, § other shots "
         "or response limits than the column's: neither is ranked or compared.",
     ]
+    if table.spent:
+        lines += ["", "What each student took (its whole training, over all processes):", "", _line(["", *COSTS])]
+        lines.append(_line(["---"] * (len(COSTS) + 1)))
+        lines += [_line([_in_markdown(label), *costs_of(spent).values()]) for label, spent in table.spent.items()]
     if table.published:
         lines += [
             "",
@@ -106,7 +113,12 @@ def latex(table: Table) -> str:
             cells.append(text)
         cells += [averages[label]] if averages else []
         lines.append(" & ".join(cells) + " \\\\")
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+    took = [f"% {label} took: {_told(costs_of(spent))}" for label, spent in table.spent.items()]
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", *took]) + "\n"
+
+
+def _told(costs: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} {text}" for name, text in costs.items() if text)
 
 
 def _escaped(text: str) -> str:
@@ -170,6 +182,19 @@ def _values(table: Table, label: str, column: str, cell: Cell) -> list[Any]:
         table.published.get((label, column), ""),
         *(("", "") if printed is None else (f"{printed[0]:.4f}", f"{printed[1]:.3g}")),
         *(f"{100 * end if cell.is_share else end:.4f}" for end in cell.interval),
+        *_took(cell.spent),
+    ]
+
+
+def _took(spent: Mapping[str, Any] | None) -> list[Any]:
+    """Of a student's training the cells of tokens, FLOPs and seconds."""
+    if spent is None:
+        return [""] * (len(PARTS) + 2)
+    flops = spent["flops"]
+    return [
+        spent["trained_tokens"],
+        *(f"{flops[part] / 1e12:.6g}" if part in flops else "" for part in PARTS),
+        spent["seconds"],
     ]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tsdkd.data.rows import ScoreRow, append_rows, mend_rows, read_scores, replace_rows
+from tsdkd.data.spent import read_spent
 from tsdkd.evaluation import harness
 from tsdkd.evaluation import tasks as harness_tasks
 from tsdkd.evaluation.suite import BY_TASK
@@ -136,9 +137,9 @@ def _built(build: Callable[[], Any]) -> Any:
 def rows_of(
     scores: list[harness.Score], requested: str, model: Model, settings: Settings, task_digest: str, **more: Any
 ) -> list[ScoreRow]:
-    """What a results file keeps of a task's scores; `more` is `step` or `seconds`, and what each row holds beside."""
+    """What a results file keeps of a task's scores; `more` is `step`, `seconds` or `spent`, and what each row holds beside."""
     origin = provenance(settings.seed)
-    known: dict[str, Any] = {name: more.pop(name) for name in ("step", "seconds") if name in more}
+    known: dict[str, Any] = {name: more.pop(name) for name in ("step", "seconds", "spent") if name in more}
     rows = []
     for s in scores:
         benchmark = BY_TASK.get(s.task)
@@ -220,7 +221,7 @@ def evaluate(
         say(f"{len(wanted) - len(left)} of {len(wanted)} scorings stand in {out} already.")
     asked = {key for *_, key in wanted}
     kept = [row for row in standing if row.identity in asked]
-    lm, began = None, time.perf_counter()
+    lm, began, took = None, time.perf_counter(), read_spent(model.name)
     out.parent.mkdir(parents=True, exist_ok=True)
     if writes and any(row.label != model.label for row in kept):
         say(f"They stand under another label; they are now called {model.label!r}.")
@@ -241,7 +242,7 @@ def evaluate(
         if not scores or not writes:  # the first process has them
             continue
         seconds = round(time.perf_counter() - started, 1)
-        rows = rows_of(scores, task, model, setting, digests[task], seconds=seconds, **more)
+        rows = rows_of(scores, task, model, setting, digests[task], seconds=seconds, spent=took, **more)
         if samples is not None:
             _write_samples(samples, answers, model, setting)
         append_rows(out, [row.to_json() for row in rows])

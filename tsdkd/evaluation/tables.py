@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from statistics import NormalDist
@@ -12,6 +12,7 @@ from typing import Any
 
 from tsdkd.data.intervals import wilson_interval
 from tsdkd.data.rows import ScoreRow
+from tsdkd.data.spent import is_spent
 
 TEACHER, STUDENT = "Teacher", "Student"
 # What a run calls a method, and what the paper does.
@@ -90,6 +91,7 @@ class Cell:
     items: dict[str, str] | None
     higher_is_better: bool = True
     settings: tuple = ()
+    spent: Mapping[str, Any] | None = None
 
     @property
     def is_share(self) -> bool:
@@ -115,7 +117,8 @@ class Cell:
         score, n = row.score, row.n
         stderr = row.stderr if row.stderr is not None else math.sqrt(max(score * (1 - score), 0.0) / max(n, 1))
         settings = (row.shots, row.settings.get("max_gen_toks"))
-        return cls(score, stderr, n, row.partial, row.items, row.higher_is_better, settings)
+        spent = row.spent if is_spent(row.spent) else None
+        return cls(score, stderr, n, row.partial, row.items, row.higher_is_better, settings, spent)
 
     def p_value(self, other: Cell) -> tuple[float, bool]:
         """That this one and `other` are the same, and whether the test is paired."""
@@ -151,6 +154,12 @@ class Table:
         ours = list(dict.fromkeys(label for label, _ in self.cells))
         known = [TEACHER, STUDENT, *dict.fromkeys(label for label, _ in self.published)]
         return [*(label for label in dict.fromkeys(known) if label in ours), *(label for label in ours if label not in known)]
+
+    @property
+    def spent(self) -> dict[str, Mapping[str, Any]]:
+        """What each label's student took, where its rows say it."""
+        found = {label: cell.spent for (label, _), cell in self.cells.items() if cell.spent is not None}
+        return {label: found[label] for label in self.labels if label in found}
 
     def comparable(self, label: str, column: str) -> Cell | None:
         """A cell that may be compared with its column: of all items, and with the settings that most of the column has."""

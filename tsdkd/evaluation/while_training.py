@@ -146,7 +146,7 @@ class EvaluateWhileTraining(TrainerCallback):
         for task in self.tasks:
             scores, _ = harness.score_task(lm, self.manager, task, **self.settings.of_scoring())
             digest = harness_tasks.task_digest(self.manager, task)
-            rows += rows_of(scores, task, model, self.settings, digest, step=step)
+            rows += rows_of(scores, task, model, self.settings, digest, step=step, spent=trainer.spent)
         append_rows(self.folder / "benchmarks.jsonl", [row.to_json() for row in rows])
         return rows
 

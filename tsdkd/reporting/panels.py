@@ -51,6 +51,7 @@ _LAYOUT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("An end where completions stop", "probability", ("completions/end_probability",)),
     ("Time of a step", "seconds", ("time/rollout", "time/teacher", "time/student", "time/loss")),
+    ("Compute until then, by part", "TFLOP", ("spent/tflop/",)),
     ("Speed", "tokens/s", ("tokens_per_second",)),
     ("Speed by part", "tokens/s of that part", ("speed/",)),
     ("Memory", "GiB, peak", ("memory/peak_gib",)),

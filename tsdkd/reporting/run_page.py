@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tsdkd.data.runs import CURVE, REPORT, Run, read_run
+from tsdkd.data.spent import COSTS, costs_of
 from tsdkd.reporting.figures import draw_curve
 from tsdkd.reporting.pages import as_bytes, in_script, page
 from tsdkd.reporting.panels import as_json, differences, labels, panels, rest
@@ -42,7 +43,8 @@ def run_page(runs: Sequence[Run], title: str = "", scores: Sequence[Mapping[str,
         title=title or (f"Run {named[0]}" if len(runs) == 1 else f"{len(runs)} runs"),
         runs=[_facts(run, label) for run, label in zip(runs, named, strict=True)],
         differing=differences(runs) if len(runs) > 1 else {},
-        scores=[*scores, *own],
+        scores=[{**score, "costs": costs_of(score.get("spent"))} for score in [*scores, *own]],
+        costs=COSTS if any(score.get("spent") for score in [*scores, *own]) else (),
         data=in_script(data),
         drawn=bool(data["panels"] or data["rest"]),
     )
@@ -96,7 +98,7 @@ def _last_scores(runs: Sequence[Run], named: Sequence[str]) -> list[dict[str, An
         for name in dict.fromkeys(score["name"] for score in run.scores):
             own = sorted((s for s in run.scores if s["name"] == name), key=lambda score: score["step"])
             ends = [own[0]] if len(own) == 1 else [own[0], own[-1]]
-            made += [{**score, "label": label} for score in ends]
+            made += [{**score, "label": label, "spent": run.spent_at(score["step"])} for score in ends]
     return made
 
 

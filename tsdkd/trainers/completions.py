@@ -99,6 +99,13 @@ class CompletionSupply:
             self.source.keep([{**row, "completion_ids": ids} for row, ids in pairs])
         return written
 
+    def writers(self, batch: Batch) -> tuple[str, ...]:
+        """Whose forward passes write a batch: none of completions that are given, `student`, and `teacher` where both do."""
+        if batch.given is not None:
+            return ()
+        both = self._writer is not None and self.host.mode == "train" and not hasattr(self.spec.writer, "write")
+        return ("student", "teacher") if both else ("student",)
+
     def _check_written(self, written: Written, rows: int) -> None:
         """Refuse what a writer of a user's own may not write."""
         host, who = self.host, type(self._writer).__name__

@@ -22,7 +22,7 @@ from torch import nn
 from tsdkd.methods import State
 from tsdkd.teachers.itself import SelfTeacher
 from tsdkd.teachers.several import SeveralTeachers
-from tsdkd.trainers.checkpoints import Checkpoints, Stateful
+from tsdkd.trainers.checkpoints import Checkpoints, Kept, Stateful
 from tsdkd.trainers.completions import Batch, CompletionSupply, Written
 from tsdkd.trainers.corpus import Corpus
 from tsdkd.trainers.guard import Guard, NonFiniteError
@@ -35,6 +35,7 @@ from tsdkd.trainers.routers import router_of
 from tsdkd.trainers.scoring import StepScorer
 from tsdkd.trainers.setup import Setup
 from tsdkd.trainers.spending import spending_of
+from tsdkd.trainers.spent import Spent
 from tsdkd.trainers.step import Step
 from tsdkd.trainers.teacher_of import Here
 from tsdkd.trainers.teacher_prompts import TeacherPrompts
@@ -67,12 +68,14 @@ class Loop:
             corpus = Corpus(setup.pretraining_dataset, args.seed, limits.prompt + limits.completion)
         models = tuple(here.models.values())
         self.metrics = Metrics(accelerator, lambda: method.terms(self.state))
+        self.spent = Spent(self.metrics)
+        self.metrics.spent = self.spent.logged
         self.guard = Guard(accelerator, names)
         self.teacher_prompts = TeacherPrompts(host, setup, here, limits.completion)
         called = names["teacher"], self.metrics, self.teacher_prompts
         self.supply = CompletionSupply(host, setup.rollouts, teacher_model, teacher, *called)
         self.prompts = Prompts(host, limits, self.supply.check, self.teacher_prompts)
-        counted = here.crossing, spending_of(host, setup)
+        counted = here.crossing, spending_of(host, setup), self.spent
         self.scorer = StepScorer(host, method, lambda: self.state, reader, self.metrics, corpus, *counted)
         self.loss = StepLoss(
             method,
@@ -96,7 +99,7 @@ class Loop:
         if args.token_budget is not None:
             parts["trained_tokens"] = self.metrics
         identity = {"method": method.name, "processes": accelerator.num_processes}
-        kept = [teacher] if isinstance(teacher, SelfTeacher) else []
+        kept: list[Kept] = [self.spent, *([teacher] if isinstance(teacher, SelfTeacher) else [])]
         self.checkpoints = Checkpoints(identity, accelerator.process_index, parts, kept)
 
     @property
@@ -132,7 +135,7 @@ class Loop:
             NonFiniteError: naming the student.
         """
         failure, written = None, Written([[] for _ in prompt_ids])
-        self.scorer.written = batch.given is None
+        self.scorer.written = self.supply.writers(batch)
         try:
             written = self.supply.write(batch, prompt_ids, by_student)
         except RuntimeError as error:
@@ -166,9 +169,11 @@ class Loop:
         """Once an optimizer step, before the weights change; a signal to any process is every process's from here on."""
         self.metrics.step_made()
         asked = torch.tensor(float(self.asked() > 0))
-        *numbers, signals = self.check_gradient_norm(grad_norm, [*self.loss.numbers, asked])
+        tflops = self.spent.numbers
+        *numbers, signals = self.check_gradient_norm(grad_norm, [*tflops, *self.loss.numbers, asked])
         self.stop_asked = signals > 0
-        self.loss.step_made(self.host.step + 1, numbers, self.host.accelerator.gather)
+        self.spent.step_made(numbers[: len(tflops)])
+        self.loss.step_made(self.host.step + 1, numbers[len(tflops) :], self.host.accelerator.gather)
 
     def check_gradient_norm(
         self, grad_norm: torch.Tensor | float | None, numbers: list[torch.Tensor] | None = None

@@ -112,6 +112,7 @@ class Metrics:
         self._flops_of_window = 0.0
         self._peak: float | None = None
         self._spent: torch.Tensor | None = None
+        self.spent: Callable[[], Mapping[str, float]] = dict  # all steps until now, in every window
         self._left_out: set[str] = set()
 
     def add(self, mode: str, sums: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -168,8 +169,8 @@ class Metrics:
             for name, value in parts.items():
                 sums.add_host(f"time/{name}", value, steps)
             sums.add_host("tokens_per_second", self._tokens_of_window, whole / self.accelerator.num_processes)
-            for name, read in self.constants.items():
-                sums.add_host(name, read())
+            for name, value in [*((name, read()) for name, read in self.constants.items()), *self.spent().items()]:
+                sums.add_host(name, value)
             if self._peak and whole:
                 sums.add_host("mfu", self._flops_of_window, whole * self._peak)
             self._steps_of_window = self._tokens_of_window = 0

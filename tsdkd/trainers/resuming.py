@@ -60,6 +60,7 @@ class Resuming:
         logger.warning("%s is of the run's end (%d of %d steps): nothing is left to train.", checkpoint, step, wanted)
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self.find_best()
+        trainer.loop.spent.load(checkpoint)
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
             trainer.load_weights(best if best and Path(best).is_dir() else str(checkpoint))

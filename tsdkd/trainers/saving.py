@@ -105,6 +105,7 @@ class Saving:
         yield str(written)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and written.is_dir():
+            self.trainer.loop.spent.save(written)
             commits.put_files(written, place, {"step": self.trainer.state.global_step})
         accelerator.wait_for_everyone()
 

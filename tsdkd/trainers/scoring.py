@@ -16,6 +16,7 @@ from tsdkd.trainers.health import repetition
 from tsdkd.trainers.host import Host, teacher_rows
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.spending import Spending
+from tsdkd.trainers.spent import Spent
 from tsdkd.trainers.step import Step
 from tsdkd.types import Counts, Objective, ReadPlan, Rollouts, TokenBatch
 
@@ -31,6 +32,7 @@ class StepScorer:
         corpus: texts for a loss beside the completions.
         crossing: of a teacher of another tokenizer.
         spending: counts the step's FLOPs.
+        spent: is told of them.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class StepScorer:
         corpus: Corpus | None = None,
         crossing: Crossing | None = None,
         spending: Spending | None = None,
+        spent: Spent | None = None,
     ) -> None:
         self.host, self.method, self.state, self.teacher = host, method, state, teacher
-        self.metrics, self.corpus, self.crossing, self.spending = metrics, corpus, crossing, spending
-        self.written = True  # by the student: what is given costs no rollout
+        self.metrics, self.corpus, self.crossing = metrics, corpus, crossing
+        self.spending, self.spent = spending, spent
+        self.written: tuple[str, ...] = ("student",)  # whose forward passes wrote: what is given costs no rollout
         self.rewind: Callable[[], None] = lambda: None  # puts everything that changes back to the step's start
         self.whole = False  # a recording keeps whole completions, for methods that read more than this one
 
@@ -71,12 +75,15 @@ class StepScorer:
             counts = dataclasses.replace(counts, divisors={**counts.divisors, "pretraining": tokens})
         first = (host.step * host.accelerator.num_processes + host.accelerator.process_index) * len(lengths)
         rows = [first + row for row in range(len(lengths))]
-        hidden = None
+        hidden, by_rule = None, self.teacher is not None and plan.rule is not None
         if self.teacher is not None:
             plan = self._with_rule(rollouts, plan)
             hidden = self._hidden(self.teacher, theirs, plan)
-        if self.spending is not None and host.mode == "train":
-            self.metrics.computed(self.spending.of(rollouts, theirs, plan, self.written), self.spending.peak)
+        if self.spending is not None and self.spent is not None and host.mode == "train":
+            more = [len(ids) for ids in extra.get("corpus", []) if ids]
+            flops = self.spending.of(rollouts, theirs, plan, self.written, texts=more, read_first=by_rule)
+            self.metrics.computed(flops, self.spending.peak)
+            self.spent.prepared(flops)
         return Step(rollouts, counts, rows, plan, hidden, extra)
 
     def _log(self, rollouts: Rollouts) -> None:

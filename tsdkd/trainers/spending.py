@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,22 +35,42 @@ class Spending:
     checkpointing: bool
     peak: float | None = None
 
-    def of(self, rollouts: Rollouts, read: Rollouts, plan: ReadPlan, written: bool) -> dict[str, float]:
+    def of(
+        self,
+        rollouts: Rollouts,
+        read: Rollouts,
+        plan: ReadPlan,
+        written: Sequence[str] = ("student",),
+        *,
+        texts: Sequence[int] = (),
+        read_first: bool = False,
+    ) -> dict[str, float]:
         """The FLOPs of a step's rollouts on this process, by part.
 
         Args:
             read: what the teacher reads.
             plan: how far each is read.
-            written: the student wrote the completions.
+            written: whose forward passes wrote the completions: `student`, `teacher`.
+            texts: tokens of each text of a corpus that is trained on beside them.
+            read_first: the student read all, and its head, before the teacher was asked (a rule of what it reads).
         """
         ours, factor = self.student, backward_factor(self.trained, self.checkpointing)
         made = {
             "student": factor * sum(ours.forward_flops(length, 1) for length in _lengths(rollouts.first(plan.student))),
             "loss": 2.0 * head_products(self.trained) * ours.head * sum(plan.student),
         }
-        if written:
-            drawn = 2.0 * ours.head * sum(map(len, rollouts.completion_ids))
-            made["rollout"] = sum(ours.forward_flops(length, 1) for length in _lengths(rollouts)) + drawn
+        made["student"] += factor * sum(ours.forward_flops(length, 1) for length in texts)
+        made["loss"] += 2.0 * head_products(self.trained) * ours.head * sum(length - 1 for length in texts)
+        if read_first:
+            made["student"] += sum(ours.forward_flops(length, 1) for length in _lengths(rollouts))
+            made["loss"] += 2.0 * ours.head * sum(rollouts.lengths)
+        writing = [ours] if "student" in written else []
+        writing += list(self.teachers.values()) if "teacher" in written else []
+        if writing:
+            drawn, whole = sum(map(len, rollouts.completion_ids)), _lengths(rollouts)
+            made["rollout"] = sum(
+                sum(size.forward_flops(length, 1) for length in whole) + 2.0 * size.head * drawn for size in writing
+            )
         if self.teachers:
             made["teacher"] = 0.0
             for row, length in enumerate(_lengths(read.first(plan.teacher))):

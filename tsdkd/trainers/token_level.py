@@ -142,7 +142,7 @@ class TokenDistillTrainer(TRLTrainer):
         self.loop = Loop(self, setup, here, names_of(setup), limits)
         self._fit_data()
         self.run_record = RunRecord(self)
-        for callback in (self.run_record, *callbacks_of(self)):
+        for callback in (self.loop.spent, self.run_record, *callbacks_of(self)):
             self.add_callback(callback)
 
     # ------------------------------------------------------------------ at construction
@@ -217,8 +217,15 @@ class TokenDistillTrainer(TRLTrainer):
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens of completions trained on since construction, over all processes."""
+        """Tokens of completions trained on, over all processes."""
         return self.loop.metrics.trained_tokens
+
+    @property
+    def spent(self) -> dict[str, Any]:
+        """What the student has taken, over all processes, with what its checkpoint had: `trained_tokens`, `flops` by part
+        (`rollout`, `teacher`, `student`, `loss`; counted as `tsdkd plan` counts, empty where a model's sizes are not known)
+        and `seconds` of steps."""
+        return self.loop.spent.figures()
 
 
 class TSDKDTrainer(TokenDistillTrainer):

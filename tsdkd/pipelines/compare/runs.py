@@ -6,7 +6,6 @@ import gc
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,7 +183,7 @@ def spoken(name: str, row: dict[str, Any], start: dict[str, Any] | None = None) 
 def _untrained(trainer: Any, scorer: Scorer) -> dict[str, dict[str, Any]]:
     """The scores of the student as it starts, and of the teacher where its model is here."""
     scorer.check(trainer)
-    facts = {"steps": 0, "trained_tokens": 0, "seconds": 0.0}
+    facts = {"steps": 0, "trained_tokens": 0, "flops": {}, "seconds": 0.0}
     made = {BASELINES[0]: {**scorer.figures(scorer(trainer, BASELINES[0])), **facts}}
     if trainer.teacher_model is not None and trainer.args.teacher_placement == "local":
         made[BASELINES[1]] = {**scorer.figures(scorer(trainer, BASELINES[1], trainer.teacher_model)), **facts}
@@ -194,15 +193,13 @@ def _untrained(trainer: Any, scorer: Scorer) -> dict[str, dict[str, Any]]:
 
 def _made(run: Run, build: Callable[[Run], Any], scorer: Scorer, wanted: dict[str, Any], keep: bool) -> dict[str, Any]:
     """A run's scores and the facts of its training, which goes on from its last checkpoint if it was cut off."""
-    began = time.perf_counter()
     trainer = build(run)
     scorer.check(trainer)
     goes_on = _begun(Path(trainer.args.output_dir), _identity(wanted), trainer.accelerator.is_main_process)
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=goes_on)
     refuse_stopped(trainer)
-    seconds = round(time.perf_counter() - began, 1)
-    facts = {"steps": trainer.state.global_step, "trained_tokens": trainer.trained_tokens, "seconds": seconds}
+    facts = {"steps": trainer.state.global_step, **trainer.spent}  # of all its parts, where it was cut off
     scores = scorer(trainer, run.label)
     if keep:
         trainer.save_model(str(Path(trainer.args.output_dir) / "student"))
