@@ -40,6 +40,7 @@ SCENARIOS: dict[str, dict] = {
     "zero3, teacher zero3": {**TEACHER, "deepspeed": zero(3)},
     "ddp, teacher zero3 on the cpu": {**TEACHER, "teacher_cpu_offload": True},
     "ddp, teacher zero3, one rank is empty": TEACHER,
+    "ddp, teacher zero3 by tokens": {**TEACHER, "teacher_batch_tokens": 60, "padding_free": True},
     "ddp, bf16": BF16,
     "ddp, teacher zero3, bf16": {**TEACHER, **BF16},
     "loaded in bf16 shares": {},

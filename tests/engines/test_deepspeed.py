@@ -55,6 +55,7 @@ def plain(models):
         ("zero2, teacher zero3", 1, 0.5),
         ("zero3, teacher zero3", 0.5, 0.5),
         ("ddp, teacher zero3 on the cpu", 1, 0.5),
+        ("ddp, teacher zero3 by tokens", 1, 0.5),  # as many passes on both, whatever is to be read
     ],
 )
 def test_five_steps_and_an_evaluation_are_those_of_one_process(models, plain, scenario, student, teacher):

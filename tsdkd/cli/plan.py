@@ -104,7 +104,7 @@ def run_of(config: Any, model: Any) -> Any:
         autocast=torch.bfloat16,  # what GPUs of today train in
         rows=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
-        teacher_rows=config.teacher_batch_size or config.per_device_train_batch_size,
+        teacher_rows=_teacher_rows(config, length),
         length=length,
         completion=completion,
         checkpointing=bool(config.gradient_checkpointing),
@@ -114,6 +114,13 @@ def run_of(config: Any, model: Any) -> Any:
         vllm_sleeps=bool(config.vllm_enable_sleep_mode),
         attention=model.attn_implementation,
     )
+
+
+def _teacher_rows(config: Any, length: int) -> int:
+    """Rows of the teacher's forward pass, where all are as long as may be."""
+    if config.teacher_batch_tokens:
+        return max(1, config.teacher_batch_tokens // length)
+    return config.teacher_batch_size or config.per_device_train_batch_size
 
 
 def _dtype(named: Any) -> Any:

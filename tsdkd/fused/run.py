@@ -40,6 +40,9 @@ from tsdkd.types import (
 # Elements of a gathered piece of a head, [rows, k, hidden].
 _GATHERED = 1 << 22
 
+# Tokens that are ranked at a time, k² numbers each.
+_RANKED = 4096
+
 # Buffers [chunk, vocab] of a divergence that autograd differentiates, beside both models' logits.
 _AUTOGRAD_BUFFERS = 10
 
@@ -302,22 +305,19 @@ class Run:
         if scope != "all":
             self._gather_teacher_scores(_kept_rows(packed, None))
         theirs, ours = statistics.teacher_scores[:, :k], statistics.student_scores[:, :k]
-        order = teacher_order(theirs)
-        stages = None if term.stage_weights == "uniform" else teacher_mass(theirs.gather(1, order))
-        with torch.enable_grad():
-            scores = ours.gather(1, order).requires_grad_()
-            nll = plackett_luce_nll(scores, stages)
-            (slope,) = torch.autograd.grad(nll.sum(), scores)
+        # k² numbers a token for a while: of some tokens at a time.
+        slabs = zip(ours.split(_RANKED), theirs.split(_RANKED), strict=True)
+        scores, order, slope, nll, tau = map(torch.cat, zip(*(_ranked(term, *slab) for slab in slabs), strict=True))
         if self.wanted:
             scale = self.layout.pack(taken.coefficients(term)) * self.scale(term)
             # Where a read would wait for the device every row goes, with a scale of 0 off the opener.
             step = max(1, _GATHERED // max(1, k * self.student.hidden.shape[1]))
             for part in _kept_rows(packed, None).split(step):
-                ranked = scores.detach()[part]
+                ranked = scores[part]
                 ids = statistics.candidates[part, :k].gather(1, order[part])
                 gradient = slope[part] * self.student.transform.slope(ranked) * scale[part].unsqueeze(-1)
                 self.gradients.add_columns(part, ids, gradient)
-        return nll.detach(), kendall_tau(order).to(self.work)
+        return nll, tau.to(self.work)
 
     def _gather_teacher_scores(self, rows: torch.Tensor) -> None:
         """The teacher's logits of the candidates of some rows: k rows of its head a token, not the whole."""
@@ -325,6 +325,18 @@ class Run:
         ids = self.statistics.candidates
         for part in rows.split(max(1, _GATHERED // max(1, ids.shape[1] * self.teacher.hidden.shape[1]))):
             self.statistics.teacher_scores[part] = self.teacher.scores(part, ids[part], self.work)
+
+
+def _ranked(term: RankingTerm, ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of some rows' candidates, `[rows, k]`: the student's scores in the teacher's order, that order, the gradient by the
+    scores; and `[rows]` the loss and tau."""
+    order = teacher_order(theirs)
+    stages = None if term.stage_weights == "uniform" else teacher_mass(theirs.gather(1, order))
+    with torch.enable_grad():
+        scores = ours.gather(1, order).requires_grad_()
+        nll = plackett_luce_nll(scores, stages)
+        (slope,) = torch.autograd.grad(nll.sum(), scores)
+    return scores.detach(), order, slope, nll.detach(), kendall_tau(order)
 
 
 def _gate_of(term: DivergenceTerm, statistics: RowStatistics) -> torch.Tensor:

@@ -173,4 +173,4 @@ def _states(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     try:
         return last_hidden_state(model, ids, mask)
     except Exception:  # fake tensors have no values: the mask of full rows is none
-        return last_hidden_state(model, ids, None)  # type: ignore[arg-type]
+        return last_hidden_state(model, ids, None)

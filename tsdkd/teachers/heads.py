@@ -65,13 +65,14 @@ def without_adapter_wrapper(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def backbone_output(model: Any, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> Any:
+def backbone_output(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, **more: Any) -> Any:
     """What the model gives below its head; the vocabulary is not projected."""
     return without_adapter_wrapper(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
 
 
-def last_hidden_state(model: Any, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> torch.Tensor:
-    """`[rows, longest, hidden]`, what the head reads; `more` is `Rollouts.beside`."""
+def last_hidden_state(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, **more: Any) -> torch.Tensor:
+    """`[rows, longest, hidden]`, what the head reads; `more` is `Rollouts.beside`, or positions of rows one behind the other,
+    which have no mask."""
     return backbone_output(model, ids, mask, **more).last_hidden_state
 
 

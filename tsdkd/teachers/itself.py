@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tsdkd.teachers.batches import Batches
 from tsdkd.teachers.heads import head_of
 from tsdkd.teachers.local import hidden_of
 from tsdkd.types import Head, Rollouts
@@ -37,7 +38,7 @@ class SelfTeacher:
         how: `start`, `live` or `ema`.
         decay: of `ema`: average ← decay · average + (1 − decay) · weights, once an optimizer step.
         step: the optimizer steps made.
-        batch_size: rows of a forward pass.
+        batch_size: rows of a forward pass, or `Batches`.
         device: where the loss is computed.
         autocast: the mixed-precision context of a forward pass.
     """
@@ -53,7 +54,7 @@ class SelfTeacher:
         how: str,
         decay: float,
         step: Callable[[], int],
-        batch_size: int,
+        batch_size: int | Batches,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tsdkd.teachers.batches import NOTHING, Batches, laid
 from tsdkd.teachers.heads import head_of, last_hidden_state
 from tsdkd.types import Head, Rollouts
 
@@ -18,30 +19,26 @@ def hidden_of(
     model: Any,
     rollouts: Rollouts,
     pad_id: int,
-    batch_size: int,
+    batch_size: int | Batches,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     read: Callable[..., torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """For each row `[L, hidden]`, a model's hidden states that predict the trained tokens.
+    """For each row `[L, hidden]`, a model's hidden states that predict the trained tokens, read in such batches.
 
-    In order of length, so that a batch's rows are alike and little padding is computed; the number of batches depends on
-    the number of rows alone, so that processes that gather a sharded model stay in step. `read(ids, mask, **beside)` stands
-    in for the model's own forward.
+    `read(ids, mask, **beside)` stands in for the model's own forward.
     """
     sizes = [len(p) + len(c) for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)]
-    order = sorted(range(len(rollouts)), key=sizes.__getitem__)
+    batches = Batches.of(batch_size)
     hidden: list[torch.Tensor] = [torch.empty(0)] * len(rollouts)
     model_device = model.get_input_embeddings().weight.device
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = rollouts.rows(rows)
-        ids, mask, where = batch.padded(pad_id, model_device)
-        more = batch.beside(model_device)
+    for rows in batches.groups(sizes):
+        batch = rollouts.rows(rows) if rows else NOTHING
+        inputs, more, where = laid(batch, batches.padding_free, pad_id, model_device)
         with autocast():
-            states = last_hidden_state(model, ids, mask, **more) if read is None else read(ids, mask, **more)
+            states = last_hidden_state(model, *inputs, **more) if read is None else read(*inputs, **more)
         packed = states.flatten(0, 1)[where.to(states.device)].to(device)
-        for row, states_of_row in zip(rows, packed.split(batch.lengths), strict=True):
+        for row, states_of_row in zip(rows, packed.split(batch.lengths) if rows else (), strict=True):
             hidden[row] = states_of_row.clone()  # a view would keep the whole batch alive
     return hidden
 
@@ -52,7 +49,7 @@ class LocalTeacher:
     Args:
         model: a causal language model; it is frozen here.
         pad_id: any id of its vocabulary, for padding that no result depends on.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass, or `Batches`.
         device: where the loss is computed; the hidden states are brought there.
         autocast: the mixed-precision context of the forward pass.
     """
@@ -65,7 +62,7 @@ class LocalTeacher:
         model: Any,
         *,
         pad_id: int,
-        batch_size: int,
+        batch_size: int | Batches,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
@@ -92,13 +89,17 @@ class LocalTeacher:
             self._moved = dataclasses.replace(head, weight=head.weight.to(self.device), bias=bias)
         return self._moved
 
-    def read(self, ids: torch.Tensor, mask: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
-        """`[rows, longest, hidden]`, the last hidden state of padded rows; `more` is `Rollouts.beside`."""
+    def read(self, ids: torch.Tensor, mask: torch.Tensor | None, **more: torch.Tensor) -> torch.Tensor:
+        """`[rows, longest, hidden]`, the last hidden state of padded rows; `more` is `Rollouts.beside`. Without a mask rows
+        stand one behind the other, and `more` is their positions."""
         return last_hidden_state(self.model, ids, mask, **more)
 
+    def read_in(self, rollouts: Rollouts, batches: int | Batches, device: torch.device) -> list[torch.Tensor]:
+        """Its hidden states of rollouts that are read in such batches, on a device."""
+        return hidden_of(self.model, rollouts, self.pad_id, batches, device, self.autocast, self.read)
+
     def hidden(self, rollouts: Rollouts, lengths: Sequence[int]) -> list[torch.Tensor]:
-        read = rollouts.first(lengths)
-        return hidden_of(self.model, read, self.pad_id, self.batch_size, self.device, self.autocast, self.read)
+        return self.read_in(rollouts.first(lengths), self.batch_size, self.device)
 
     def close(self) -> None:
         """Nothing is held beyond the model itself."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tsdkd.teachers import LocalTeacher, ServerTeacher, Teacher, ZeRO3Teacher, gathered, vocabulary_size
+from tsdkd.teachers.batches import Batches, check_padding_free
 from tsdkd.teachers.heads import check_head
 from tsdkd.teachers.server import head_of_checkpoint
 from tsdkd.teachers.swap import SwapTeacher
@@ -27,7 +28,7 @@ class Request:
         model: the teacher's name or folder, or a loaded model.
         load: from a name to a whole model.
         load_shares: from a name or a model to one of which each process holds a share, and its DeepSpeed configuration.
-        batch_size: rows of a forward pass.
+        batch_size: which rows a forward pass reads.
         device: where the loss is computed.
         autocast: the mixed-precision context of its forward pass.
         student_dtype: of the student's head.
@@ -39,7 +40,7 @@ class Request:
     model: Any
     load: Callable[[str], Any]
     load_shares: Callable[[Any], tuple[Any, dict[str, Any]]]
-    batch_size: int
+    batch_size: Batches
     device: torch.device
     autocast: Callable[[], Any]
     student_dtype: torch.dtype
@@ -77,6 +78,9 @@ class Placed:
 def _held(teacher: LocalTeacher, model: Any) -> Placed:
     def check(tokenizer: Any, vocab_size: int) -> None:
         check_head(model, "teacher", vocab_size, gathered)
+        if Batches.of(teacher.batch_size).padding_free:
+            read = lambda rollouts, batches: teacher.read_in(rollouts, batches, model.get_input_embeddings().weight.device)  # noqa: E731
+            check_padding_free(read, "teacher", source or type(model).__name__, vocab_size)
 
     source = getattr(model.config, "_name_or_path", "")
     return Placed(teacher, model, vocabulary_size(model), source, check)
@@ -123,7 +127,7 @@ def server(request: Request) -> Placed:
     where = request.revision, request.trust_remote_code
     head, norm = head_of_checkpoint(name, request.student_dtype, request.device, *where)
     exact = request.student_dtype == torch.float32 and not request.low_precision
-    teacher = ServerTeacher(list(request.urls), head, rows=request.batch_size, dtype="float32" if exact else "bfloat16")
+    teacher = ServerTeacher(list(request.urls), head, rows=request.batch_size.rows, dtype="float32" if exact else "bfloat16")
 
     def check(tokenizer: Any, vocab_size: int) -> None:
         teacher.check(_PROBE, tokenizer(_PROBE, add_special_tokens=False)["input_ids"], norm)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tsdkd.teachers.local import LocalTeacher, hidden_of
+from tsdkd.teachers.local import LocalTeacher
 from tsdkd.types import Rollouts
 
 _CPU = torch.device("cpu")
@@ -145,6 +145,5 @@ class SwapTeacher(LocalTeacher):
         self._weights, self._moving = Parked(), []
 
     def hidden(self, rollouts: Rollouts, lengths: Sequence[int]) -> list[torch.Tensor]:
-        read = rollouts.first(lengths)
         with self.up():
-            return hidden_of(self.model, read, self.pad_id, self.batch_size, _CPU, self.autocast, self.read)
+            return self.read_in(rollouts.first(lengths), self.batch_size, _CPU)

@@ -87,7 +87,7 @@ class _Reader(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None, **more: torch.Tensor) -> torch.Tensor:
         return last_hidden_state(self.model, ids, mask, **more)
 
 
@@ -125,10 +125,10 @@ class ZeRO3Teacher(LocalTeacher):
     def head(self) -> Head:
         return head_of(self.model)
 
-    def read(self, ids: torch.Tensor, mask: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+    def read(self, ids: torch.Tensor, mask: torch.Tensor | None, **more: torch.Tensor) -> torch.Tensor:
         # Not the engine's own forward, which would switch the trainer's autocast off.
         there = {name: value.to(self.device) for name, value in more.items()}
-        return self._engine.module(ids.to(self.device), mask.to(self.device), **there)
+        return self._engine.module(ids.to(self.device), None if mask is None else mask.to(self.device), **there)
 
 
 def zero3_problems() -> Iterator[Problem]:

@@ -35,9 +35,13 @@ class TokenDistillConfig(TeacherOptions):
         method_options: the method's options by name, a dict or JSON.
         max_length: prompt plus completion, tokens; never above the smaller context of the two models. None: that context.
         max_completion_length: tokens of a completion; None is 512, TRL's default, or half of what a smaller context holds.
+        padding_free: put the rows of a forward pass one behind the other, each seen by itself alone, in place of padding them:
+            the student's, and a teacher's in this process. For attention that keeps them apart by their positions
+            (`flash_attention_2`; `sdpa` by a mask as large as the square of their tokens), which is tried on both models.
         drop_long_prompts: drop prompts that leave no room for `max_completion_length`, and log how many, instead of
             refusing them.
         teacher_batch_size: rows per forward pass of the teacher; None: `per_device_train_batch_size`.
+        teacher_batch_tokens: in place of rows, the most tokens of such a pass, padding counted; a longer text is read alone.
         fused_impl: the loss engine, see `tsdkd.fused`.
         gradient_filter: see `tsdkd.fused.evaluate`; 0 is exact.
         token_budget: stop after the step that brings the tokens of completions trained on, over all processes, to this many.
@@ -92,6 +96,13 @@ class TokenDistillConfig(TeacherOptions):
         default=False, metadata={"help": "Drop prompts that leave no room for a completion instead of refusing them."}
     )
     teacher_batch_size: int | None = field(default=None, metadata={"help": "Rows per forward pass of the teacher."})
+    teacher_batch_tokens: int | None = field(
+        default=None, metadata={"help": "In place of rows, tokens per forward pass of the teacher, padding counted."}
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Forward passes without padding: rows one behind the other, each seen by itself."},
+    )
     fused_impl: str = field(default="auto", metadata={"help": f"The loss engine: one of {', '.join(ENGINES)}."})
     gradient_filter: float = field(
         default=0.0, metadata={"help": "Skip vocabulary blocks whose gradient is nowhere this large; 0 is exact."}
@@ -135,6 +146,13 @@ class TokenDistillConfig(TeacherOptions):
             check_count("max_completion_length", self.max_completion_length)
         if self.teacher_batch_size is not None:
             check_count("teacher_batch_size", self.teacher_batch_size)
+        if self.teacher_batch_tokens is not None:
+            check_count("teacher_batch_tokens", self.teacher_batch_tokens)
+            if self.teacher_batch_size is not None:
+                raise ValueError(
+                    f"teacher_batch_tokens={self.teacher_batch_tokens} and teacher_batch_size={self.teacher_batch_size} both "
+                    "say how much of a step a teacher reads at a time: pass one of them."
+                )
         check_choice("fused_impl", self.fused_impl, ENGINES)
         check_weight("gradient_filter", self.gradient_filter)
         check_weight("router_loss_weight", self.router_loss_weight)

@@ -8,7 +8,10 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
+
 from tsdkd.data.rendering import Rendering
+from tsdkd.teachers.batches import Batches
 
 
 class Host(Protocol):
@@ -103,6 +106,23 @@ def batch_rows(args: Any) -> int:
 def teacher_rows(args: Any) -> int:
     """Rows of a teacher's forward pass."""
     return args.teacher_batch_size or args.per_device_train_batch_size
+
+
+def most_of(accelerator: Any) -> Callable[[int], int]:
+    """From a number to the largest of it over all processes; every process must ask."""
+
+    def most(number: int) -> int:
+        if accelerator.num_processes == 1:
+            return number
+        return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max().item())
+
+    return most
+
+
+def teacher_batches(args: Any, accelerator: Any = None) -> Batches:
+    """Which rows a teacher's forward pass reads; of a model in shares, as many passes on every process of `accelerator`."""
+    agreed = None if accelerator is None else most_of(accelerator)
+    return Batches(teacher_rows(args), args.teacher_batch_tokens, args.padding_free, agreed)
 
 
 def eval_sets(eval_dataset: Any) -> dict[str, Any]:

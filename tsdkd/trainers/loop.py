@@ -83,6 +83,7 @@ class Loop:
             head_of=reader.head_of if isinstance(reader, SeveralTeachers) else None,
             device=accelerator.device,
             pad_id=host.tokenizer.pad_token_id,
+            padding_free=args.padding_free,
             engine={"impl": args.fused_impl, "gradient_filter": args.gradient_filter},
             metrics=self.metrics,
             guard=self.guard,

@@ -32,7 +32,7 @@ class StepLoss:
         teacher_head: gives the teacher's head, on the device where the loss is computed; None without a teacher.
         head_of: from a name to the head, where there are several teachers.
         device: where that is.
-        pad_id: any id, for padding that no result depends on.
+        pad_id, padding_free: any id, for padding that no result depends on; none is used with `padding_free`.
         engine: for `fused.evaluate` (`impl`, `gradient_filter`, …).
         metrics, guard: what is logged and watched; None is nothing.
         autocast: the mixed-precision context of the student's forward pass.
@@ -55,6 +55,7 @@ class StepLoss:
         head_of: Callable[[str], Head] | None = None,
         device: torch.device | str = "cpu",
         pad_id: int = 0,
+        padding_free: bool = False,
         engine: Mapping[str, Any] | None = None,
         metrics: Metrics | None = None,
         guard: Guard | None = None,
@@ -66,14 +67,12 @@ class StepLoss:
     ) -> None:
         self.method, self.state = method, method.start(None) if state is None else state
         self.teacher_head, self.device, self.pad_id = teacher_head, torch.device(device), pad_id
-        self._head_of = head_of
-        self.engine = dict(engine or {})
+        self._head_of, self.padding_free, self.engine = head_of, padding_free, dict(engine or {})
         self.metrics, self.guard = metrics, guard
         self.autocast, self.gathered, self.scale, self.router, self.ends = autocast, gathered, scale, router, ends
         self.seen: Callable[[Step, LossTerms], None] = lambda part, terms: None  # told of each micro-batch that is trained on
         self.norms: dict[str, torch.Tensor] = {}  # each term's gradient, of when it was computed last
-        self._observed: list[tuple[list[int], torch.Tensor]] = []
-        self._sums: dict[str, torch.Tensor] = {}
+        self._observed, self._sums = list[tuple[list[int], torch.Tensor]](), dict[str, torch.Tensor]()
 
     @staticmethod
     def step_of(method: Method, rollouts: Rollouts, teacher_hidden: list[torch.Tensor] | None = None) -> Step:
@@ -140,7 +139,8 @@ class StepLoss:
 
     def _read(self, student: nn.Module, step: Step) -> torch.Tensor:
         read = last_hidden_state if self.router is None else self.router.read
-        return hidden_states(lambda *inputs, **more: read(student, *inputs, **more), step, self.pad_id, self.device)
+        own = lambda *inputs, **more: read(student, *inputs, **more)  # noqa: E731
+        return hidden_states(own, step, self.pad_id, self.device, self.padding_free)
 
     def _terms(self, method: Method, batch: TokenBatch, head: Head, step: Step) -> LossTerms:
         return method.loss(batch, head, self._theirs(step), counts=step.counts, state=self.state, **self.engine)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from tsdkd.teachers import hidden_of
+from tsdkd.teachers.batches import Batches, check_padding_free, laid
+from tsdkd.trainers.models import name_of
 from tsdkd.trainers.step import Step
 from tsdkd.types import LossTerms, Rollouts, TokenBatch
 
@@ -16,15 +20,34 @@ def _read(step: Step) -> Rollouts:
     return step.rollouts.first(step.plan.student) if step.plan.is_cut else step.rollouts
 
 
-def hidden_states(read: Callable[..., torch.Tensor], step: Step, pad_id: int, device: torch.device) -> torch.Tensor:
+def hidden_states(
+    read: Callable[..., torch.Tensor], step: Step, pad_id: int, device: torch.device, padding_free: bool = False
+) -> torch.Tensor:
     """`[all tokens, hidden]`, the student's hidden states that predict the rows' trained tokens, row by row; of one pass.
 
     Args:
-        read: from ids, mask and `Rollouts.beside` to the last hidden states, `[rows, longest, hidden]`.
+        read: from ids, mask and `Rollouts.beside` to the last hidden states, `[rows, longest, hidden]`; with `padding_free`
+            from all rows in one, without a mask, and their positions.
     """
-    rollouts = _read(step)
-    ids, mask, where = rollouts.padded(pad_id, device)
-    return read(ids, mask, **rollouts.beside(device)).flatten(0, 1)[where]
+    inputs, more, where = laid(_read(step), padding_free, pad_id, device)
+    return read(*inputs, **more).flatten(0, 1)[where]
+
+
+def check_packing(trainer: Any) -> None:
+    """Refuse a student whose rows see each other without padding.
+
+    Raises:
+        ValueError: naming it.
+    """
+    model, accelerator = trainer.model, trainer.accelerator
+
+    def read(rollouts: Rollouts, batches: Batches) -> list[torch.Tensor]:
+        return hidden_of(model, rollouts, 0, batches, accelerator.device, accelerator.autocast)
+
+    was_training = model.training
+    model.eval()
+    check_padding_free(read, "student", name_of(model), trainer.vocab_size)
+    model.train(was_training)
 
 
 def packed(hidden: torch.Tensor, step: Step, device: torch.device) -> TokenBatch:

@@ -55,7 +55,7 @@ class RouterLoss:
         self.per_token = text_config(without_adapter_wrapper(model)).num_experts_per_tok
         self._value: torch.Tensor | None = None
 
-    def read(self, student: Any, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> torch.Tensor:
+    def read(self, student: Any, ids: torch.Tensor, mask: torch.Tensor | None, **more: Any) -> torch.Tensor:
         """The last hidden state, `[rows, longest, hidden]`; the routers' loss is kept until it is taken."""
         output = backbone_output(student, ids, mask, output_router_logits=True, **more)
         self._value = self.function(output.router_logits, self.experts, self.per_token, mask)

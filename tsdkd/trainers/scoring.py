@@ -13,7 +13,7 @@ from tsdkd.teachers import Teacher, TeacherUnavailable, head_of, hidden_of
 from tsdkd.trainers.corpus import Corpus
 from tsdkd.trainers.crossing import Crossing
 from tsdkd.trainers.health import repetition
-from tsdkd.trainers.host import Host, teacher_rows
+from tsdkd.trainers.host import Host, teacher_batches
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.spending import Spending
 from tsdkd.trainers.spent import Spent
@@ -120,7 +120,8 @@ class StepScorer:
         host = self.host
         device = host.accelerator.device
         with self.metrics.time(host.mode, "teacher"), host.student() as student:
-            hidden = hidden_of(student, rollouts, 0, teacher_rows(host.args), device, host.accelerator.autocast)
+            batches = teacher_batches(host.args, host.accelerator)
+            hidden = hidden_of(student, rollouts, 0, batches, device, host.accelerator.autocast)
             batch = TokenBatch(torch.cat(hidden), None, tuple(rollouts.lengths))
             alone = Objective((), plan.temperature)
             head = head_of(student).cut(host.vocab_size)

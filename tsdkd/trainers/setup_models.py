@@ -129,6 +129,9 @@ def options_have_effect(setup: Setup) -> Iterator[Problem]:
         if setup.teacher is None or is_folder:
             why = "the teacher is a folder, which has none" if is_folder else "no teacher was given"
             yield Problem(f"teacher_model_revision={args.teacher_model_revision!r} was given, and {why}", do="leave it out")
+    if args.teacher_batch_tokens and (setup.recording is not None or args.teacher_placement == "server"):
+        what = "a recorded teacher reads nothing" if setup.recording is not None else "servers fill their passes by themselves"
+        yield Problem(f"teacher_batch_tokens={args.teacher_batch_tokens} has no effect", what, "leave it out")
     if args.any_recording and setup.recording is None:
         yield Problem("any_recording was set, and no recording was given", do="leave it out, or pass recording=FOLDER")
 

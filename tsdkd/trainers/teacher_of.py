@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import GenerationConfig
 
 from tsdkd.checks import refuse
@@ -17,7 +16,7 @@ from tsdkd.teachers.itself import SelfTeacher
 from tsdkd.teachers.placing import Placed, Request, place
 from tsdkd.teachers.several import SeveralTeachers
 from tsdkd.trainers.crossing import Crossing, crossing_problems, end_of
-from tsdkd.trainers.host import once_a_run, teacher_rows
+from tsdkd.trainers.host import most_of, once_a_run, teacher_batches
 from tsdkd.trainers.models import check_same_tokens
 from tsdkd.trainers.room import Room
 from tsdkd.trainers.setup import Setup
@@ -64,7 +63,9 @@ def teacher_of(trainer: Any, setup: Setup, room: Room | None = None) -> Here:
         return _several(trainer, alone, room if setup.swaps else nullcontext)
     args, recording, device = setup.args, setup.recording, trainer.accelerator.device
     own = vocabulary_size(trainer.model)
-    reading: dict[str, Any] = {"batch_size": teacher_rows(args), "device": device, "autocast": trainer.accelerator.autocast}
+    in_shares = args.teacher_placement == "zero3" or setup.teaches_itself
+    batches = teacher_batches(args, trainer.accelerator if in_shares else None)
+    reading: dict[str, Any] = {"batch_size": batches, "device": device, "autocast": trainer.accelerator.autocast}
     if recording is not None:
         size = _shared(trainer, own, recording.head.size, recording.vocabulary)
         recording.check_rows(trainer.tokenize)
@@ -128,18 +129,12 @@ def _several(trainer: Any, alone: Mapping[str, Here], room: Callable[[], Abstrac
     Raises:
         ValueError: one of them is of another tokenizer.
     """
-    accelerator = trainer.accelerator
     strangers = [name for name, here in alone.items() if here.crossing is not None]
     if strangers:
         raise ValueError(
             f"the teacher {strangers[0]} is of another tokenizer, and there are several: distil from it alone, or take "
             "teachers of the student's family."
         )
-
-    def most(rows: int) -> int:
-        if accelerator.num_processes == 1:
-            return rows
-        return int(accelerator.gather(torch.tensor([rows], device=accelerator.device)).max().item())
 
     def time(name: str) -> Any:
         return trainer.loop.metrics.time(trainer.mode, f"teacher/{name}")
@@ -158,7 +153,7 @@ def _several(trainer: Any, alone: Mapping[str, Here], room: Callable[[], Abstrac
             )
         first = next((tokenizer for tokenizer in tokenizers.values() if tokenizer is not None), None)
         return Here(AverageTeacher(teachers, weights, time, room), size, models, {None: first}, {None: min(sizes.values())})
-    return Here(SeveralTeachers(teachers, most, time, room), size, models, tokenizers, sizes)
+    return Here(SeveralTeachers(teachers, most_of(trainer.accelerator), time, room), size, models, tokenizers, sizes)
 
 
 def _shared(trainer: Any, own: int, theirs: int, vocabulary: dict[str, int] | None) -> int:

@@ -36,6 +36,7 @@ from tsdkd.trainers.models import (
     tell_student,
     with_whole_path,
 )
+from tsdkd.trainers.packing import check_packing
 from tsdkd.trainers.prompts import Limits
 from tsdkd.trainers.recording import check_recordable, write_recording
 from tsdkd.trainers.run_record import RunRecord
@@ -131,6 +132,8 @@ class TokenDistillTrainer(TRLTrainer):
             if args.disable_dropout:
                 disable_dropout(self.model)
             check_head(self.model, "student", self.vocab_size)
+            if args.padding_free:
+                check_packing(self)
         check_trainable(self.model, *here.models.values())
         self.generation.forbid_ids(self.vocab_size, self.unknown_ids)
         own_prompts = setup.has_teacher_prompts or here.crossing is not None  # which its context limits

@@ -103,6 +103,8 @@ def images_can_be_read(setup: Setup) -> Iterator[Problem]:
                 "a server is asked with ids alone",
                 "use teacher_placement=local, swap or zero3",
             )
+    if setup.args.padding_free:
+        yield Problem(f"{where} has images, and padding_free", "it is for texts alone", "leave one of them out")
     if any(map(has_teacher_prompts, setup.sets.values())):
         yield Problem(
             f"{where} has images, and a teacher_prompt", "the teacher's own prompts are texts", "leave one of them out"

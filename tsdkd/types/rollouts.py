@@ -211,6 +211,23 @@ class Rollouts:
         where = torch.tensor(index, dtype=torch.long)
         return ids.to(device), mask.to(device), where.to(device)
 
+    def in_one_row(self, device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rows one behind the other, without padding: what transformers keeps apart by positions that begin anew.
+
+        Returns:
+            `input_ids` and `position_ids`, `[1, all tokens]`, and a flat index as `padded` gives it.
+        """
+        ids: list[int] = []
+        positions: list[int] = []
+        index: list[int] = []
+        for prompt, completion, mask in zip(self.prompt_ids, self.completion_ids, self.completion_mask, strict=True):
+            first = len(ids) + len(prompt) - 1
+            index += [first + t for t, trained in enumerate(mask) if trained]
+            positions += range(len(prompt) + len(completion))
+            ids += [*prompt, *completion]
+        one = lambda column: torch.tensor([column], dtype=torch.long, device=device)  # noqa: E731
+        return one(ids), one(positions), torch.tensor(index, dtype=torch.long, device=device)
+
     def beside(self, device: Any) -> dict[str, torch.Tensor]:
         """What a forward pass of these rows takes beside `padded`: every row's, one behind the other along the first dimension.
 
