@@ -106,7 +106,34 @@ def fully_sharded(folder: Path) -> None:
     os._exit(0)
 
 
+def one_ahead(folder: Path, scenario: str) -> None:
+    """Three steps whose completions an engine beside the training writes; the first process asks it for all."""
+    from beside import Stub
+
+    rank, world = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+
+    def before(step: int) -> None:
+        if step == 1 and "fails" in scenario:
+            raise ConnectionError("refused")
+
+    options = {"per_device_train_batch_size": 8 // world, "max_steps": 3, "learning_rate": 1e-2, "warmup_steps": 0}
+    trainer = make(folder, data=prompts(24), args=config(folder, ddp_find_unused_parameters=False, **options))
+    trainer.loop.write_ahead(Stub(trainer, before=before))
+    result: dict = {"world": world}
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        result["stopped"] = str(error)
+    result["steps"] = [row for row in trainer.state.log_history if "rollout/staleness" in row]
+    (folder / f"rank{rank}.json").write_text(json.dumps(result))
+    if world > 1:
+        torch.distributed.barrier()
+    os._exit(0)
+
+
 def main(folder: Path, scenario: str) -> None:
+    if scenario.startswith("one step ahead"):
+        one_ahead(folder, scenario)
     if scenario == "fully sharded":
         fully_sharded(folder)
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -43,6 +43,18 @@ def test_two_processes_give_the_loss_gradient_and_evaluation_of_one(tmp_path, sc
         assert result["tokens"] == one["tokens"] == result["spent"]["trained_tokens"] > 0
 
 
+def test_what_an_engine_writes_one_step_ahead_is_dealt_out(tmp_path):
+    """Each process trains on its own prompts' completions; where the engine fails, all stop."""
+    (one,) = launch(tmp_path / "one", 1, "one step ahead")
+    for result in launch(tmp_path / "two", 2, "one step ahead"):
+        assert [row["rollout/staleness"] for row in result["steps"]] == [0, 1, 1]
+        for ours, theirs in zip(result["steps"], one["steps"], strict=True):
+            for name in ("loss", "grad_norm", "completions/mean_length"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    for result in launch(tmp_path / "fails", 2, "one step ahead, it fails"):
+        assert "ConnectionError: refused" in result["stopped"] and len(result["steps"]) == 1
+
+
 def test_draws_and_histories_do_not_depend_on_the_processes(tmp_path):
     """A random selection takes the same tokens of the same rows, and the adaptive opener sees the rollouts in one order."""
     for scenario in ("random selection", "adaptive opener"):

@@ -84,12 +84,13 @@ class CompletionSupply:
         """The completions of a batch.
 
         Args:
-            by_student: from the prompts' ids to the student's own completions.
+            by_student: from the prompts' ids to the student's own completions, as ids or as `Written`.
         """
         if batch.given is not None:
             return Written(batch.given)
         if self._writer is None or self.host.mode == "eval":
-            written = Written(by_student(prompt_ids))
+            found = by_student(prompt_ids)
+            written = found if isinstance(found, Written) else Written(found)
         else:
             with self.host.student() as student:
                 written = Written(*self._writer.write(student, prompt_ids))

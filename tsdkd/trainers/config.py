@@ -42,6 +42,8 @@ class TokenDistillConfig(TeacherOptions):
             refusing them.
         teacher_batch_size: rows per forward pass of the teacher; None: `per_device_train_batch_size`.
         teacher_batch_tokens: in place of rows, the most tokens of such a pass, padding counted; a longer text is read alone.
+        rollouts_ahead: 1 has a vLLM server write the next step's completions while a step trains: with weights one step old,
+            on which nothing but the draws depends (`rollout/staleness`, `rollout/kl`). 0 waits for them.
         fused_impl: the loss engine, see `tsdkd.fused`.
         gradient_filter: see `tsdkd.fused.evaluate`; 0 is exact.
         token_budget: stop after the step that brings the tokens of completions trained on, over all processes, to this many.
@@ -103,6 +105,9 @@ class TokenDistillConfig(TeacherOptions):
         default=False,
         metadata={"help": "Forward passes without padding: rows one behind the other, each seen by itself."},
     )
+    rollouts_ahead: int = field(
+        default=0, metadata={"help": "1: a vLLM server writes the next step's completions while a step trains."}
+    )
     fused_impl: str = field(default="auto", metadata={"help": f"The loss engine: one of {', '.join(ENGINES)}."})
     gradient_filter: float = field(
         default=0.0, metadata={"help": "Skip vocabulary blocks whose gradient is nowhere this large; 0 is exact."}
@@ -153,6 +158,7 @@ class TokenDistillConfig(TeacherOptions):
                     f"teacher_batch_tokens={self.teacher_batch_tokens} and teacher_batch_size={self.teacher_batch_size} both "
                     "say how much of a step a teacher reads at a time: pass one of them."
                 )
+        check_choice("rollouts_ahead", str(int(self.rollouts_ahead)), ("0", "1"))
         check_choice("fused_impl", self.fused_impl, ENGINES)
         check_weight("gradient_filter", self.gradient_filter)
         check_weight("router_loss_weight", self.router_loss_weight)

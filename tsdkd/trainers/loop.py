@@ -25,10 +25,12 @@ from tsdkd.teachers.several import SeveralTeachers
 from tsdkd.trainers.checkpoints import Checkpoints, Kept, Stateful
 from tsdkd.trainers.completions import Batch, CompletionSupply, Written
 from tsdkd.trainers.corpus import Corpus
+from tsdkd.trainers.coverage import Beside
 from tsdkd.trainers.guard import Guard, NonFiniteError
 from tsdkd.trainers.host import Host
 from tsdkd.trainers.loss import StepLoss
 from tsdkd.trainers.metrics import Metrics
+from tsdkd.trainers.one_ahead import Engine, RolloutsAhead
 from tsdkd.trainers.prompts import Limits, Prompts
 from tsdkd.trainers.random_state import random_state, set_random_state
 from tsdkd.trainers.routers import router_of
@@ -62,6 +64,7 @@ class Loop:
         self.host, self.method, self.names = host, method, names
         self.asked: Callable[[], int] = lambda: 0  # the number of the signal that has come to this process
         self.stop_asked = False
+        self.ahead: RolloutsAhead | None = None
         reader = teacher if method.reads_teacher else None
         corpus = None
         if method.pretraining_weight:
@@ -90,7 +93,7 @@ class Loop:
             autocast=accelerator.autocast,
             gathered=lambda student: host.gathered_heads(student, *models),
             router=router_of(host),
-            ends=host.eos_ids,
+            beside=Beside(host.eos_ids, lambda: None if self.ahead is None else self.ahead.engine),
             scale=accelerator.num_processes,  # counts are the whole step's, while DDP averages gradients over processes
         )
         self._remote = reader is not None and reader.is_remote
@@ -113,6 +116,12 @@ class Loop:
         self.stop_asked = False
         self.loss.begin(self.method.start(max_steps))
         self.guard.forget()
+        if self.ahead is not None:
+            self.ahead.forget()
+
+    def write_ahead(self, engine: Engine) -> None:
+        """Have an engine beside the training write each step's completions during the step before."""
+        self.ahead = self.checkpoints.parts["rollouts_ahead"] = RolloutsAhead(self.host, engine, self.metrics)
 
     def fitted(self, rows: Any, role: str) -> Any:
         """Data that came after construction: what fits of them, with the teacher's completions where the method takes those."""
@@ -137,6 +146,10 @@ class Loop:
         """
         failure, written = None, Written([[] for _ in prompt_ids])
         self.scorer.written = self.supply.writers(batch)
+        if self.ahead is not None and self.host.mode == "train":
+            by_student = self.ahead.take
+        elif self.ahead is not None:
+            self.ahead.settle()
         try:
             written = self.supply.write(batch, prompt_ids, by_student)
         except RuntimeError as error:
@@ -193,6 +206,8 @@ class Loop:
         if supplied is not None:
             self.supply.load_state_dict(supplied)
         self.metrics.load_state_dict(tokens)
+        if self.ahead is not None:
+            self.ahead.rewind()
 
     # ------------------------------------------------------------------ beside the steps
 

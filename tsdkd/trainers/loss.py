@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +14,6 @@ from tsdkd import fused
 from tsdkd.methods import Method, State, Summary
 from tsdkd.methods.base import PRETRAINING
 from tsdkd.teachers.heads import head_of, last_hidden_state
-from tsdkd.trainers.coverage import beside
 from tsdkd.trainers.guard import Guard
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.packing import by_teacher, hidden_states, of_teacher, packed
@@ -39,7 +38,7 @@ class StepLoss:
         gathered: makes the heads of models whole (ZeRO-3).
         scale: what the loss of a training step is multiplied by.
         router: the load-balancing loss of a mixture's routers; None is none.
-        ends: the ids that end a completion, whose probability is logged.
+        beside: what is logged of a micro-batch and its heads beside the loss.
 
     Example:
         >>> step = StepLoss.step_of(method, rollouts, teacher_hidden)  # doctest: +SKIP
@@ -63,13 +62,13 @@ class StepLoss:
         gathered: Callable[..., AbstractContextManager] = lambda *models: nullcontext(),
         scale: float = 1.0,
         router: RouterLoss | None = None,
-        ends: Sequence[int] = (),
+        beside: Callable[..., dict[str, tuple[torch.Tensor, torch.Tensor]]] = lambda *given: {},
     ) -> None:
         self.method, self.state = method, method.start(None) if state is None else state
         self.teacher_head, self.device, self.pad_id = teacher_head, torch.device(device), pad_id
         self._head_of, self.padding_free, self.engine = head_of, padding_free, dict(engine or {})
         self.metrics, self.guard = metrics, guard
-        self.autocast, self.gathered, self.scale, self.router, self.ends = autocast, gathered, scale, router, ends
+        self.autocast, self.gathered, self.scale, self.router, self.beside = autocast, gathered, scale, router, beside
         self.seen: Callable[[Step, LossTerms], None] = lambda part, terms: None  # told of each micro-batch that is trained on
         self.norms: dict[str, torch.Tensor] = {}  # each term's gradient, of when it was computed last
         self._observed, self._sums = list[tuple[list[int], torch.Tensor]](), dict[str, torch.Tensor]()
@@ -97,7 +96,7 @@ class StepLoss:
                 head = head_of(student)
                 found = [self._terms(self.method, batch, head, part) for part, batch in parts]
                 for (part, each), terms in zip(parts, found, strict=True):
-                    terms.sums.update(beside(part, each, head, self._theirs(part), self.ends))
+                    terms.sums.update(self.beside(part, each, head, self._theirs(part)))
                 if term_norms is not None:
                     self._term_norms(parts, head, log=term_norms)
         for (part, batch), terms in zip(parts, found, strict=True):

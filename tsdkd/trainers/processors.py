@@ -8,12 +8,24 @@ import torch
 from trl import DistillationTrainer
 
 from tsdkd.data.rendering import Rendering
-from tsdkd.trainers.vision import messages, vision_of
+from tsdkd.trainers.vision import messages, places_of_images, vision_of
 
 
 def _asked(trainer: Any, rows: list[dict[str, Any]]) -> Any:
     """Ids, images and what else a processor gives of rows with chats."""
     return DistillationTrainer._tokenize_prompts(trainer, [messages(row) for row in rows])
+
+
+def eos_ids_of(trainer: Any) -> list[int]:
+    """The ids that end a completion and that both models have, the tokenizer's own first."""
+    own = trainer._tokenizer.eos_token_id  # a list may begin with an end that the model never writes
+    return sorted((end for end in trainer.eos_token_ids if end < trainer.vocab_size), key=lambda end: end != own)
+
+
+def unknown_ids_of(trainer: Any) -> list[int]:
+    """Ids that no completion may hold."""
+    known = set(trainer._tokenizer.get_vocab().values()) - places_of_images(trainer.model.config)
+    return [i for i in range(trainer.vocab_size) if i not in known]
 
 
 def rendering_of(trainer: Any) -> Rendering:

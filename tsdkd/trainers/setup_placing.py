@@ -10,6 +10,26 @@ from tsdkd.trainers.engines import vllm_problem
 from tsdkd.trainers.setup import Setup
 
 
+def rollouts_go_ahead(setup: Setup) -> Iterator[Problem]:
+    """A server that can write while a step trains, and completions that are the student's alone."""
+    args = setup.args
+    if not args.rollouts_ahead:
+        return
+    what, spec = f"rollouts_ahead={args.rollouts_ahead} was asked for", setup.rollouts
+    if not args.use_vllm or args.vllm_mode != "server":
+        yield Problem(
+            what,
+            "only an engine beside the training can write meanwhile",
+            "start a vLLM server for the student and pass use_vllm=True, vllm_mode=server, or leave it out",
+        )
+    if spec.writer != "student" or spec.need_dataset or setup.recording is not None:
+        yield Problem(
+            what, f"{setup.method.name} here trains on other completions than the student's own of each step", "leave it out"
+        )
+    if setup.has_tools or setup.with_images:
+        yield Problem(what, "tools' turns and images are written within a step", "leave it out")
+
+
 def vllm_works(setup: Setup) -> Iterator[Problem]:
     """A vLLM that is there, and that can split the student."""
     args = setup.args

@@ -28,24 +28,24 @@ class Spent(TrainerCallback):
         self.metrics = metrics
         self.flops = dict.fromkeys(PARTS, 0.0)
         self.seconds = 0.0
-        self._step: Mapping[str, float] | None = None  # of the step in hand, on this process
+        self._pending: Mapping[str, float] | None = None  # of the step in hand, on this process
         self._began: float | None = None
 
     def prepared(self, flops: Mapping[str, float] | None) -> None:
         """A step is about to be made, for so many FLOPs of this process; None where they are not known."""
-        self._step = flops
+        self._pending = flops
 
     @property
     def numbers(self) -> list[torch.Tensor]:
         """TFLOPs of the step in hand by part, to be summed over all processes."""
-        step = self._step or {}
+        step = self._pending or {}
         return [torch.tensor(step.get(part, 0.0) / 1e12) for part in PARTS]
 
     def step_made(self, tflops: Sequence[float]) -> None:
         """Count a step: the sums of `numbers`."""
         for part, count in zip(PARTS, tflops, strict=True):
             self.flops[part] += count * 1e12
-        self._step = None
+        self._pending = None
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()

@@ -36,6 +36,7 @@ from tsdkd.trainers.models import (
     tell_student,
     with_whole_path,
 )
+from tsdkd.trainers.one_ahead import ServerEngine
 from tsdkd.trainers.packing import check_packing
 from tsdkd.trainers.prompts import Limits
 from tsdkd.trainers.recording import check_recordable, write_recording
@@ -143,6 +144,8 @@ class TokenDistillTrainer(TRLTrainer):
         if recording is not None:
             recording.check_student(None if args.any_recording else fingerprint_of(self.model), limits.completion)
         self.loop = Loop(self, setup, here, names_of(setup), limits)
+        if args.rollouts_ahead:
+            self.loop.write_ahead(ServerEngine(self.generation.vllm, self.generation.seeded))
         self._fit_data()
         self.run_record = RunRecord(self)
         for callback in (self.loop.spent, self.run_record, *callbacks_of(self)):

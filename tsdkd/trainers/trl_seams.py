@@ -19,11 +19,11 @@ from tsdkd.teachers import gathered
 from tsdkd.trainers.engines import EpochSampler, Generation, InHand, asked_of_optimizer, without_repeats
 from tsdkd.trainers.loading import load_renamed
 from tsdkd.trainers.loop import Loop
-from tsdkd.trainers.processors import drawn_of, rendering_of, seen_by
+from tsdkd.trainers.processors import drawn_of, eos_ids_of, rendering_of, seen_by, unknown_ids_of
 from tsdkd.trainers.random_state import random_state_kept
 from tsdkd.trainers.saving import Saving
 from tsdkd.trainers.step import Step
-from tsdkd.trainers.vision import places_of_images, prepared, refuse_images_of_tools
+from tsdkd.trainers.vision import prepared, refuse_images_of_tools
 from tsdkd.types import Rollouts
 
 
@@ -43,6 +43,7 @@ class TRLTrainer(DistillationTrainer):
     _signature_columns: list[str]
     rendering = functools.cached_property(rendering_of)
     vision, drawn = seen_by, drawn_of
+    eos_ids, unknown_ids = property(eos_ids_of), property(unknown_ids_of)
 
     @property
     def mode(self) -> str:
@@ -67,16 +68,6 @@ class TRLTrainer(DistillationTrainer):
     @property
     def tokenizer(self) -> Any:
         return self._tokenizer
-
-    @property
-    def eos_ids(self) -> list[int]:
-        own = self._tokenizer.eos_token_id  # a list may begin with an end that the model never writes
-        return sorted((end for end in self.eos_token_ids if end < self.vocab_size), key=lambda end: end != own)
-
-    @property
-    def unknown_ids(self) -> list[int]:
-        known = set(self._tokenizer.get_vocab().values()) - places_of_images(self.model.config)
-        return [i for i in range(self.vocab_size) if i not in known]
 
     def tokenize(self, prompts: list) -> list[list[int]]:
         return self.rendering.prompts(prompts)
@@ -168,6 +159,10 @@ class TRLTrainer(DistillationTrainer):
         self._signature_columns = [*self._signature_columns, *COLUMNS[1:]]
 
     # ------------------------------------------------------------------ training
+
+    def get_batch_samples(self, *given: Any) -> tuple[list, Any]:
+        draw, ahead = super().get_batch_samples, self.loop.ahead
+        return draw(*given) if ahead is None else ahead.batches(draw, *given)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.loop.metrics.time("train", "step"):  # after an evaluation the model is not yet in training mode here

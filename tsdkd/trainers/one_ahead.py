@@ -1,0 +1,235 @@
+"""Rollouts one step ahead: while a step trains, an engine beside it writes the next step's completions.
+
+    step t:  take what was written with the weights of t - 1 → give the engine the weights of t → start on t + 1 → train
+
+What the student is trained on is exact, since both models read the completions anew; the distribution that they were drawn from
+alone is that of one step before (`rollout/staleness`; `rollout/kl`, how far it is from the student's of now). The first step of
+a run and of an epoch has nothing written ahead, and waits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from accelerate.utils import broadcast_object_list, gather_object
+
+from tsdkd.trainers.completions import Written
+from tsdkd.trainers.coverage import LOG_PROB
+from tsdkd.trainers.host import Host
+from tsdkd.trainers.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Completions, and each token's log-probability as it was drawn, where the engine says it."""
+
+    ids: list[list[int]]
+    log_probs: list[list[float]] | None = None
+
+
+class Engine(Protocol):
+    """Writes beside the training, with the weights that it was given last.
+
+    Attributes:
+        temperature: at which its log-probabilities are taken; None where they are not those that tokens are drawn by.
+        allowed: the ids that it draws from; None: all.
+    """
+
+    temperature: float | None
+    allowed: Sequence[int] | None
+
+    def sync(self) -> None:
+        """Take the student's weights of now. Every process calls it, and only while nothing is being written."""
+        ...
+
+    def request(self, prompt_ids: list[list[int]], step: int) -> Callable[[], Drawn]:
+        """What writes the completions of all processes' prompts, for a step; the first process calls it, in a thread."""
+        ...
+
+
+class ServerEngine:
+    """TRL's connection to a vLLM server.
+
+    Args:
+        vllm: TRL's `vllm_generation`.
+        seeded: a context in which the requests of a step have their seeds.
+    """
+
+    def __init__(self, vllm: Any, seeded: Callable[[str, int], Any]) -> None:
+        self.vllm, self.seeded = vllm, seeded
+        self.temperature = self._temperature() if vllm.accelerator.is_main_process else None
+        (self.temperature,) = broadcast_object_list([self.temperature])
+        self.allowed = (vllm.generation_kwargs or {}).get("allowed_token_ids")
+
+    def _temperature(self) -> float | None:
+        """The temperature of the server's log-probabilities, where they are those of the tokens that it draws."""
+        vllm = self.vllm
+        whole = vllm.top_p == 1.0 and vllm.top_k <= 0 and not vllm.min_p and vllm.repetition_penalty == 1.0
+        mode = vllm.vllm_client.get_server_info()["model_config"].get("logprobs_mode")
+        return vllm.temperature if whole and mode == "processed_logprobs" else None
+
+    def sync(self) -> None:
+        self.vllm.sync_weights()
+
+    def request(self, prompt_ids: list[list[int]], step: int) -> Callable[[], Drawn]:
+        vllm = self.vllm
+        with self.seeded("train", step):
+            more = dict(vllm.generation_kwargs or {})
+        asked = {
+            "n": 1,
+            "repetition_penalty": vllm.repetition_penalty,
+            "temperature": vllm.temperature,
+            "top_p": vllm.top_p,
+            "top_k": vllm.top_k,
+            "min_p": vllm.min_p or 0.0,
+            "max_tokens": vllm.max_completion_length,
+            "logprobs": 0,
+            "structured_outputs_regex": vllm.structured_outputs_regex,
+            "generation_kwargs": more,
+        }
+
+        def write() -> Drawn:
+            found = vllm.vllm_client.generate(prompts=prompt_ids, **asked)
+            told = [[token[0] for token in row] for row in found["logprobs"] or []]
+            whole = [len(row) for row in told] == [len(row) for row in found["completion_ids"]]
+            sound = whole and all(value is not None for row in told for value in row)
+            return Drawn(found["completion_ids"], told if sound else None)
+
+        return write
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A step's completions that were asked for.
+
+    Attributes:
+        prompts: of this process.
+        step: the optimizer steps that had been made when the engine took its weights.
+        future: what the first process waits for.
+        written: this process's completions, where they are there already.
+    """
+
+    prompts: list[list[int]]
+    step: int
+    future: Future[Drawn] | None = None
+    written: Written | None = None
+
+
+class RolloutsAhead:
+    """Takes each step's completions from an engine that has written them during the step before.
+
+    Args:
+        host: the trainer.
+        engine: what writes.
+        metrics: what is logged.
+    """
+
+    def __init__(self, host: Host, engine: Engine, metrics: Metrics) -> None:
+        self.host, self.engine, self.metrics = host, engine, metrics
+        self.upcoming: list[dict[str, Any]] | None = None  # the next step's rows
+        self._thread = ThreadPoolExecutor(1, "rollouts-ahead")
+        self._asked: _Asked | None = None
+        self._taken: _Asked | None = None  # of the step in hand
+        self._batches: tuple[Any, tuple[list, Any]] | None = None
+
+    # ------------------------------------------------------------------ the next step's rows
+
+    def batches(self, draw: Callable[..., tuple[list, Any]], batches: Iterator, count: int, device: Any) -> tuple[list, Any]:
+        """A step's batches, as transformers' `get_batch_samples` (`draw`) gives them; the next step's are drawn with them."""
+        held = self._batches
+        found = held[1] if held is not None and held[0] is batches else draw(batches, count, device)
+        after = draw(batches, count, device)
+        self._batches = (batches, after) if after[0] else None
+        self.upcoming = after[0][0] if after[0] else None
+        return found
+
+    # ------------------------------------------------------------------ completions
+
+    def take(self, prompt_ids: list[list[int]]) -> Written:
+        """The completions of this step's prompts, and the next step's are begun. Every process must call this.
+
+        Raises:
+            RuntimeError: on every process, where the engine failed.
+        """
+        host, asked = self.host, self._asked
+        if host.any_process(asked is None or asked.prompts != prompt_ids):
+            self.settle()
+            self.engine.sync()
+            asked, fresh = self._ask(prompt_ids, host.step), True
+        else:
+            fresh = False
+        assert asked is not None
+        self._asked, written = None, self._finished(asked)
+        self._taken = dataclasses.replace(asked, future=None, written=written)
+        self.metrics.add_host("train", "rollout/staleness", host.step - asked.step)
+        if self.upcoming is not None and host.step + 1 < host.max_steps:
+            if not fresh:
+                self.engine.sync()
+            self._asked = self._ask(host.tokenize(self.upcoming), host.step + 1)
+        return written
+
+    def _ask(self, prompt_ids: list[list[int]], step: int) -> _Asked:
+        """Begin the completions of a step."""
+        everyones, future = gather_object(prompt_ids), None
+        if self.host.accelerator.is_main_process:
+            try:
+                future = self._thread.submit(self.engine.request(everyones, step))
+            except Exception as error:  # told where the others wait
+                future = Future()
+                future.set_exception(error)
+        return _Asked(prompt_ids, self.host.step, future)
+
+    def _finished(self, asked: _Asked) -> Written:
+        """This process's part of what was asked for; the first process waits, and tells the others."""
+        if asked.written is not None:
+            return asked.written
+        told: list[Any] = [None]
+        if asked.future is not None:
+            try:
+                told = [asked.future.result()]
+            except Exception as error:  # whatever it is, the others must know
+                told = [f"{type(error).__name__}: {error}"]
+        broadcast_object_list(told)
+        (drawn,) = told
+        if isinstance(drawn, str):
+            raise RuntimeError(
+                f"step {self.host.step + 1}: the engine that writes the completions one step ahead failed ({drawn}). The step "
+                "was not made: go on from the last checkpoint once the engine is there."
+            )
+        first = self.host.accelerator.process_index * len(asked.prompts)
+        own = slice(first, first + len(asked.prompts))
+        return Written(drawn.ids[own], {} if drawn.log_probs is None else {LOG_PROB: drawn.log_probs[own]})
+
+    def settle(self) -> None:
+        """Wait until nothing is being written: before the engine gets other work or other weights."""
+        if self._asked is not None and self._asked.future is not None:
+            self._asked.future.exception()
+
+    # ------------------------------------------------------------------ going on
+
+    def forget(self) -> None:
+        """A run starts: what an earlier one began is not its own."""
+        self.settle()
+        self._asked = self._taken = self._batches = self.upcoming = None
+
+    def rewind(self) -> None:
+        """The step in hand is not made: its completions are the next to be taken."""
+        self.settle()
+        self._asked = self._taken
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps: this process's completions of the next step. Every process must ask."""
+        if self._asked is None:
+            return None
+        written = self._finished(self._asked)
+        self._asked = dataclasses.replace(self._asked, future=None, written=written)
+        asked = self._asked
+        return {"prompts": asked.prompts, "step": asked.step, "ids": written.ids, "values": written.token_values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self._asked = _Asked(state["prompts"], state["step"], written=Written(state["ids"], state["values"]))
