@@ -18,7 +18,8 @@ from tsdkd.trainers.host import batch_rows
 CHANGES = (
     "max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate", "warmup_steps",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "disable_dropout",
-    "model_init_kwargs", "vllm_request_seeds", "processes",
+    "model_init_kwargs", "vllm_request_seeds", "rollouts_ahead", "padding_free",
+    "processes",
 )  # fmt: skip
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "max_completion_length", "max_length",
