@@ -19,6 +19,13 @@ def main(arguments: list[str]) -> int:
         epilog="Example: tsdkd plan --config examples/recipes/qwen2.5-14b-to-1.5b.yaml --gpus 8xA100",
     )
     parser.add_argument("--gpus", required=True, help="how many and which: 8xH100, or by memory in GiB, 8x80")
+    parser.add_argument(
+        "--fake_world",
+        type=int,
+        metavar="N",
+        help="construct the run of N processes in the first placement here, on torch's fake process group and small models of "
+        "the same kinds, and make its first step: what fails there fails here",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes, FLOPs and seconds")
     own, rest = parser.parse_known_args(arguments)
 
@@ -30,14 +37,29 @@ def main(arguments: list[str]) -> int:
     _, config, model = parse(rest if "--use_cpu" in rest else [*rest, "--use_cpu"])  # nothing is trained here
     run = run_of(config, model)
     possible = {where.teacher for where in placements(gpus.count)}
-    if run.teacher is not None and config.teacher_placement not in possible:
+    if run.teachers and config.teacher_placement not in possible:
         raise ValueError(
             f"teacher_placement={config.teacher_placement} on {gpus.count} GPU: it is shared by the processes of several; here "
             f"there are: {', '.join(sorted(possible))}."
         )
-    made = plan(run, gpus, lambda where, count: _command(where, count, rest, config))
-    print(json.dumps(as_json(made), indent=1) if own.json else table(made))
-    return 0 if made.best is not None else 1
+    if own.fake_world is not None and own.fake_world < 2:
+        raise ValueError(f"--fake_world {own.fake_world}: pass a number of processes, 2 or more.")
+    made = plan(run, gpus, lambda where, count: _command(where, count, rest, config), grows=True)
+    told, problem = as_json(made), None
+    if own.fake_world is not None:
+        from tsdkd.cli.fake_world import tried
+
+        where = made.options[0].placement
+        problem = tried(own.fake_world, where.student, where.teacher, rest)
+        told["fake_world"] = {"processes": own.fake_world, "placement": str(where), "problem": problem}
+    print(json.dumps(told, indent=1) if own.json else table(made))
+    if own.fake_world is not None and not own.json:
+        what = f"{own.fake_world} processes, {where}"
+        if problem is None:
+            print(f"\n{what}: constructed here, and the first step made (small models of the same kinds, made-up completions).")
+        else:
+            print(f"\n{what}: it fails here.\n  {problem}")
+    return 0 if made.best is not None and problem is None else 1
 
 
 def run_of(config: Any, model: Any) -> Any:
@@ -55,17 +77,12 @@ def run_of(config: Any, model: Any) -> Any:
 
     if model.model_name_or_path is None:
         raise ValueError("no student was given: pass --student NAME_OR_PATH (model_name_or_path in YAML).")
-    if config.teachers:
-        raise ValueError("several teachers are not planned together: pass one of them, --teacher.")
     if config.recording is not None:
         raise ValueError("a recording is trained on without a teacher: leave it out to plan the run that makes it.")
     named = config.teacher_model_name_or_path
-    if named == SELF:
-        raise ValueError(
-            "a student that teaches itself is not planned: it holds what is trained a second time, and no other model."
-        )
-    reads = config.build_method().reads_teacher
-    if reads and named is None:
+    method = config.build_method()
+    reads, several = method.reads_teacher, dict(config.teachers or {})
+    if reads and named is None and not several:
         raise ValueError("no teacher was given: pass --teacher NAME_OR_PATH (teacher_model_name_or_path in YAML).")
 
     def read(name: str, role: str) -> Any:
@@ -77,7 +94,9 @@ def run_of(config: Any, model: Any) -> Any:
             ) from error
 
     student = read(model.model_name_or_path, "student")
-    teacher = read(named, "teacher") if reads else None
+    names = [_model_of(one) for one in several.values()] or ([] if named in (None, SELF) else [named])
+    teachers = tuple(read(name, "teacher") for name in names) if reads else ()
+    teacher = teachers[0] if teachers else None
     given = (config.model_init_kwargs or {}).get("dtype", model.dtype)
     ours = _dtype(given) or torch.float32
     their = (config.teacher_model_init_kwargs or {}).get("dtype", "auto")
@@ -89,7 +108,7 @@ def run_of(config: Any, model: Any) -> Any:
 
         return get_peft_model(base, copy.deepcopy(peft))
 
-    texts = [each.get_text_config() for each in (student, teacher) if each is not None]
+    texts = [each.get_text_config() for each in (student, *teachers)]
     contexts = [context for text in texts if (context := getattr(text, "max_position_embeddings", None))]
     if not contexts and not config.max_length:
         raise ValueError("neither model states its context: pass --max_length.")
@@ -98,7 +117,7 @@ def run_of(config: Any, model: Any) -> Any:
     colocated = config.use_vllm and config.vllm_mode == "colocate"
     return Run(
         student,
-        teacher,
+        teachers or None,
         student_dtype=ours,
         teacher_dtype=theirs,
         autocast=torch.bfloat16,  # what GPUs of today train in
@@ -113,7 +132,19 @@ def run_of(config: Any, model: Any) -> Any:
         vllm=config.vllm_gpu_memory_utilization if colocated else None,
         vllm_sleeps=bool(config.vllm_enable_sleep_mode),
         attention=model.attn_implementation,
+        averaged=bool(config.teacher_weights),
+        itself=config.self_teacher if named == SELF and reads else None,
+        by_autograd=bool(method.alignment),
+        teacher_offloaded=bool(config.teacher_cpu_offload),
     )
+
+
+def _model_of(one: Any) -> str:
+    """The name of one of several teachers."""
+    name = one.get("model") if isinstance(one, dict) else one
+    if not isinstance(name, str):
+        raise ValueError(f"teachers: {one!r} names no model: pass a name or folder, or {{model: …}}.")
+    return name
 
 
 def _teacher_rows(config: Any, length: int) -> int:

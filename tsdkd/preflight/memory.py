@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from tsdkd.trainers.sizes import empty_model, size_of
 # Bytes of an optimizer's state for each trained parameter, in units of the parameter's own dtype, or in bytes.
 _STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "adamw_apex_fused": 2, "sgd": 0, "adafactor": 0, "lion_32bit": 1}
 _BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0, "paged_adamw": 0, "lion_8bit": 1}
-_BUCKET = 5 * 10**8  # DeepSpeed's buckets, elements
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,12 @@ class Run:
     """What of a run its memory depends on.
 
     Args:
-        student, teacher: configurations; no teacher is None.
+        student: a configuration.
+        teacher: a configuration, several in a tuple, or None of none.
         student_dtype, teacher_dtype: of their weights.
+        averaged: of several teachers all read every row; otherwise each its own.
+        itself: the student teaches itself, as it was at the `start`, `live`, or `ema`.
+        by_autograd: the loss's divergence is differentiated by autograd, over each model's own vocabulary.
         autocast: the dtype of mixed precision; None is none.
         rows, accumulation: of a micro-batch, and how many accumulate.
         teacher_rows: of a forward pass of the teacher.
@@ -39,6 +42,8 @@ class Run:
         chunk, block: tokens whose logits stand in memory at a time, and whose float32 copies do; None: what the loss chooses on
             a GPU from the memory that is free, and all of them.
         attention: the student's implementation.
+        teacher_offloaded: a `zero3` teacher's shares are in CPU memory.
+        bucket: gradients that DeepSpeed exchanges at a time (`reduce_bucket_size`).
     """
 
     student: Any
@@ -59,10 +64,28 @@ class Run:
     chunk: int | None = None
     block: int | None = None
     attention: str | None = None
+    averaged: bool = False
+    itself: str | None = None
+    by_autograd: bool = False
+    bucket: int = 5 * 10**8
+    teacher_offloaded: bool = False
+
+    @property
+    def teachers(self) -> tuple[Any, ...]:
+        """The configurations of models beside the student."""
+        if self.teacher is None:
+            return ()
+        return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
 
     @functools.cached_property
-    def sizes(self) -> tuple[ModelSize, ModelSize | None]:
-        return size_of(self.student), None if self.teacher is None else size_of(self.teacher)
+    def sizes(self) -> tuple[ModelSize, tuple[ModelSize, ...]]:
+        """The student's, and its teachers'."""
+        return size_of(self.student), tuple(map(size_of, self.teachers))
+
+    @property
+    def readers(self) -> tuple[ModelSize, ...]:
+        """What reads in the teacher's part of a step."""
+        return (self.sizes[0],) if self.itself else self.sizes[1]
 
     @functools.cached_property
     def trained(self) -> tuple[int, int]:
@@ -91,13 +114,11 @@ class Run:
 
     @functools.cached_property
     def teacher_pass(self) -> Pass:
-        """The teacher's forward pass."""
-        return reading_pass(
-            self.teacher,
-            rows=min(self.teacher_rows, self.rows * self.accumulation),
-            length=self.length,
-            dtype=self.teacher_dtype,
-        )
+        """The teacher's forward pass; of several the one that takes the most."""
+        rows = min(self.teacher_rows, self.rows * self.accumulation)
+        each = [(config, self.teacher_dtype) for config in self.teachers] or [(self.student, self.student_dtype)]
+        passes = [reading_pass(config, rows=rows, length=self.length, dtype=dtype) for config, dtype in each]
+        return max(passes, key=lambda one: one.peak)
 
     def but(self, **changes: Any) -> Run:
         """The same with something else."""
@@ -186,20 +207,28 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
     layer = 2 * ours.largest_layer * width + ours.head * width  # two layers at a time, and the head while the loss is computed
     held = weights // gpus + layer if where.student == "zero3" else weights
     kept_gradients = gradients // shards
-    buckets = min(gradients, _BUCKET * width) if gpus > 1 else 0  # DDP's own copy, or DeepSpeed's
-    if gpus > 1 and where.student == "whole":
-        buckets = gradients
+    buckets = 0
+    if gpus > 1:  # DDP's own copy, or DeepSpeed's, which it takes whole whatever there is to put in
+        buckets = gradients if where.student == "whole" else run.bucket * width
     optimizer = optimizer_bytes(run, trained, where.student != "whole") // shards
     parts = {"student's weights": held, "gradients": kept_gradients, "gradients' buckets": buckets, "optimizer": optimizer}
 
     away = reads = hidden = 0
-    if theirs is not None:
+    if run.readers:
         size = run.teacher_dtype.itemsize
-        teacher, head = theirs.parameters * size, theirs.head * size
-        hidden = run.rows * run.accumulation * run.completion * theirs.hidden * size
-        if where.teacher == "zero3":
-            gathered = 2 * theirs.largest_layer * size
-            parts["teacher"], reads = teacher // gpus + head, run.teacher_pass.peak + gathered
+        teacher, head = (sum(getattr(each, what) for each in theirs) * size for what in ("parameters", "head"))
+        if run.averaged:
+            teacher, head = teacher + head, 2 * head  # the heads stand side by side in one
+        hidden = run.rows * run.accumulation * run.completion * _width(run) * size
+        if run.itself:
+            size = run.student_dtype.itemsize
+            kept = max(size, 4) if run.itself == "ema" else size
+            parts["teacher"], reads = 0 if run.itself == "live" else trained * kept, run.teacher_pass.peak
+            hidden = run.rows * run.accumulation * run.completion * ours.hidden * size
+        elif where.teacher == "zero3":
+            gathered = 2 * max(each.largest_layer for each in theirs) * size
+            share = 0 if run.teacher_offloaded else teacher // gpus
+            parts["teacher"], reads = share + head, run.teacher_pass.peak + gathered
         elif where.teacher == "swap":
             parts["teacher"], away, reads = head, teacher - head, run.teacher_pass.peak
             hidden = 0  # they wait in CPU memory, and a micro-batch's come back
@@ -211,7 +240,7 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
     step = run.student_pass
     resting = held + optimizer + parts.get("teacher", 0) + hidden + kept_gradients + buckets + step.forward
     loss = _loss_bytes(run, ours, theirs, gpu_bytes - resting)
-    came = 0 if theirs is None else run.rows * run.completion * theirs.hidden * run.teacher_dtype.itemsize
+    came = run.rows * run.completion * _width(run) * run.teacher_dtype.itemsize if run.readers else 0
     backward = step.peak - (0 if run.accumulation > 1 else step.gradients)  # the first backward pass makes the gradients
     activations = max(backward, step.forward + loss - (0 if run.accumulation > 1 else kept_gradients))
     rollout = _rollout(run, ours, gpu_bytes)
@@ -227,7 +256,7 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
             "student": base + hidden + kept_gradients + activations + came,
             "optimizer": base - states + kept_gradients + optimizer,
         }
-        if theirs is not None and where.teacher != "server":
+        if run.readers and where.teacher != "server":
             left = 0
             if where.teacher == "swap":
                 left = held + (states if where.swap_optimizer else 0)
@@ -237,20 +266,33 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
     return Memory(parts, (phases(0), phases(optimizer)))
 
 
-MOST_TOKENS, _LEAST, _COPIES = 2048, 16, 6  # as `fused.chunks` and `fused.tiles_torch` have it on a GPU
+MOST_TOKENS, _LEAST, _COPIES, _AUTOGRAD = 2048, 16, 6, 10  # as `fused.chunks`, `.tiles_torch`, `.run` have it on a GPU
 
 
-def _loss_bytes(run: Run, ours: ModelSize, theirs: ModelSize | None, free: float) -> int:
+_CANDIDATES, _SORTED = 320, 64  # ids of a token that candidates are sorted out of, ten tiles, and the bytes of each meanwhile
+
+
+def _width(run: Run) -> int:
+    """Numbers of a token's hidden state: of several teachers that read rows of their own the widest's, of an average all."""
+    widths = [each.hidden for each in run.readers]
+    return sum(widths) if run.averaged else max(widths)
+
+
+def _loss_bytes(run: Run, ours: ModelSize, theirs: Sequence[ModelSize], free: float) -> int:
     """What the fused loss takes for a while: a chunk's logits of both models, and float32 copies of them."""
-    vocab = ours.vocab if theirs is None else min(ours.vocab, theirs.vocab)
+    sizes = [ours.vocab, *(each.vocab for each in theirs)]
+    vocab = max(sizes) if run.by_autograd else min(sizes)
     width = (run.autocast or run.student_dtype).itemsize
+    copies = _AUTOGRAD if run.by_autograd else _COPIES
     chunk = run.chunk
     if chunk is None:
-        affordable = MOST_TOKENS if free == float("inf") else int(max(0, free) // 10 // (2 * vocab * width))
+        buffers = 2 + (_AUTOGRAD if run.by_autograd else 0)
+        affordable = MOST_TOKENS if free == float("inf") else int(max(0, free) // 10 // (buffers * vocab * width))
         chunk = max(_LEAST, min(MOST_TOKENS, affordable))
     chunk = min(chunk, run.rows * run.completion)
     block = min(chunk, run.block or chunk)
-    return vocab * ((2 if theirs is not None else 1) * chunk * width + _COPIES * block * 4)
+    candidates = block * min(_CANDIDATES, -(-vocab // 32) * 32) * _SORTED
+    return vocab * ((2 if run.readers else 1) * chunk * width + copies * block * 4) + candidates
 
 
 def _rollout(run: Run, ours: ModelSize, gpu_bytes: float) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from tsdkd.costs import GIB, GPU, StepShape, flops_of, known_gpus, rollout_bytes
-from tsdkd.preflight.memory import MOST_TOKENS, Memory, Placement, Run, memory_of
+from tsdkd.costs import GIB, GPU, backward_factor, known_gpus
+from tsdkd.preflight.growth import Grown, flops_by_part, growth, growth_table, moved_by, shape_of
+from tsdkd.preflight.memory import Memory, Placement, Run, memory_of
 
 USABLE = 0.94  # of a GPU's memory; the rest is CUDA's own, and what an allocator cannot use
 
@@ -74,6 +75,9 @@ class Plan:
         moved: bytes of weights, caches and heads that each part reads, of all GPUs.
         seconds: the roofline of each part on these GPUs; empty where their speed is not known.
         knob: the one change with which the nearest placement that does not fit would; None where all fit or none helps.
+        rooflines: the same of each GPU that is known, as many of them.
+        otherwise: the first option's memory with layers recomputed where this run keeps their activations, and the other way.
+        growth: with more tokens a step.
     """
 
     run: Run
@@ -83,6 +87,16 @@ class Plan:
     moved: dict[str, float]
     seconds: dict[str, float]
     knob: tuple[Placement, str] | None
+    rooflines: dict[str, dict[str, float]]
+    otherwise: Memory
+    growth: Sequence[Grown]
+
+    @property
+    def run_flops(self) -> float:
+        """What the student's FLOPs change by where its layers are recomputed, or no longer."""
+        whole, trained = self.run.trained
+        now, then = (backward_factor(trained / whole, on) for on in (self.run.checkpointing, not self.run.checkpointing))
+        return then / now - 1
 
     @property
     def best(self) -> Option | None:
@@ -127,43 +141,34 @@ def _adapted(model: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def plan(run: Run, gpus: GPUs, command: Callable[[Placement, int], str] | None = None) -> Plan:
+def plan(run: Run, gpus: GPUs, command: Callable[[Placement, int], str] | None = None, grows: bool = False) -> Plan:
     """A run on these GPUs.
 
     Args:
+        grows: say what more tokens a step would do, too.
         command: from a placement and the number of GPUs to the command that starts it.
     """
     room = gpus.each.memory * GIB
     told = command or (lambda placement, count: "")
     made = []
     for where in placements(gpus.count):
-        if run.teacher is None and where.teacher != "local":
+        if not run.teachers and where.teacher != "local":
             continue
         memory = memory_of(run, where, gpus.count, room)
         made.append(Option(where, memory, memory.peak <= USABLE * room, told(where, gpus.count)))
     made.sort(key=lambda option: not option.fits)
-    ours, theirs = run.sizes
-    whole, trained = run.trained
-    rows = run.rows * run.accumulation * gpus.count
-    shape = StepShape(rows, run.length - run.completion, run.completion, run.checkpointing, trained / whole)
-    flops = flops_of(ours, theirs, shape)
-    moved = _moved(run, gpus, shape)
-    each, share = gpus.each, gpus.count
-    seconds = {name: each.seconds(flops[name] / share, moved[name] / share) for name in flops} if each.tflops else {}
-    return Plan(run, gpus, made, flops, moved, seconds, _knob(run, gpus, made, room))
+    shape = shape_of(run, gpus.count)
+    flops, moved = flops_by_part(run, shape), moved_by(run, gpus.count, shape)
 
+    def seconds(gpu: GPU) -> dict[str, float]:
+        return {part: gpu.seconds(flops[part] / gpus.count, moved[part] / gpus.count) for part in flops}
 
-def _moved(run: Run, gpus: GPUs, shape: StepShape) -> dict[str, float]:
-    """The bytes that each part reads, over all GPUs: weights for every pass, the heads for every chunk of tokens."""
-    ours, theirs = run.sizes
-    width, their_width = (run.autocast or run.student_dtype).itemsize, run.teacher_dtype.itemsize
-    heads = ours.head * width + (0 if theirs is None else theirs.head * their_width)
-    return {
-        "rollout": rollout_bytes(ours, shape, width, gpus.count) * gpus.count,
-        "teacher": 0.0 if theirs is None else theirs.active * their_width * shape.rows / run.teacher_rows,
-        "student": 3.0 * ours.active * width * shape.rows / run.rows,
-        "loss": heads * shape.tokens / (run.chunk or MOST_TOKENS),
-    }
+    rooflines = {name: seconds(gpu) for name, gpu in known_gpus().items()}
+    own = seconds(gpus.each) if gpus.each.tflops else {}
+    best = made[0]
+    other = memory_of(run.but(checkpointing=not run.checkpointing), best.placement, gpus.count, room)
+    more = growth(run, best.placement, gpus.count, gpus.each) if grows else []
+    return Plan(run, gpus, made, flops, moved, own, _knob(run, gpus, made, room), rooflines, other, more)
 
 
 def _knob(run: Run, gpus: GPUs, options: Sequence[Option], room: float) -> tuple[Placement, str] | None:
@@ -182,9 +187,10 @@ def _knob(run: Run, gpus: GPUs, options: Sequence[Option], room: float) -> tuple
 def table(made: Plan) -> str:
     """The plan in words, for a terminal."""
     run, gpus = made.run, made.gpus
-    theirs = run.sizes[1]
-    whole, trained = run.trained
-    teacher = "none" if theirs is None else f"{_count(theirs.parameters)} parameters, {_kind(run.teacher_dtype)}"
+    theirs, (whole, trained) = run.sizes[1], run.trained
+    each = ", ".join(_count(size.parameters) for size in theirs)
+    teacher = f"{each} parameters, {_kind(run.teacher_dtype)}" if theirs else "none"
+    teacher = f"the student itself ({run.itself})" if run.itself else teacher
     own = "" if trained == whole else f", {_count(trained)} trained"
     many = f"{gpus.count} GPU{'s' if gpus.count > 1 else ''}"
     again = ", layers recomputed" if run.checkpointing else ""
@@ -202,15 +208,24 @@ def table(made: Plan) -> str:
         first, second = (peak / GIB for peak in option.memory.peaks)
         mark = "fits" if option.fits else "TOO MUCH"
         lines.append(f"{option.placement!s:<44}{first:>9.1f}{second:>9.1f}   {mark}; {_PHASES[option.memory.fullest]}")
-    shown = made.best or min(made.options, key=lambda option: option.memory.peak)
+    shown = made.options[0]
     lines += ["", f"of {shown.placement}, GiB:"]
     lines += [f"  {name:<26}{size / GIB:>9.2f}" for name, size in shown.memory.parts.items() if size]
+    how = "kept" if run.checkpointing else "recomputed (gradient_checkpointing)"
+    lines.append(
+        f"  with layers' activations {how} it would be {made.otherwise.peak / GIB:.1f}, the student {made.run_flops:+.0%} FLOPs"
+    )
     lines += ["", f"{'a step':<12}{'PFLOP':>9}{'GB read':>10}" + (f"{'seconds at best':>18}" if made.seconds else "")]
     for name, count in made.flops.items():
         more = f"{made.seconds[name]:>18.2f}" if made.seconds else ""
         lines.append(f"  {name:<10}{count / 1e15:>9.2f}{made.moved[name] / 1e9:>10.0f}{more}")
     if not made.seconds:
         lines.append(f"  (no speed is known of {gpus.each.name}: name the GPU for seconds)")
+    lines += ["", f"{gpus.count} × at best, seconds: " + ", ".join(made.flops)]
+    for name, parts in made.rooflines.items():
+        lines.append(f"  {name:<12}{', '.join(f'{value:.2f}' for value in parts.values()):<32}{sum(parts.values()):>9.2f}")
+    if made.growth:
+        lines += ["", *growth_table(made.growth, bool(made.seconds))]
     if made.best is not None and made.best.command:
         lines += ["", "start it with", made.best.command]
     if made.best is None:
@@ -234,7 +249,7 @@ def as_json(made: Plan) -> dict[str, Any]:
     return {
         "gpus": {"count": made.gpus.count, **dataclasses.asdict(made.gpus.each)},
         "student": dataclasses.asdict(made.run.sizes[0]),
-        "teacher": None if made.run.sizes[1] is None else dataclasses.asdict(made.run.sizes[1]),
+        "teachers": [dataclasses.asdict(size) for size in made.run.sizes[1]],
         "placements": [
             {
                 "student": option.placement.student,
@@ -252,6 +267,19 @@ def as_json(made: Plan) -> dict[str, Any]:
         "flops": made.flops,
         "bytes": made.moved,
         "seconds": made.seconds,
+        "rooflines": made.rooflines,
+        "checkpointing": {"on": made.run.checkpointing, "peak_otherwise": made.otherwise.peak},
+        "growth": [
+            {
+                "how": one.how,
+                "factor": one.factor,
+                "tokens": one.tokens,
+                "shares": one.shares,
+                "peak": one.memory.peak,
+                "parts": one.memory.parts,
+            }
+            for one in made.growth
+        ],
         "knob": None if made.knob is None else {"placement": str(made.knob[0]), "change": made.knob[1]},
     }
 

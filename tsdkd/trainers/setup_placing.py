@@ -32,7 +32,6 @@ def rollouts_go_ahead(setup: Setup) -> Iterator[Problem]:
 
 def vllm_works(setup: Setup) -> Iterator[Problem]:
     """A vLLM that is there, and that can split the student."""
-    args = setup.args
     if not setup.uses_vllm:
         return
     missing = vllm_problem()
@@ -44,6 +43,12 @@ def vllm_works(setup: Setup) -> Iterator[Problem]:
             "the option out",
         )
         return
+    yield from vllm_divides(setup)
+
+
+def vllm_divides(setup: Setup) -> Iterator[Problem]:
+    """Processes and attention heads that vLLM can split the student over."""
+    args = setup.args
     parts = args.vllm_tensor_parallel_size
     if not args.use_vllm or args.vllm_mode != "colocate" or parts == 1:
         return
