@@ -8,7 +8,7 @@ OFFLINE := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 # Two processes of one thread each are faster than one of two.
 TWICE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: demo test laws test-engines test-long lint format bench-loss bench-step images clean
+.PHONY: demo test laws test-engines test-long lint format bench-loss bench-step bench-gpu bench-check images clean
 
 # torch by itself and first on a machine without a GPU: anything looser brings gigabytes of CUDA.
 $(VENV)/.ready: setup.py constraints.txt
@@ -61,6 +61,16 @@ bench-loss: $(VENV)/.ready
 	$(BIN)/pip install --quiet --no-deps liger-kernel==0.8.5
 	$(OFFLINE) $(BIN)/python benchmarks/loss_cost.py
 	$(BIN)/python benchmarks/tables.py
+
+# Minutes on one GPU, rows in benchmarks/results/gpu.jsonl; vLLM's rollouts are timed where it is installed.
+bench-gpu: $(VENV)/.ready
+	$(BIN)/pip install --quiet --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+	$(OFFLINE) $(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/tables.py
+
+# Under a minute: which ratio to a peer moved by more than its spread since the baseline of this machine.
+bench-check: $(VENV)/.ready
+	$(OFFLINE) $(BIN)/python benchmarks/check.py
 
 bench-step: $(VENV)/.ready
 	$(OFFLINE) $(BIN)/python benchmarks/step_cost.py
