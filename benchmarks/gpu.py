@@ -1,12 +1,12 @@
 """The library on a GPU, beside its peers, in one command of under ten minutes: `make bench-gpu`.
 
-    loss   the fused objective at Liger's published shape and at 1.5B ← 14B heads: ours (torch, Triton), Liger, TRL, CCE's forward
+    loss   the fused objective at Liger's published shape and at 1.5B ← 14B heads: ours (torch, Triton), Liger, TRL, CCE
     chunks the same at several chunk sizes
     pair   teacher's forward, student's step, rollouts and the trainer's whole step of pairs made from configurations
 
 Rows go to `benchmarks/results/gpu.jsonl` as each is measured, with card, driver, clocks, and beside every figure the roofline
-of what it computes and the card's own matmul ceiling, measured first. `--dry` runs every part at tiny shapes on the CPU: that the
-command works, no figure. `--predict` writes rooflines of cards that are not here.
+of what it computes and the card's own matmul ceiling, measured first. `--dry` runs every part at tiny shapes on the CPU: that
+the command works, no figure. `--predict` prints rooflines of cards that are not here.
 """
 
 from __future__ import annotations
