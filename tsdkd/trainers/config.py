@@ -42,6 +42,8 @@ class TokenDistillConfig(TeacherOptions):
             refusing them.
         teacher_batch_size: rows per forward pass of the teacher; None: `per_device_train_batch_size`.
         teacher_batch_tokens: in place of rows, the most tokens of such a pass, padding counted; a longer text is read alone.
+        ignore_tokens: tokens of completions that no term is trained on, by name (`<think>`); `special` is every special one but
+            that which ends. Both models read them, and lengths, openers and shares are of the others.
         rollouts_ahead: 1 has a vLLM server write the next step's completions while a step trains: with weights one step old,
             on which nothing but the draws depends (`rollout/staleness`, `rollout/kl`). 0 waits for them.
         fused_impl: the loss engine, see `tsdkd.fused`.
@@ -104,6 +106,10 @@ class TokenDistillConfig(TeacherOptions):
     padding_free: bool = field(
         default=False,
         metadata={"help": "Forward passes without padding: rows one behind the other, each seen by itself."},
+    )
+    ignore_tokens: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tokens of completions that no term is trained on, by name; 'special' is all but the end."},
     )
     rollouts_ahead: int = field(
         default=0, metadata={"help": "1: a vLLM server writes the next step's completions while a step trains."}

@@ -48,6 +48,7 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
         "seed": args.seed,
         "prompts a step": batch_rows(args) * trainer.accelerator.num_processes,
         "sampling": sampling,
+        "ignored tokens": args.ignore_tokens,
         "teacher's prompts": {name: getattr(args, name, None) for name in _TEACHER_READS},
         "optimizer": str(getattr(args.optim, "value", args.optim)),
     }

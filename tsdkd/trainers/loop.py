@@ -28,6 +28,7 @@ from tsdkd.trainers.corpus import Corpus
 from tsdkd.trainers.coverage import Beside
 from tsdkd.trainers.guard import Guard, NonFiniteError
 from tsdkd.trainers.host import Host
+from tsdkd.trainers.ignored import ignored_ids
 from tsdkd.trainers.loss import StepLoss
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.one_ahead import Engine, RolloutsAhead
@@ -65,6 +66,7 @@ class Loop:
         self.asked: Callable[[], int] = lambda: 0  # the number of the signal that has come to this process
         self.stop_asked = False
         self.ahead: RolloutsAhead | None = None
+        self.ignored = ignored_ids(args.ignore_tokens, host.tokenizer, host.vocab_size)
         reader = teacher if method.reads_teacher else None
         corpus = None
         if method.pretraining_weight:

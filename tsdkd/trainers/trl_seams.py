@@ -17,6 +17,7 @@ from tsdkd.data.prompts import COLUMNS
 from tsdkd.rollouts import as_asked
 from tsdkd.teachers import gathered
 from tsdkd.trainers.engines import EpochSampler, Generation, InHand, asked_of_optimizer, without_repeats
+from tsdkd.trainers.ignored import without
 from tsdkd.trainers.loading import load_renamed
 from tsdkd.trainers.loop import Loop
 from tsdkd.trainers.processors import drawn_of, eos_ids_of, rendering_of, seen_by, unknown_ids_of
@@ -128,6 +129,8 @@ class TRLTrainer(DistillationTrainer):
         masks = tool_mask if tool_mask is not None else [[1] * len(ids) for ids in completion_ids]
         if hand.empty:
             masks = [[0] * len(mask) if row in hand.empty else mask for row, mask in enumerate(masks)]
+        masks = without(self.loop.ignored, completion_ids, masks)
+        if hand.empty or self.loop.ignored:
             tool_mask = masks
         values = hand.token_values.items()
         recorded = {name: [row or [0.0] for row in column] for name, column in values}  # of a placeholder too
