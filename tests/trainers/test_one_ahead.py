@@ -158,10 +158,10 @@ def test_an_engine_that_fails_ends_the_run_at_the_step_that_it_wrote_for(tmp_pat
         if step == 1:
             raise ConnectionError("refused")
 
-    trainer, _ = ahead(tmp_path, lambda trainer: Stub(trainer, before=before))
+    trainer, _ = ahead(tmp_path, lambda trainer: Stub(trainer, before=before), save_strategy="steps", save_steps=1)
     with pytest.raises(RuntimeError, match=r"step 2: the engine .* failed \(ConnectionError: refused\)"):
         trainer.train()
-    assert trainer.step == 1
+    assert trainer.step == 1 and (tmp_path / "checkpoint-1").is_dir()  # the step before is whole, and is saved
 
 
 def test_where_nothing_can_be_written_ahead_it_is_refused(tmp_path):

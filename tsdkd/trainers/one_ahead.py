@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any, Protocol
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -111,12 +112,28 @@ class _Asked:
         step: the optimizer steps that had been made when the engine took its weights.
         future: what the first process waits for.
         written: this process's completions, where they are there already.
+        failure: why they will never be.
     """
 
     prompts: list[list[int]]
     step: int
     future: Future[Drawn] | None = None
     written: Written | None = None
+    failure: str | None = None
+
+
+def _begun(call: Callable[[], Drawn]) -> Future[Drawn]:
+    """A call in a thread of its own, which a process that ends does not wait for: a server may hang."""
+    future: Future[Drawn] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:  # told where it is waited for
+            future.set_exception(error)
+
+    Thread(target=run, name="rollouts-ahead", daemon=True).start()
+    return future
 
 
 class RolloutsAhead:
@@ -131,7 +148,6 @@ class RolloutsAhead:
     def __init__(self, host: Host, engine: Engine, metrics: Metrics) -> None:
         self.host, self.engine, self.metrics = host, engine, metrics
         self.upcoming: list[dict[str, Any]] | None = None  # the next step's rows
-        self._thread = ThreadPoolExecutor(1, "rollouts-ahead")
         self._asked: _Asked | None = None
         self._taken: _Asked | None = None  # of the step in hand
         self._batches: tuple[Any, tuple[list, Any]] | None = None
@@ -163,8 +179,13 @@ class RolloutsAhead:
         else:
             fresh = False
         assert asked is not None
-        self._asked, written = None, self._finished(asked)
-        self._taken = dataclasses.replace(asked, future=None, written=written)
+        self._asked, self._taken = None, self._finished(asked)
+        written = self._taken.written
+        if written is None:
+            raise RuntimeError(
+                f"step {host.step + 1}: the engine that writes the completions one step ahead failed ({self._taken.failure}). "
+                "The step was not made: go on from the last checkpoint once the engine is there."
+            )
         self.metrics.add_host("train", "rollout/staleness", host.step - asked.step)
         if self.upcoming is not None and host.step + 1 < host.max_steps:
             if not fresh:
@@ -177,16 +198,16 @@ class RolloutsAhead:
         everyones, future = gather_object(prompt_ids), None
         if self.host.accelerator.is_main_process:
             try:
-                future = self._thread.submit(self.engine.request(everyones, step))
+                future = _begun(self.engine.request(everyones, step))
             except Exception as error:  # told where the others wait
                 future = Future()
                 future.set_exception(error)
         return _Asked(prompt_ids, self.host.step, future)
 
-    def _finished(self, asked: _Asked) -> Written:
-        """This process's part of what was asked for; the first process waits, and tells the others."""
-        if asked.written is not None:
-            return asked.written
+    def _finished(self, asked: _Asked) -> _Asked:
+        """The same with this process's part of what was asked for; the first process waits, and tells the others."""
+        if asked.written is not None or asked.failure is not None:
+            return asked
         told: list[Any] = [None]
         if asked.future is not None:
             try:
@@ -196,13 +217,11 @@ class RolloutsAhead:
         broadcast_object_list(told)
         (drawn,) = told
         if isinstance(drawn, str):
-            raise RuntimeError(
-                f"step {self.host.step + 1}: the engine that writes the completions one step ahead failed ({drawn}). The step "
-                "was not made: go on from the last checkpoint once the engine is there."
-            )
+            return dataclasses.replace(asked, future=None, failure=drawn)
         first = self.host.accelerator.process_index * len(asked.prompts)
         own = slice(first, first + len(asked.prompts))
-        return Written(drawn.ids[own], {} if drawn.log_probs is None else {LOG_PROB: drawn.log_probs[own]})
+        written = Written(drawn.ids[own], {} if drawn.log_probs is None else {LOG_PROB: drawn.log_probs[own]})
+        return dataclasses.replace(asked, future=None, written=written)
 
     def settle(self) -> None:
         """Wait until nothing is being written: before the engine gets other work or other weights."""
@@ -225,9 +244,10 @@ class RolloutsAhead:
         """What a checkpoint keeps: this process's completions of the next step. Every process must ask."""
         if self._asked is None:
             return None
-        written = self._finished(self._asked)
-        self._asked = dataclasses.replace(self._asked, future=None, written=written)
-        asked = self._asked
+        asked = self._asked = self._finished(self._asked)
+        if asked.written is None:  # the next step says why; this one is whole
+            return None
+        written = asked.written
         return {"prompts": asked.prompts, "step": asked.step, "ids": written.ids, "values": written.token_values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
