@@ -51,7 +51,7 @@ def losses(o: argparse.Namespace) -> dict[str, list[float]]:
 
 def steps(o: argparse.Namespace) -> list[float]:
     """The ratio of the trainers' steps."""
-    sizes = {"student_hidden": 128, "teacher_hidden": 256, "batch": 4, "accumulation": 2, "completion": 64, "rows": 8}
+    sizes = {"student_hidden": 128, "teacher_hidden": 256, "batch": 8, "accumulation": 2, "completion": 96, "rows": 16}
     asked = argparse.Namespace(
         vocab=o.vocab // 4, log_mean=3.5, log_std=0.5, device=o.device, seed=o.seed, rounds=o.rounds, **sizes
     )
@@ -61,8 +61,17 @@ def steps(o: argparse.Namespace) -> list[float]:
     return [a / b for a, b in zip(seconds["tsdkd"], seconds["trl"], strict=True)]
 
 
+def _middle(values: Sequence[float]) -> float:
+    """How far the middle half of some values reaches; of few, all."""
+    if len(values) < 4:
+        return max(values) - min(values)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
 def verdict(ratios: Sequence[float], before: Sequence[float] | None) -> str:
-    """`slower` or `faster` where the median left the other's whole range by more than the spread of both, else `as before`.
+    """`slower` or `faster` where the medians differ by more than the spread, the larger of both runs' middle halves, and by
+    more than a twentieth; else `as before`.
 
     Example:
         >>> verdict([0.5, 0.6, 0.55], [0.3, 0.31, 0.32]), verdict([0.33, 0.3, 0.31], [0.3, 0.31, 0.32]), verdict([1.0], None)
@@ -71,8 +80,7 @@ def verdict(ratios: Sequence[float], before: Sequence[float] | None) -> str:
     if not before:
         return "no baseline"
     moved = statistics.median(ratios) - statistics.median(before)
-    spread = max(max(ratios) - min(ratios), max(before) - min(before))
-    if abs(moved) <= spread:
+    if abs(moved) <= max(_middle(ratios), _middle(before), 0.05 * statistics.median(before)):
         return "as before"
     return "slower" if moved > 0 else "faster"
 
@@ -95,7 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows, slower = [], False
     for name, ratios in [*losses(o).items(), (STEP, steps(o))]:
         rows.append({"benchmark": "check", "run": stamp, "name": name, **sizes, "ratio": ratios, **origin})
-        before = next((row for row in reversed(alike) if row["name"] == name), None)
+        own = [row for row in reversed(alike) if row["name"] == name]
+        before = next((row for row in own if row["hardware"] == origin["hardware"]), own[0] if own else None)
         here = before is not None and before["hardware"] == origin["hardware"]
         told = verdict(ratios, before["ratio"] if here else None)
         slower |= told == "slower"

@@ -116,6 +116,17 @@ def on_a_gpu() -> str:
         what = {"tsdkd": "tsdkd, all three terms", "trl_jsd": "TRL, JSD alone"}[h100["variant"]]
         where = f"{sizes[0]:,}, {sizes[1]:,}, {sizes[2]} ← {sizes[3]}"
         lines.append(f"| {where} | {what} | {best} | {'; '.join(found) or 'not measured yet'} |")
+    whole = [row for row in rows_of("gpu") if not row["dry"] and row["run"] == newest.get(row["card"])]
+    names = ("card", "part", "variant", "impl", "chunk", "pair", "trainer", "engine", "tokens")
+    figures = ("ms", "seconds", "peak_gib", "tokens_per_second", "mfu", "tsdkd_ratio", "failed")
+    for row in whole:  # everything that was measured, as it stands
+        told = {
+            key: spread(value, 3) if isinstance(value, list) else value
+            for key in figures
+            if (value := row.get(key)) is not None
+        }
+        named = ", ".join(str(row[name]) for name in names if name in row)
+        lines.append(f"- {named}: {', '.join(f'{key} {value}' for key, value in told.items())}")
     return "\n".join(lines)
 
 

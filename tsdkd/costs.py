@@ -117,9 +117,11 @@ def flops_of(student: ModelSize, teacher: ModelSize | None, shape: StepShape) ->
 
 
 def rollout_bytes(student: ModelSize, shape: StepShape, width: int, gpus: int = 1) -> float:
-    """Bytes that each GPU reads for writing: all weights once a token, all its rows at a time, and their keys and values."""
+    """Bytes that each GPU reads for writing: all weights once a token (of a mixture those that some row of its batch may take),
+    all its rows at a time, and their keys and values."""
     cache = shape.rows * shape.completion * student.kv_cache(1, width) * (shape.prompt + shape.completion / 2)
-    return shape.completion * student.active * width + cache / gpus
+    touched = min(student.parameters, student.active * shape.rows / gpus)
+    return shape.completion * touched * width + cache / gpus
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ def gpu_named(name: str) -> GPU | None:
         >>> gpu_named("NVIDIA A100-SXM4-80GB").name, gpu_named("Tesla T4")
         ('A100-80GB', None)
     """
-    told = name.upper().replace(" ", "").replace("-", "")
-    if "PCIE" in told or "NVL" in told:  # slower than those of the name that are known
+    told = set(name.upper().replace("-", " ").split())
+    if told & {"PCIE", "NVL", "LAPTOP", "MOBILE"}:  # slower than those of the name that are known
         return None
-    found = [gpu for gpu in known_gpus().values() if all(part in told for part in gpu.name.upper().split("-"))]
+    found = [gpu for gpu in known_gpus().values() if told >= set(gpu.name.upper().split("-"))]
     return max(found, key=lambda gpu: len(gpu.name), default=None)

@@ -13,12 +13,14 @@ from peft import LoraConfig, get_peft_model
 from running import make
 from tiny import FAMILIES, QUESTIONS, config, prompts, save_tiny, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MambaConfig, MixtralConfig, Qwen2Config
+from transformers import AutoConfig, DeepseekV3Config, MambaConfig, MixtralConfig, OPTConfig, Phi3Config, Qwen2Config
 
 from tsdkd.cli import main
+from tsdkd.cli.fake_world import tried
 from tsdkd.costs import GIB, StepShape, flops_of, gpu_named, known_gpus, rollout_bytes
 from tsdkd.demo.recreate import make_tokenizer
-from tsdkd.preflight.growth import flops_by_part
+from tsdkd.preflight.fake_world import save_small
+from tsdkd.preflight.growth import flops_by_part, moved_by, shape_of
 from tsdkd.preflight.memory import Placement, Run, memory_of
 from tsdkd.preflight.plan import GPUs, plan
 from tsdkd.trainers.sizes import size_of, tell_if_too_large
@@ -143,6 +145,40 @@ def test_several_teachers_and_a_student_that_teaches_itself():
     assert memory_of(sorted_out, where, 1).peak > memory_of(one.but(chunk=512), where, 1).peak
 
 
+def test_what_is_not_written_or_held_here_is_not_counted():
+    """Given completions, a server's, prefixes, passes by tokens, quantized weights, a mixture's experts."""
+    student, teacher = paper()
+    ours, theirs = size_of(student), size_of(teacher)
+    run, where = Run(student, teacher, rows=8, accumulation=2), Placement("zero3", "local")
+    shape, moved = shape_of(run, 1), lambda one: moved_by(one, 1, shape_of(one, 1))
+    assert flops_by_part(run.but(written=0.0), shape)["rollout"] == moved(run.but(written=0.0))["rollout"] == 0
+    served = run.but(written_here=False)
+    assert flops_by_part(served, shape)["rollout"] == 0 and memory_of(served, where, 8).parts["rollout"] == 0
+    both = flops_by_part(run.but(both_write=True), shape)["rollout"] - flops_by_part(run, shape)["rollout"]
+    assert both == pytest.approx(theirs.forward_flops(1024, 16) + 2 * theirs.head * shape.tokens)
+    short = flops_by_part(run.but(read=(100, 50)), shape)
+    assert short["teacher"] == pytest.approx(theirs.forward_flops(562, 16))
+    assert short["loss"] == pytest.approx(16 * (6 * ours.head * 100 + 2 * theirs.head * 50))
+    assert moved(run.but(teacher_rows=512))["teacher"] == 2 * theirs.parameters  # one pass, however many rows it could take
+    by_tokens = run.but(teacher_tokens=4096)
+    assert by_tokens.read_together == 4 and by_tokens.but(length=4096).read_together == 1
+    four = run.but(student_bits=4)
+    layers = ours.parameters - ours.embedding
+    assert memory_of(run, Placement("whole", "local"), 1).parts["student's weights"] - layers * (4 - 0.5625) == pytest.approx(
+        memory_of(four, Placement("whole", "local"), 1).parts["student's weights"]
+    )
+    mixture = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    size = size_of(mixture)
+    step = StepShape(64, 8, 10)
+    cache = 64 * 10 * 13 * size.kv_cache(1, 2)
+    held = memory_of(Run(mixture, mixture, teacher_dtype=torch.float32), Placement("whole", "local"), 1)
+    assert held.parts["gradients"] == 4 * size.parameters and held.parts["activations and loss"] > 0
+    assert rollout_bytes(size, step, 2) == pytest.approx(10 * size.parameters * 2 + cache)
+
+
 def test_more_tokens_a_step():
     """Rows amortise the reading of weights while completions are written, and no more; lengths give attention its square."""
     made = plan(Run(*paper(), rows=8, accumulation=2, teacher_rows=8), GPUs.of("8xH100"), grows=True)
@@ -232,6 +268,7 @@ def test_a_run_that_cannot_fit_is_told_of_before_it_is_loaded(tmp_path):
 def test_gpus_by_name_and_by_memory():
     assert GPUs.of("8x80").count == 8 and GPUs.of("8x80").each.memory == 80
     assert GPUs.of("2 x RTX 4090").each.name == "RTX-4090" and GPUs.of("a100-40gb").each.memory == 40
+    assert GPUs.of("2x4090").each.name == "RTX-4090"
     assert GPUs.of("NVIDIA H100").each.tflops == 989 and GPUs.of("40GiB").each.memory == 40
     wrong = {
         "8xT5000": "is not known; known: .*H100.*give its memory",
@@ -244,7 +281,8 @@ def test_gpus_by_name_and_by_memory():
     names = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GeForce RTX 4090", "NVIDIA L40S")
     found = [gpu_named(name) for name in names]
     assert [gpu and gpu.name for gpu in found] == ["A100-80GB", "H100", "H200", "RTX-4090", "L40S"] and gpu_named("T4") is None
-    assert gpu_named("NVIDIA H100 PCIe") is None
+    others = ("NVIDIA H100 PCIe", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GH200 480GB", "NVIDIA GB200")
+    assert [gpu_named(name) for name in others] == [None] * 4
     assert all(gpu.source for gpu in known_gpus().values())
 
 
@@ -252,6 +290,9 @@ def test_the_command(tmp_path, capsys):
     student, teacher = save_tiny(tmp_path / "s", seed=1), save_tiny(tmp_path / "t", seed=2, hidden=48)
     models, mamba = ["--student", student, "--teacher", teacher], str(tmp_path / "mamba")
     MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2).save_pretrained(mamba)
+    opt = str(tmp_path / "opt")
+    OPTConfig(vocab_size=64, hidden_size=32, word_embed_proj_dim=32, num_attention_heads=2, ffn_dim=64, num_hidden_layers=2,
+              max_position_embeddings=128).save_pretrained(opt)  # fmt: skip
     assert main(["plan", *models, "--gpus", "1xH100"]) == 0
     out = capsys.readouterr().out
     assert "whole student, teacher swap" in out and f"tsdkd train --student {student}" in out and "seconds at best" in out
@@ -275,6 +316,8 @@ def test_the_command(tmp_path, capsys):
         (["--student", student, "--recording", str(tmp_path), "--gpus", "1x80"], "a recording is trained on without a teacher"),
         ([*models, "--gpus", "8x80", "--fake_world", "1"], "pass a number of processes, 2 or more"),
         (["--student", student, "--teachers", '{"a": 3}', "--gpus", "8x80"], "names no model"),
+        (["--student", opt, "--teacher", teacher, "--gpus", "1x80"], "what a opt holds while it reads is not known here"),
+        ([*models, "--gpus", "8x80", "--teachers", "{}", "--teacher_weights", '{"c": 1.0}'], "teacher_weights names c"),
         (["--student", mamba, "--teacher", teacher, "--gpus", "1x80"], "its sizes are not known here"),
         ([*models, "--gpus", "8x80", "--optim", "lomo"], "optim=lomo keeps of each parameter is not known"),
     ):
@@ -308,3 +351,40 @@ def test_a_run_of_64_processes_is_tried_on_one(tmp_path, capsys):
     assert main([*asked, "--fake_world", "64", "--per_device_train_batch_size", "4", *parts]) == 1
     assert "does not divide the 64 processes" in capsys.readouterr().out
     assert not list(tmp_path.glob("s-*")) and sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl", "s", "t"]
+
+
+def test_a_command_that_a_shell_takes_as_it_was_given(tmp_path, capsys):
+    import shlex
+
+    student, teacher = save_tiny(tmp_path / "s", seed=1), save_tiny(tmp_path / "t", seed=2, hidden=48)
+    several = json.dumps({"math": teacher, "code": {"model": teacher}})
+    assert main(["plan", "--student", student, "--teachers", several, "--gpus", "64xH100"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "accelerate launch" in line)
+    words = shlex.split(line)
+    assert several in words and words[words.index("--num_machines") + 1] == "8" and "--machine_rank" in words
+
+
+@pytest.mark.parametrize("kind", ["phi3", "deepseek"])
+def test_a_small_model_of_a_kind_that_ties_its_sizes(tmp_path, kind):
+    """Factors of a rope as long as half a head; attention with latents: what cannot be narrower stays."""
+    sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if kind == "phi3":
+        factors = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+        config = Phi3Config(**sizes, num_key_value_heads=2, max_position_embeddings=8192, original_max_position_embeddings=4096,
+                            rope_scaling={"type": "longrope", **factors}, pad_token_id=0)  # fmt: skip
+    else:
+        config = DeepseekV3Config(**sizes, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
+                                  first_k_dense_replace=1, moe_intermediate_size=128)  # fmt: skip
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    folder = save_small(config, str(tmp_path / "tokenizer"), tmp_path / "small")
+    assert size_of(AutoConfig.from_pretrained(folder)).parameters < size_of(config).parameters / 2
+
+
+def test_a_student_that_teaches_itself_and_several_are_tried(tmp_path):
+    student, teacher = save_tiny(tmp_path / "s", seed=1), save_tiny(tmp_path / "t", seed=2, hidden=48)
+    data = tmp_path / "p.jsonl"
+    rows = [{"prompt": f"Tom has {n} pens.", "teacher_prompt": f"{n}. Tom has {n}.", "teacher": "a"} for n in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--student", student, "--dataset_name", str(data), "--max_length", "64", "--per_device_train_batch_size", "2"]
+    assert tried(8, "whole", "local", [*flags, "--teacher", "self"]) is None
+    assert tried(8, "whole", "local", [*flags, "--teachers", json.dumps({"a": teacher, "b": {"model": teacher}})]) is None

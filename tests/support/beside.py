@@ -7,7 +7,7 @@ import hashlib
 
 import torch
 
-from tsdkd.trainers.one_ahead import Drawn
+from tsdkd.trainers.beside import Drawn
 
 
 class Stub:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from running import Gradients, by_prompt, general, make, rows
 from tiny import FAMILIES, config, save_tiny, tiny_model
-from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from tsdkd import TSDKDTrainer
 from tsdkd.demo.recreate import make_tokenizer
@@ -145,3 +154,47 @@ def test_a_student_that_teaches_itself_reads_so_too(tmp_path):
         trainer.train()
         made.append(rows(trainer)[0]["loss"])
     assert made == pytest.approx([made[0]] * 3, rel=1e-5) and made[0] > 0
+
+
+def lfm2(scale=1.0, dtype=torch.float32):
+    """Convolutions beside attention: a text's first states hold the last of the text before."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    model = Lfm2ForCausalLM(
+        Lfm2Config(**sizes, **ends, num_key_value_heads=1, layer_types=["conv", "full_attention"], initializer_range=0.3)
+    )
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(scale)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("scale,dtype", [(1.0, torch.float32), (0.05, torch.float32), (0.3, torch.bfloat16)])
+def test_texts_that_mix_a_little_are_refused_too(tmp_path, scale, dtype):
+    """Whatever rounding hides: what stands behind other texts must be equal to the bit."""
+    with pytest.raises(ValueError, match=r"the teacher, .*does not keep them apart"):
+        make(tmp_path, teacher=lfm2(scale, dtype), padding_free=True)
+
+
+def test_mixed_precision_is_no_mixing(tmp_path):
+    """Of weights in float32 under autocast, and of a teacher's in bfloat16."""
+    for family in ("llama", "qwen3", "gemma2"):
+        student, teacher = tiny_model(family, seed=1), tiny_model(family, seed=2, hidden=48).bfloat16()
+        made = []
+        for free in (False, True):
+            options = {"rollouts": by_prompt, "max_steps": 1, "bf16": True, "padding_free": free, "learning_rate": 0.0}
+            trainer = make(tmp_path / family / str(free), student=student, teacher=teacher, **options)
+            trainer.train()
+            made.append(rows(trainer)[0]["loss"])
+        assert made[1] == pytest.approx(made[0], rel=0.02)
+
+
+def test_a_row_beyond_the_context_is_refused_where_it_cannot_be_read(tmp_path):
+    """GPT-Neo's masks are as large as its context, and texts one behind the other are longer."""
+    torch.manual_seed(0)
+    ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    config = GPTNeoConfig(vocab_size=64, hidden_size=32, num_layers=2, attention_types=[[["global"], 2]], num_heads=2,
+                          max_position_embeddings=128, **ends)  # fmt: skip
+    with pytest.raises(ValueError, match=r"the teacher, .*no more than its context of 128 tokens in a row"):
+        make(tmp_path, teacher=GPTNeoForCausalLM(config), padding_free=True)

@@ -14,7 +14,7 @@ from tiny import config, prompts, tiny_model
 
 from tsdkd import TSDKD, TokenDistillConfig
 from tsdkd.methods import SeqKD
-from tsdkd.trainers.one_ahead import ServerEngine
+from tsdkd.trainers.beside import Drawn, ServerEngine
 from tsdkd.trainers.setup import Setup
 from tsdkd.trainers.setup_placing import rollouts_go_ahead
 
@@ -164,6 +164,55 @@ def test_an_engine_that_fails_ends_the_run_at_the_step_that_it_wrote_for(tmp_pat
     assert trainer.step == 1 and (tmp_path / "checkpoint-1").is_dir()  # the step before is whole, and is saved
 
 
+@pytest.mark.parametrize(
+    "spoil,told",
+    [
+        (lambda drawn: Drawn(drawn.ids[1:]), "3 completions for 4 prompts"),
+        (lambda drawn: Drawn([[999], *drawn.ids[1:]]), "1 ids up to 999"),
+        (lambda drawn: Drawn([[5] * 13, *drawn.ids[1:]]), "13 ids"),
+        (lambda drawn: Drawn(drawn.ids, drawn.log_probs[1:]), "other than one log-probability"),
+    ],
+    ids=["too few", "no such id", "too long", "log-probabilities"],
+)
+def test_what_an_engine_gives_is_looked_at(tmp_path, spoil, told):
+    class Wrong(Stub):
+        def request(self, prompt_ids, step):
+            write = super().request(prompt_ids, step)
+            return lambda: spoil(write())
+
+    trainer, _ = ahead(tmp_path, Wrong)
+    with pytest.raises(RuntimeError, match=told):
+        trainer.train()
+
+
+def test_accumulated_and_without_a_row_that_can_be_read(tmp_path):
+    """Micro-batches of one step share its completions; where the next step's rows cannot be read, nothing is ahead."""
+    trainer, engine = ahead(tmp_path / "a", per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer.train()
+    assert [(step, by) for step, by, _ in engine.asked] == [(0, 0), (1, 0), (2, 2), (3, 2)]
+    assert [row["rollout/staleness"] for row in rows(trainer)] == [0, 1, 0, 1] and "mfu" not in rows(trainer)[0]
+    trainer, engine = ahead(tmp_path / "b")
+    ask = trainer.loop.ahead._ask
+    tokenize = trainer.tokenize
+    trainer.tokenize = lambda given: (
+        (_ for _ in ()).throw(ValueError("no")) if isinstance(given[0], dict) and broken else tokenize(given)
+    )
+    broken = False
+    take = trainer.loop.ahead.take
+
+    def taken(prompt_ids):
+        nonlocal broken
+        broken = True
+        try:
+            return take(prompt_ids)
+        finally:
+            broken = False
+
+    trainer.loop.ahead.take = taken
+    trainer.train()
+    assert ask is not None and [row["rollout/staleness"] for row in rows(trainer)] == [0] * 4
+
+
 def test_where_nothing_can_be_written_ahead_it_is_refused(tmp_path):
     for options, told in (
         ({"rollouts_ahead": 1}, "Start a vLLM server for the student"),
@@ -223,6 +272,12 @@ def test_a_server_is_asked_as_trl_asks_it_and_for_log_probabilities():
     assert prompt_ids == [[1, 2], [3]] and asked["generation_kwargs"] == {"allowed_token_ids": [7, 8, 9]}
     assert (asked["n"], asked["temperature"], asked["max_tokens"], asked["logprobs"], asked["min_p"]) == (1, 0.7, 12, 0, 0.0)
     assert engine.request([[1]], 5)().log_probs is None  # one of them is no number
+    vllm.generation_kwargs = {"presence_penalty": 1.0}
+    assert ServerEngine(vllm, lambda mode, step: nullcontext()).temperature is None
+    del vllm.generation_kwargs
+    vllm.vllm_client.get_server_info = lambda: {}[0]  # a server that says nothing of itself
+    assert ServerEngine(vllm, lambda mode, step: nullcontext()).temperature is None
+    del vllm.vllm_client.get_server_info
     VLLM.top_p = 0.9
     try:
         assert ServerEngine(vllm, lambda mode, step: nullcontext()).temperature is None

@@ -20,6 +20,7 @@ from tsdkd.data.runs import read_run
 from tsdkd.data.spent import read_spent
 from tsdkd.demo.recreate import make_tokenizer
 from tsdkd.methods import GKD, MiniLLM, SpeculativeKD
+from tsdkd.pipelines.compare.table import final_scores, table
 from tsdkd.reporting.run_page import run_page
 from tsdkd.trainers.sizes import size_of
 
@@ -147,6 +148,35 @@ def test_costs_stand_in_rows_tables_and_pages(tmp_path, capsys):
     run.log({"accuracy": 0.5, "n": 10})
     page = run_page([read_run(tmp_path / "run")])
     assert '<th class="number">trained tokens</th>' in page and f'<td class="number">{run.trained_tokens:,}</td>' in page
+
+
+def test_rows_of_an_earlier_version_are_shown(tmp_path):
+    """They say no FLOPs."""
+    old = {
+        "label": "gkd",
+        "method": "gkd",
+        "seed": 0,
+        "steps": 3,
+        "accuracy": 0.5,
+        "n": 10,
+        "trained_tokens": 5,
+        "seconds": 1.0,
+    }
+    run = make(tmp_path / "run", rollouts=by_prompt, max_steps=1)
+    run.train()
+    assert '<td class="number">5</td>' in run_page([read_run(tmp_path / "run")], scores=final_scores([old]))
+    assert "| gkd | 0.500 | 0.500-0.500 | 1 | 5 |  |  | 1 |" in table([old])
+
+
+def test_what_a_server_makes_is_no_share_of_this_gpu(tmp_path):
+    trainer = make(tmp_path, rollouts=by_prompt, max_steps=1)
+    spending = trainer.loop.scorer.spending
+    trainer.loop.scorer.spending = dataclasses.replace(spending, peak=1e9, elsewhere=frozenset({"rollout", "teacher"}))
+    trainer.train()
+    row = rows(trainer)[0]
+    seconds = trainer.trained_tokens / row["tokens_per_second"]
+    own = row["tflop/student"] + row["tflop/loss"]
+    assert row["mfu"] == pytest.approx(own * 1e12 / (seconds * 1e9), rel=1e-3) and row["tflop/teacher"] > 0
 
 
 def test_a_student_that_reads_before_its_teacher_is_counted(tmp_path):

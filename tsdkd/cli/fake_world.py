@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _MARK = "fake world: "
+_LONGEST = 900  # seconds
 
 
 def tried(processes: int, student: str, teacher: str, flags: list[str]) -> str | None:
@@ -26,20 +28,27 @@ def tried(processes: int, student: str, teacher: str, flags: list[str]) -> str |
     """
     from tsdkd.cli.parsing import parse
     from tsdkd.preflight.fake_world import save_small
+    from tsdkd.teachers.itself import SELF
     from tsdkd.trainers.sources import config_of
 
     _, config, model = parse([*flags, "--use_cpu"])
     trust = {"trust_remote_code": True} if config.trust_remote_code else {}
+    named = {"student": model.model_name_or_path, "teacher": config.teacher_model_name_or_path}
+    named |= {f"teacher {key}": one["model"] if isinstance(one, dict) else one for key, one in (config.teachers or {}).items()}
     with tempfile.TemporaryDirectory() as folder:
         made = {}
-        for role, name in (("student", model.model_name_or_path), ("teacher", config.teacher_model_name_or_path)):
-            if name is not None:  # here, since ZeRO-3 would have them in shares
-                made[role] = save_small(config_of(name, role, config), name, Path(folder, role), **trust)
+        for number, (role, name) in enumerate(named.items()):
+            if name not in (None, SELF):  # here, since ZeRO-3 would have them in shares
+                own = config_of(name, role.split()[0], config)
+                made[role] = save_small(own, name, Path(folder, str(number)), **trust)
         asked = {"processes": processes, "student": student, "teacher": teacher, "flags": flags, "models": made}
         asked["output_dir"] = str(Path(folder, "run"))
         command = [sys.executable, "-m", "tsdkd.cli.fake_world", json.dumps(asked)]
         bare = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        run = subprocess.run(command, capture_output=True, text=True, env=bare)
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, env=bare, timeout=_LONGEST)
+        except subprocess.TimeoutExpired:
+            return f"it did not come to the end of its first step in {_LONGEST} s."
     if run.returncode == 0:
         return None
     told = [line for line in run.stderr.splitlines() if line.strip()]
@@ -67,11 +76,18 @@ def main(asked: dict[str, Any]) -> None:
     refuse(vllm_divides(whole))
     # What a CPU does without, and what the small models stand for.
     model.model_name_or_path, model.model_revision, model.attn_implementation = asked["models"]["student"], None, None
-    config.teacher_model_name_or_path, config.teacher_model_revision = asked["models"].get("teacher"), None
+    if "teacher" in asked["models"]:
+        config.teacher_model_name_or_path = asked["models"]["teacher"]
+    if config.teachers:
+        config.teachers = {name: asked["models"][f"teacher {name}"] for name in config.teachers}
+    config.teacher_model_revision = None
     config.teacher_placement = "local" if asked["teacher"] == "server" else asked["teacher"]
     config.teacher_model_init_kwargs = config.teacher_urls = None
     config.output_dir, config.save_strategy, config.push_to_hub, config.report_to = asked["output_dir"], "no", False, []
-    config.use_vllm, config.rollouts_ahead, config.optim, config.bf16 = False, 0, "adamw_torch", False
+    config.rollouts_ahead, config.optim, config.bf16 = 0, "adamw_torch", False
+    for field in dataclasses.fields(config):
+        if field.name == "use_vllm" or field.name.startswith("vllm_"):
+            setattr(config, field.name, field.default)
     config.load_best_model_at_end, config.eval_strategy, data.eval_tasks = False, "no", None
     model.load_in_4bit = model.load_in_8bit = False
     step(build(data, config, model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 from typing import Any
 
 
@@ -56,7 +57,10 @@ def main(arguments: list[str]) -> int:
     if own.fake_world is not None and not own.json:
         what = f"{own.fake_world} processes, {where}"
         if problem is None:
-            print(f"\n{what}: constructed here, and the first step made (small models of the same kinds, made-up completions).")
+            fits = "" if made.best is not None else "; it does not fit, see above"
+            print(
+                f"\n{what}: constructed here, and the first step made (small models of the same kinds, made-up rollouts){fits}."
+            )
         else:
             print(f"\n{what}: it fails here.\n  {problem}")
     return 0 if made.best is not None and problem is None else 1
@@ -93,6 +97,11 @@ def run_of(config: Any, model: Any) -> Any:
                 f"the {role} {name}: {str(error).splitlines()[0]} Pass the folder or the name of a model."
             ) from error
 
+    if config.teacher_weights and set(config.teacher_weights) != set(several):
+        raise ValueError(
+            f"teacher_weights names {', '.join(config.teacher_weights)}, and the teachers are "
+            f"{', '.join(several) or 'none'}: give each of them a weight."
+        )
     student = read(model.model_name_or_path, "student")
     names = [_model_of(one) for one in several.values()] or ([] if named in (None, SELF) else [named])
     teachers = tuple(read(name, "teacher") for name in names) if reads else ()
@@ -114,6 +123,7 @@ def run_of(config: Any, model: Any) -> Any:
         raise ValueError("neither model states its context: pass --max_length.")
     length = min([config.max_length or min(contexts), *contexts])
     completion = min(config.max_completion_length or 512, length // 2 if config.max_completion_length is None else length - 1)
+    spec, reading = method.rollouts, method.reads([completion])
     colocated = config.use_vllm and config.vllm_mode == "colocate"
     return Run(
         student,
@@ -123,7 +133,14 @@ def run_of(config: Any, model: Any) -> Any:
         autocast=torch.bfloat16,  # what GPUs of today train in
         rows=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
-        teacher_rows=_teacher_rows(config, length),
+        teacher_rows=config.teacher_batch_size or config.per_device_train_batch_size,
+        teacher_tokens=config.teacher_batch_tokens,
+        student_bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else None,
+        teacher_bits=_bits(config.teacher_model_init_kwargs or {}),
+        written=0.0 if spec.need_dataset and spec.replay is None and not spec.share else 1.0 if spec.replay else spec.share,
+        both_write=spec.writer != "student",
+        written_here=not (config.use_vllm and config.vllm_mode == "server"),
+        read=None if not reading.is_cut and reading.teacher == reading.lengths else (reading.student[0], reading.teacher[0]),
         length=length,
         completion=completion,
         checkpointing=bool(config.gradient_checkpointing),
@@ -147,11 +164,12 @@ def _model_of(one: Any) -> str:
     return name
 
 
-def _teacher_rows(config: Any, length: int) -> int:
-    """Rows of the teacher's forward pass, where all are as long as may be."""
-    if config.teacher_batch_tokens:
-        return max(1, config.teacher_batch_tokens // length)
-    return config.teacher_batch_size or config.per_device_train_batch_size
+def _bits(loading: dict[str, Any]) -> int | None:
+    """Of a model's loading options the bits that its weights are quantized to, if they are."""
+    asked = loading.get("quantization_config") or {}
+    asked = asked if isinstance(asked, dict) else vars(asked)
+    named = {**asked, **loading}
+    return 4 if named.get("load_in_4bit") or named.get("_load_in_4bit") else 8 if named.get("load_in_8bit") else None
 
 
 def _dtype(named: Any) -> Any:
@@ -160,6 +178,9 @@ def _dtype(named: Any) -> Any:
 
     found = None if named in (None, "auto") else dtype_of(named)
     return found if found != "auto" else None
+
+
+_PER_MACHINE = 8  # GPUs
 
 
 def _command(where: Any, count: int, flags: list[str], config: Any) -> str:
@@ -171,5 +192,10 @@ def _command(where: Any, count: int, flags: list[str], config: Any) -> str:
     if where.teacher == "server" and not config.teacher_urls:
         more += ["--teacher_urls", "http://HOST:8000"]
     stage = {"whole": "--multi_gpu", "zero2": "--use_deepspeed --zero_stage 2", "zero3": "--use_deepspeed --zero_stage 3"}
-    launch = f"accelerate launch {stage[where.student]} --mixed_precision bf16 --num_processes {count} -m tsdkd.cli train"
-    return " ".join(["  tsdkd train" if count == 1 else f"  {launch}", *own, *more])
+    machines = ""
+    if count > _PER_MACHINE and count % _PER_MACHINE == 0:  # the same on each, but for its rank
+        machines = (
+            f"--num_machines {count // _PER_MACHINE} --machine_rank RANK --main_process_ip HOST --main_process_port 29500 "
+        )
+    launch = f"accelerate launch {stage[where.student]} {machines}--mixed_precision bf16 --num_processes {count} "
+    return f"  {'tsdkd train' if count == 1 else f'{launch}-m tsdkd.cli train'} {shlex.join([*own, *more])}"

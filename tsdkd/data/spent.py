@@ -53,7 +53,7 @@ def costs_of(spent: Mapping[str, Any] | None) -> dict[str, str]:
     """
     if spent is None:
         return dict.fromkeys(COSTS, "")
-    flops = spent["flops"]
+    flops = spent.get("flops") or {}  # a row of an earlier version says none
     parts = [flops.get(part, 0.0) / 1e12 for part in PARTS]
     told = (f"{sum(parts):.3g}", ", ".join(f"{count:.3g}" for count in parts)) if flops else ("", "")
     return dict(zip(COSTS, (f"{spent['trained_tokens']:,.0f}", *told, f"{spent['seconds']:.0f}"), strict=True))

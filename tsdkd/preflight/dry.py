@@ -67,9 +67,16 @@ def _of_depth(config: Any, layers: int) -> Any:
 def _by_depth(config: Any, run: Callable[[Any], Pass]) -> Pass:
     """The pass of the whole model from those of two depths."""
     layers = config.get_text_config().num_hidden_layers
-    if layers <= max(_DEPTHS):
-        return run(config)
-    few, more = (run(_of_depth(config, depth)) for depth in _DEPTHS)
+    try:
+        if layers <= max(_DEPTHS):
+            return run(config)
+        few, more = (run(_of_depth(config, depth)) for depth in _DEPTHS)
+    except Exception as error:  # whatever an architecture asks that no tensor without memory can answer
+        told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ValueError(
+            f"what a {config.model_type} holds while it reads is not known here: it does not run without memory "
+            f"({told[:300]}). Try it on the GPU itself (tsdkd train --dry_run step)."
+        ) from error
 
     def whole(name: str) -> int:
         low, high = getattr(few, name), getattr(more, name)
@@ -100,6 +107,8 @@ def student_pass(
         attention: the implementation.
     """
 
+    dtype, autocast, factor = _of_mixture(config, dtype, autocast)
+
     def run(small: Any) -> Pass:
         model = _on_meta(small, dtype, attention, adapt).train()
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -122,7 +131,8 @@ def student_pass(
                     del hidden
                     value.backward()
                     del value
-                    found.append(Pass(kept, live.peak - before, live.now() - before))
+                    left = live.now() - before
+                    found.append(Pass(kept, live.peak - before + (factor - 1) * left, factor * left))
             return found[-1]
 
     return _by_depth(config, run)
@@ -130,6 +140,8 @@ def student_pass(
 
 def reading_pass(config: Any, *, rows: int, length: int, dtype: torch.dtype, attention: str | None = None) -> Pass:
     """A forward pass without gradient, as the teacher's is."""
+
+    dtype, _, _ = _of_mixture(config, dtype, None)
 
     def run(small: Any) -> Pass:
         model = _on_meta(small, dtype, attention).eval()
@@ -144,6 +156,15 @@ def reading_pass(config: Any, *, rows: int, length: int, dtype: torch.dtype, att
                 return Pass(kept, live.peak - before)
 
     return _by_depth(config, run)
+
+
+def _of_mixture(config: Any, dtype: torch.dtype, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype | None, int]:
+    """A mixture of experts is run in bfloat16, the dtype of the products over its experts that there are without memory; how
+    many times as large its gradients are in its own."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    if dtype.itemsize < 4 or not any(getattr(config.get_text_config(), name, None) for name in names):
+        return dtype, autocast, 1
+    return torch.bfloat16, None, dtype.itemsize // 2
 
 
 def _on_meta(config: Any, dtype: torch.dtype, attention: str | None, adapt: Callable[[Any], Any] | None = None) -> Any:

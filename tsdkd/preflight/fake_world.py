@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from tsdkd.trainers.sizes import empty_model
 
-_HEAD, _WIDTH = 8, 64  # of a small model's attention heads and of its other layers
+_HEAD, _WIDTH, _NARROW = 8, 64, 128  # of a small model's attention heads, of its other layers, of its states
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
 _STAGES = {"zero2": 2, "zero3": 3}
 
@@ -54,40 +55,55 @@ def _as_it_is(_, bucket):  # torch looks at annotations, and would not know thes
     return done
 
 
-def small(config: Any) -> Any:
-    """A configuration of the same kind, vocabulary and numbers of heads, of two narrow layers."""
-    made = copy.deepcopy(config)
-    text = made.get_text_config()
-    text.num_hidden_layers = min(2, text.num_hidden_layers)
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = text.layer_types[: text.num_hidden_layers]
-    text.hidden_size = _HEAD * text.num_attention_heads
-    if getattr(text, "head_dim", None):
-        text.head_dim = _HEAD
-    if getattr(text, "query_pre_attn_scalar", None):
-        text.query_pre_attn_scalar = _HEAD
-    for name in _WIDTHS:
-        if getattr(text, name, None):
-            setattr(text, name, _WIDTH)
-    return made
+def small(config: Any) -> Iterator[Any]:
+    """Configurations of the same kind, vocabulary and numbers of heads, of two narrow layers: the narrowest first, then such as
+    leave the heads, and at last the width, as they are."""
+    for heads, width in ((_HEAD, None), (None, _NARROW), (None, None)):
+        made = copy.deepcopy(config)
+        text = made.get_text_config()
+        text.num_hidden_layers = min(2, text.num_hidden_layers)
+        if getattr(text, "layer_types", None) is not None:
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+        for name in _WIDTHS:
+            if getattr(text, name, None):
+                setattr(text, name, _WIDTH)
+        if heads is not None:
+            text.hidden_size = heads * text.num_attention_heads
+            for name in ("head_dim", "query_pre_attn_scalar"):
+                if getattr(text, name, None):
+                    setattr(text, name, heads)
+        elif width is not None:
+            text.hidden_size = width
+        yield made
 
 
 def save_small(config: Any, name: str, folder: Path, **loading: Any) -> str:
     """A small model of a configuration in a folder, with the tokenizer of the model of that name; the folder's path.
 
     Raises:
-        ValueError: no tokenizer is to be had.
+        ValueError: no tokenizer is to be had, or no small model of the kind runs.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
     try:
         AutoTokenizer.from_pretrained(name, **loading).save_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name}: its tokenizer cannot be read ({str(error).splitlines()[0]}), and prompts need it."
-        ) from error
-    torch.manual_seed(0)
-    empty_model(small(config), dtype=torch.float32).save_pretrained(folder)
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{name}: its tokenizer cannot be read ({why}), and prompts need it.") from error
+    failure: Exception | None = None
+    for made in small(config):
+        torch.manual_seed(0)
+        try:
+            model = empty_model(made, dtype=torch.float32).eval()
+            with torch.no_grad():
+                model(torch.zeros(1, 4, dtype=torch.long))
+        except Exception as error:  # sizes that this kind ties to each other
+            failure = error
+            continue
+        model.save_pretrained(folder)
+        break
+    else:
+        raise ValueError(f"{name}: no small model of its kind runs here ({failure}), so that it cannot be tried.") from failure
     try:
         GenerationConfig.from_pretrained(name, **loading).save_pretrained(folder)
     except OSError:

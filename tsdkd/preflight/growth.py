@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tsdkd.costs import GIB, GPU, PARTS, StepShape, flops_of, rollout_bytes
 from tsdkd.preflight.memory import MOST_TOKENS, Memory, Placement, Run, memory_of
@@ -24,21 +26,28 @@ def moved_by(run: Run, gpus: int, shape: StepShape) -> dict[str, float]:
     width = (run.autocast or run.student_dtype).itemsize
     their_width = width if run.itself else run.teacher_dtype.itemsize
     heads = ours.head * width + sum(share * size.head * their_width for size in run.readers)
+    written = rollout_bytes(ours, shape, width, gpus) * gpus
+    passes = shape.rows / run.read_together
     return {
-        "rollout": rollout_bytes(ours, shape, width, gpus) * gpus,
-        "teacher": sum(share * size.active * their_width for size in run.readers) * shape.rows / run.teacher_rows,
-        "student": 3.0 * ours.active * width * shape.rows / run.rows,
+        "rollout": written * run.written if run.written_here else 0.0,
+        "teacher": sum(share * size.parameters * their_width for size in run.readers) * passes,
+        "student": 3.0 * ours.parameters * width * shape.rows / run.rows,
         "loss": heads * shape.tokens / (run.chunk or MOST_TOKENS),
     }
 
 
 def flops_by_part(run: Run, shape: StepShape) -> dict[str, float]:
     """A step's FLOPs; of several teachers each reads its share of the rows, or all where they are averaged."""
-    made = flops_of(run.sizes[0], None, shape)
+    ours, theirs = run.read or (shape.completion, shape.completion)
+    made = flops_of(run.sizes[0], None, dataclasses.replace(shape, completion=ours))
+    whole = flops_of(run.sizes[0], None, shape)["rollout"]
     for size in run.readers:
         share = 1.0 if run.averaged else 1 / len(run.readers)
-        made["teacher"] += share * size.forward_flops(shape.prompt + shape.completion, shape.rows)
-        made["loss"] += share * 2 * size.head * shape.tokens
+        made["teacher"] += share * size.forward_flops(shape.prompt + theirs, shape.rows)
+        made["loss"] += share * 2 * size.head * shape.rows * theirs
+        if run.both_write:
+            whole += size.forward_flops(shape.prompt + shape.completion, shape.rows) + 2 * size.head * shape.tokens
+    made["rollout"] = whole * run.written if run.written_here else 0.0
     return made
 
 
@@ -72,9 +81,10 @@ def growth(run: Run, where: Placement, gpus: int, gpu: GPU, factors: Sequence[in
     made = []
     for how in ("rows", "length"):
         for factor in factors:
-            more = {"accumulation": run.accumulation * factor}
+            more: dict[str, Any] = {"accumulation": run.accumulation * factor}
             if how == "length":
-                more = {"length": run.length * factor, "completion": run.completion * factor}
+                read = None if run.read is None else tuple(factor * tokens for tokens in run.read)
+                more = {"length": run.length * factor, "completion": run.completion * factor, "read": read}
             grown = run.but(**more)
             shape = shape_of(grown, gpus)
             flops, moved = flops_by_part(grown, shape), moved_by(grown, gpus, shape)

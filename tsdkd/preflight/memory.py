@@ -43,6 +43,11 @@ class Run:
             a GPU from the memory that is free, and all of them.
         attention: the student's implementation.
         teacher_offloaded: a `zero3` teacher's shares are in CPU memory.
+        teacher_tokens: in place of `teacher_rows`, tokens of a pass.
+        student_bits, teacher_bits: 4 or 8 of weights that bitsandbytes quantizes, below the head and beside the embedding.
+        written: the share of completions that the student writes; `both_write`: the teacher's forward passes with its own.
+        written_here: on these GPUs, not by a server.
+        read: tokens of a completion that student and teacher are read at, where it is not all.
         bucket: gradients that DeepSpeed exchanges at a time (`reduce_bucket_size`).
     """
 
@@ -69,6 +74,19 @@ class Run:
     by_autograd: bool = False
     bucket: int = 5 * 10**8
     teacher_offloaded: bool = False
+    teacher_tokens: int | None = None
+    student_bits: int | None = None
+    teacher_bits: int | None = None
+    written: float = 1.0
+    both_write: bool = False
+    written_here: bool = True
+    read: tuple[int, int] | None = None
+
+    @property
+    def read_together(self) -> int:
+        """Rows of a teacher's forward pass."""
+        rows = self.teacher_rows if self.teacher_tokens is None else max(1, self.teacher_tokens // self.length)
+        return min(rows, self.rows * self.accumulation)
 
     @property
     def teachers(self) -> tuple[Any, ...]:
@@ -115,7 +133,7 @@ class Run:
     @functools.cached_property
     def teacher_pass(self) -> Pass:
         """The teacher's forward pass; of several the one that takes the most."""
-        rows = min(self.teacher_rows, self.rows * self.accumulation)
+        rows = self.read_together
         each = [(config, self.teacher_dtype) for config in self.teachers] or [(self.student, self.student_dtype)]
         passes = [reading_pass(config, rows=rows, length=self.length, dtype=dtype) for config, dtype in each]
         return max(passes, key=lambda one: one.peak)
@@ -203,7 +221,7 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
     width = run.student_dtype.itemsize
     if where.student != "whole" and run.autocast is not None:  # DeepSpeed holds the weights in the dtype of mixed precision
         width = run.autocast.itemsize
-    weights, gradients = whole * width, trained * width
+    weights, gradients = whole * width - _saved(ours, width, run.student_bits), trained * width
     layer = 2 * ours.largest_layer * width + ours.head * width  # two layers at a time, and the head while the loss is computed
     held = weights // gpus + layer if where.student == "zero3" else weights
     kept_gradients = gradients // shards
@@ -216,7 +234,8 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
     away = reads = hidden = 0
     if run.readers:
         size = run.teacher_dtype.itemsize
-        teacher, head = (sum(getattr(each, what) for each in theirs) * size for what in ("parameters", "head"))
+        head = sum(each.head for each in theirs) * size
+        teacher = sum(each.parameters * size - _saved(each, size, run.teacher_bits) for each in theirs)
         if run.averaged:
             teacher, head = teacher + head, 2 * head  # the heads stand side by side in one
         hidden = run.rows * run.accumulation * run.completion * _width(run) * size
@@ -244,7 +263,7 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
     backward = step.peak - (0 if run.accumulation > 1 else step.gradients)  # the first backward pass makes the gradients
     activations = max(backward, step.forward + loss - (0 if run.accumulation > 1 else kept_gradients))
     rollout = _rollout(run, ours, gpu_bytes)
-    if where.student == "zero3" and run.vllm is None:
+    if where.student == "zero3" and run.vllm is None and run.written_here:
         rollout += weights  # TRL gathers the whole student while it writes
     parts |= {"activations and loss": activations + came, "rollout": rollout}
     asleep = 0 if run.vllm is None or run.vllm_sleeps else int(run.vllm * gpu_bytes)
@@ -272,6 +291,12 @@ MOST_TOKENS, _LEAST, _COPIES, _AUTOGRAD = 2048, 16, 6, 10  # as `fused.chunks`, 
 _CANDIDATES, _SORTED = 320, 64  # ids of a token that candidates are sorted out of, ten tiles, and the bytes of each meanwhile
 
 
+def _saved(size: ModelSize, width: int, bits: int | None) -> int:
+    """Bytes that quantized weights do without: those of layers, not of head and embedding; with a scale for every 64."""
+    layers = size.parameters - size.embedding - (0 if size.tied else size.head)
+    return 0 if bits is None else int(layers * (width - bits / 8 - (4 / 64 if bits == 4 else 0)))
+
+
 def _width(run: Run) -> int:
     """Numbers of a token's hidden state: of several teachers that read rows of their own the widest's, of an average all."""
     widths = [each.hidden for each in run.readers]
@@ -297,6 +322,8 @@ def _loss_bytes(run: Run, ours: ModelSize, theirs: Sequence[ModelSize], free: fl
 
 def _rollout(run: Run, ours: ModelSize, gpu_bytes: float) -> int:
     """What writing the completions of a step takes beside the student."""
+    if not run.written_here or not run.written:
+        return 0
     if run.vllm is not None:
         return int(run.vllm * gpu_bytes) if gpu_bytes < float("inf") else 0
     width = (run.autocast or run.student_dtype).itemsize

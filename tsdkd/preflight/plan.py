@@ -41,7 +41,8 @@ class GPUs:
         if found is None or found.group(1) == "0":
             raise ValueError(f"--gpus {text!r}: pass a number and a GPU, 8xH100, or its memory in GiB, 8x80. Known: {names}.")
         count, what = int(found.group(1) or 1), found.group(2)
-        if re.fullmatch(r"\d+(\.\d+)?", what) and what not in known_gpus():
+        ends_with = [name for name in known_gpus() if name.endswith(f"-{what}")]  # 4090 is no memory
+        if re.fullmatch(r"\d+(\.\d+)?", what) and not ends_with:
             if not float(what):
                 raise ValueError(f"--gpus {text!r}: a GPU of no memory.")
             return cls(count, GPU(f"{float(what):g} GiB", float(what), 0.0, 0.0))
@@ -118,7 +119,9 @@ def _changes(run: Run) -> list[tuple[str, Run]]:
     made: list[tuple[str, Run]] = []
     if not run.checkpointing:
         made.append(("gradient_checkpointing: true", run.but(checkpointing=True)))
-    if run.teacher_rows > 1:
+    if run.teacher_tokens is not None and run.read_together > 1:
+        made.append((f"teacher_batch_tokens: {run.length}", run.but(teacher_tokens=run.length)))
+    elif run.read_together > 1:
         made.append(("teacher_batch_size: 1", run.but(teacher_rows=1)))
     for rows in (rows for rows in range(run.rows - 1, 0, -1) if run.rows % rows == 0):
         accumulated = run.rows * run.accumulation // rows

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tsdkd.teachers.heads import text_config
 from tsdkd.types import Rollouts
 
 
@@ -74,29 +75,58 @@ def laid(
     return (ids, mask), rollouts.beside(device), where
 
 
-# Two texts, prompts and completions; the second's states are others where it sees the first.
-_PROMPTS, _COMPLETIONS = [[5, 3, 4, 7, 6], [6, 2, 3]], [[2, 4, 5, 3, 7, 2], [4, 7]]
+# Two first texts of one length, a longer one that is read behind each: what it gives must not depend on the first.
+_FIRST, _OTHER, _SECOND = [5, 3, 4, 7, 6, 2], [2, 6, 5, 3, 4, 7], [6, 2, 3, 4, 7, 5, 2, 4]
+_LONGEST = 4096  # tokens: of a model with a shorter context, texts that are longer together are tried, too
 
 
 @torch.no_grad()
 def check_padding_free(
-    hidden: Callable[[Rollouts, Batches], list[torch.Tensor]], role: str, name: str, vocab_size: int
+    hidden: Callable[[Rollouts, Batches], list[torch.Tensor]],
+    role: str,
+    model: Any,
+    vocab_size: int,
+    low_precision: bool = False,
 ) -> None:
     """Refuse a model whose rows see each other where they stand in one row.
 
+    What a text gives behind two others is the same to the bit, whatever its dtype, and that which it gives alone but for
+    rounding. In a mixture the sums over an expert's tokens are of other sizes, and differ by their rounding, too.
+
     Args:
         hidden: the model's hidden states of rollouts that are read so.
+        low_precision: it computes in less than float32, whatever its weights are.
 
     Raises:
         ValueError: naming it.
     """
-    prompts, completions = ([[i % vocab_size for i in ids] for ids in column] for column in (_PROMPTS, _COMPLETIONS))
-    probe = Rollouts(prompts, completions, [[1] * len(ids) for ids in completions])
-    alone, together = (torch.cat(hidden(probe, Batches(rows, padding_free=free))) for rows, free in ((1, False), (2, True)))
-    error = (alone.float() - together.float()).norm() / alone.float().norm()
-    if not error <= max(1e-4, 6 * torch.finfo(alone.dtype).eps):
+    config = text_config(model)
+    name, context = config._name_or_path or type(model).__name__, getattr(config, "max_position_embeddings", None)
+    experts = any(getattr(config, each, None) for each in ("num_local_experts", "num_experts", "n_routed_experts"))
+    refused = f"padding_free=True puts texts one behind the other, and the {role}, {name},"
+
+    def last(*texts: list[int]) -> torch.Tensor:
+        ids = [[i % vocab_size for i in text] for text in texts]
+        rollouts = Rollouts([one[:1] for one in ids], [one[1:] for one in ids], [[1] * (len(one) - 1) for one in ids])
+        return hidden(rollouts, Batches(2, padding_free=len(texts) > 1))[-1].float()
+
+    one, other, alone = last(_FIRST, _SECOND), last(_OTHER, _SECOND), last(_SECOND)
+    eps = torch.finfo(torch.bfloat16).eps
+    among, apart = (float((one - each).norm() / alone.norm()) for each in (other, alone))
+    mixed = not torch.equal(one, other) and not (experts and among <= (2 * eps if low_precision else 1e-5))
+    if mixed or not apart <= (6 * eps if low_precision else 1e-4):
         raise ValueError(
-            f"padding_free=True puts texts one behind the other, and the {role}, {name}, does not keep them apart there: its "
-            f"hidden states differ by {error:.2g} of their size from those of each text alone (recurrent layers, or attention "
-            "that reads no position_ids). Leave padding_free out."
+            f"{refused} does not keep them apart there: what it makes of a text depends on what stands before, by "
+            f"{max(among, apart):.2g} of its size (recurrent layers, or attention that reads no position_ids). Leave "
+            "padding_free out."
         )
+    if context is None or context > _LONGEST:
+        return
+    half = list(range(context // 2 + 1))
+    try:
+        last(half, half)
+    except (RuntimeError, IndexError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"{refused} reads no more than its context of {context} tokens in a row ({why}). Leave padding_free out."
+        ) from error

@@ -75,12 +75,12 @@ class Placed:
     check: Callable[[Any, int], None]
 
 
-def _held(teacher: LocalTeacher, model: Any) -> Placed:
+def _held(teacher: LocalTeacher, model: Any, low_precision: bool) -> Placed:
     def check(tokenizer: Any, vocab_size: int) -> None:
         check_head(model, "teacher", vocab_size, gathered)
         if Batches.of(teacher.batch_size).padding_free:
             read = lambda rollouts, batches: teacher.read_in(rollouts, batches, model.get_input_embeddings().weight.device)  # noqa: E731
-            check_padding_free(read, "teacher", source or type(model).__name__, vocab_size)
+            check_padding_free(read, "teacher", model, vocab_size, low_precision or next(model.parameters()).dtype.itemsize < 4)
 
     source = getattr(model.config, "_name_or_path", "")
     return Placed(teacher, model, vocabulary_size(model), source, check)
@@ -103,13 +103,13 @@ def local(request: Request) -> Placed:
         )
     if getattr(model, "hf_device_map", None) is None:
         model = model.to(request.device)
-    return _held(LocalTeacher(model, **request.reading), model)
+    return _held(LocalTeacher(model, **request.reading), model, request.low_precision)
 
 
 def zero3(request: Request) -> Placed:
     """A share of it in each process."""
     model, config = request.load_shares(request.model)
-    return _held(ZeRO3Teacher(model, config, **request.reading), model)
+    return _held(ZeRO3Teacher(model, config, **request.reading), model, request.low_precision)
 
 
 def server(request: Request) -> Placed:
@@ -139,7 +139,7 @@ def swap(request: Request) -> Placed:
     """In CPU memory, and on the device only while it reads."""
     model = request.load(request.model) if isinstance(request.model, str) else request.model
     teacher = SwapTeacher(model, room=request.room, **request.reading)
-    held = _held(teacher, model)
+    held = _held(teacher, model, request.low_precision)
 
     def check(tokenizer: Any, vocab_size: int) -> None:
         with teacher.up():

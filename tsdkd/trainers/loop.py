@@ -12,6 +12,7 @@ Every part owns its state; `checkpoints.py` knows which of it a checkpoint keeps
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from torch import nn
 from tsdkd.methods import State
 from tsdkd.teachers.itself import SelfTeacher
 from tsdkd.teachers.several import SeveralTeachers
+from tsdkd.trainers.beside import Engine
 from tsdkd.trainers.checkpoints import Checkpoints, Kept, Stateful
 from tsdkd.trainers.completions import Batch, CompletionSupply, Written
 from tsdkd.trainers.corpus import Corpus
@@ -31,7 +33,7 @@ from tsdkd.trainers.host import Host
 from tsdkd.trainers.ignored import ignored_ids
 from tsdkd.trainers.loss import StepLoss
 from tsdkd.trainers.metrics import Metrics
-from tsdkd.trainers.one_ahead import Engine, RolloutsAhead
+from tsdkd.trainers.one_ahead import RolloutsAhead
 from tsdkd.trainers.prompts import Limits, Prompts
 from tsdkd.trainers.random_state import random_state, set_random_state
 from tsdkd.trainers.routers import router_of
@@ -124,6 +126,9 @@ class Loop:
     def write_ahead(self, engine: Engine) -> None:
         """Have an engine beside the training write each step's completions during the step before."""
         self.ahead = self.checkpoints.parts["rollouts_ahead"] = RolloutsAhead(self.host, engine, self.metrics)
+        if self.scorer.spending is not None:
+            made = self.scorer.spending.elsewhere | {"rollout"}
+            self.scorer.spending = dataclasses.replace(self.scorer.spending, elsewhere=made)
 
     def fitted(self, rows: Any, role: str) -> Any:
         """Data that came after construction: what fits of them, with the teacher's completions where the method takes those."""

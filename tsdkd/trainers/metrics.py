@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -133,11 +133,12 @@ class Metrics:
         spent = all_tokens.double()  # float32 stops counting by ones at 16.7 million
         self._spent = spent if self._spent is None else self._spent + spent
 
-    def computed(self, flops: Mapping[str, float], peak: float | None) -> None:
-        """A training step's FLOPs on this process by part, and what its GPU could make a second, where that is known."""
+    def computed(self, flops: Mapping[str, float], peak: float | None, elsewhere: Collection[str] = ()) -> None:
+        """A training step's FLOPs for this process by part, which of them are made elsewhere, and what its GPU could make a
+        second, where that is known."""
         for part, count in flops.items():
             self.add_host("train", f"tflop/{part}", count / 1e12, 1 / self.accelerator.num_processes)
-        self._flops_of_window += sum(flops.values())
+        self._flops_of_window += sum(count for part, count in flops.items() if part not in elsewhere)
         self._peak = peak
 
     def step_made(self) -> None:

@@ -10,97 +10,23 @@ a run and of an epoch has nothing written ahead, and waits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 
+from tsdkd.trainers.beside import Drawn, Engine
 from tsdkd.trainers.completions import Written
 from tsdkd.trainers.coverage import LOG_PROB
 from tsdkd.trainers.host import Host
 from tsdkd.trainers.metrics import Metrics
 
-
-@dataclass(frozen=True)
-class Drawn:
-    """Completions, and each token's log-probability as it was drawn, where the engine says it."""
-
-    ids: list[list[int]]
-    log_probs: list[list[float]] | None = None
-
-
-class Engine(Protocol):
-    """Writes beside the training, with the weights that it was given last.
-
-    Attributes:
-        temperature: at which its log-probabilities are taken; None where they are not those that tokens are drawn by.
-        allowed: the ids that it draws from; None: all.
-    """
-
-    temperature: float | None
-    allowed: Sequence[int] | None
-
-    def sync(self) -> None:
-        """Take the student's weights of now. Every process calls it, and only while nothing is being written."""
-        ...
-
-    def request(self, prompt_ids: list[list[int]], step: int) -> Callable[[], Drawn]:
-        """What writes the completions of all processes' prompts, for a step; the first process calls it, in a thread."""
-        ...
-
-
-class ServerEngine:
-    """TRL's connection to a vLLM server.
-
-    Args:
-        vllm: TRL's `vllm_generation`.
-        seeded: a context in which the requests of a step have their seeds.
-    """
-
-    def __init__(self, vllm: Any, seeded: Callable[[str, int], Any]) -> None:
-        self.vllm, self.seeded = vllm, seeded
-        self.temperature = self._temperature() if vllm.accelerator.is_main_process else None
-        (self.temperature,) = broadcast_object_list([self.temperature])
-        self.allowed = (vllm.generation_kwargs or {}).get("allowed_token_ids")
-
-    def _temperature(self) -> float | None:
-        """The temperature of the server's log-probabilities, where they are those of the tokens that it draws."""
-        vllm = self.vllm
-        whole = vllm.top_p == 1.0 and vllm.top_k <= 0 and not vllm.min_p and vllm.repetition_penalty == 1.0
-        mode = vllm.vllm_client.get_server_info()["model_config"].get("logprobs_mode")
-        return vllm.temperature if whole and mode == "processed_logprobs" else None
-
-    def sync(self) -> None:
-        self.vllm.sync_weights()
-
-    def request(self, prompt_ids: list[list[int]], step: int) -> Callable[[], Drawn]:
-        vllm = self.vllm
-        with self.seeded("train", step):
-            more = dict(vllm.generation_kwargs or {})
-        asked = {
-            "n": 1,
-            "repetition_penalty": vllm.repetition_penalty,
-            "temperature": vllm.temperature,
-            "top_p": vllm.top_p,
-            "top_k": vllm.top_k,
-            "min_p": vllm.min_p or 0.0,
-            "max_tokens": vllm.max_completion_length,
-            "logprobs": 0,
-            "structured_outputs_regex": vllm.structured_outputs_regex,
-            "generation_kwargs": more,
-        }
-
-        def write() -> Drawn:
-            found = vllm.vllm_client.generate(prompts=prompt_ids, **asked)
-            told = [[token[0] for token in row] for row in found["logprobs"] or []]
-            whole = [len(row) for row in told] == [len(row) for row in found["completion_ids"]]
-            sound = whole and all(value is not None for row in told for value in row)
-            return Drawn(found["completion_ids"], told if sound else None)
-
-        return write
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,7 +55,7 @@ def _begun(call: Callable[[], Drawn]) -> Future[Drawn]:
     def run() -> None:
         try:
             future.set_result(call())
-        except Exception as error:  # told where it is waited for
+        except BaseException as error:  # told where it is waited for
             future.set_exception(error)
 
     Thread(target=run, name="rollouts-ahead", daemon=True).start()
@@ -190,7 +116,13 @@ class RolloutsAhead:
         if self.upcoming is not None and host.step + 1 < host.max_steps:
             if not fresh:
                 self.engine.sync()
-            self._asked = self._ask(host.tokenize(self.upcoming), host.step + 1)
+            prompts: list[list[int]] | None = None
+            try:
+                prompts = host.tokenize(self.upcoming)
+            except Exception as error:  # the next step's own checks say it, with what to do
+                logger.info("nothing is written ahead: the next step's rows cannot be read (%s).", error)
+            if not host.any_process(prompts is None):
+                self._asked = self._ask(prompts or [], host.step + 1)
         return written
 
     def _ask(self, prompt_ids: list[list[int]], step: int) -> _Asked:
@@ -211,8 +143,8 @@ class RolloutsAhead:
         told: list[Any] = [None]
         if asked.future is not None:
             try:
-                told = [asked.future.result()]
-            except Exception as error:  # whatever it is, the others must know
+                told = [self._checked(asked.future.result(), len(asked.prompts))]
+            except BaseException as error:  # whatever it is, the others must know
                 told = [f"{type(error).__name__}: {error}"]
         broadcast_object_list(told)
         (drawn,) = told
@@ -222,6 +154,29 @@ class RolloutsAhead:
         own = slice(first, first + len(asked.prompts))
         written = Written(drawn.ids[own], {} if drawn.log_probs is None else {LOG_PROB: drawn.log_probs[own]})
         return dataclasses.replace(asked, future=None, written=written)
+
+    def _checked(self, drawn: Drawn, rows: int) -> Drawn:
+        """What an engine gave, if it can be trained on.
+
+        Raises:
+            ValueError: saying why not.
+        """
+        host, wanted = self.host, rows * self.host.accelerator.num_processes
+        if not isinstance(drawn, Drawn):
+            raise ValueError(f"it gave a {type(drawn).__name__}, and is to give a Drawn")
+        if len(drawn.ids) != wanted:
+            raise ValueError(f"it gave {len(drawn.ids)} completions for {wanted} prompts")
+        for row, ids in enumerate(drawn.ids):
+            if len(ids) > host.max_completion_length or (ids and not 0 <= min(ids) <= max(ids) < host.vocab_size):
+                raise ValueError(
+                    f"completion {row} has {len(ids)} ids up to {max(ids)}, and there may be {host.max_completion_length} "
+                    f"below {host.vocab_size}"
+                )
+        told = drawn.log_probs
+        if told is not None and [len(row) for row in told] != [len(ids) for ids in drawn.ids]:
+            raise ValueError("it gave other than one log-probability a token")
+        sound = told is not None and all(math.isfinite(value) for row in told for value in row)
+        return drawn if sound else dataclasses.replace(drawn, log_probs=None)
 
     def settle(self) -> None:
         """Wait until nothing is being written: before the engine gets other work or other weights."""

@@ -10,7 +10,6 @@ from torch import nn
 
 from tsdkd.teachers import hidden_of
 from tsdkd.teachers.batches import Batches, check_padding_free, laid
-from tsdkd.trainers.models import name_of
 from tsdkd.trainers.step import Step
 from tsdkd.types import LossTerms, Rollouts, TokenBatch
 
@@ -46,7 +45,8 @@ def check_packing(trainer: Any) -> None:
 
     was_training = model.training
     model.eval()
-    check_padding_free(read, "student", name_of(model), trainer.vocab_size)
+    low = bool(trainer.args.bf16 or trainer.args.fp16) or next(model.parameters()).dtype.itemsize < 4
+    check_padding_free(read, "student", model, trainer.vocab_size, low)
     model.train(was_training)
 
 

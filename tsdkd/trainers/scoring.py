@@ -82,7 +82,7 @@ class StepScorer:
         if self.spending is not None and self.spent is not None and host.mode == "train":
             more = [len(ids) for ids in extra.get("corpus", []) if ids]
             flops = self.spending.of(rollouts, theirs, plan, self.written, texts=more, read_first=by_rule)
-            self.metrics.computed(flops, self.spending.peak)
+            self.metrics.computed(flops, self.spending.peak, self.spending.elsewhere)
             self.spent.prepared(flops)
         return Step(rollouts, counts, rows, plan, hidden, extra)
 

@@ -27,6 +27,7 @@ class Spending:
         trained: share of the student's parameters that have a gradient.
         checkpointing: its layers are computed again in the backward pass.
         peak: FLOPs a second of this process's GPU; None of one that is not known, and of a CPU.
+        elsewhere: parts that a server makes, which are no share of that.
     """
 
     student: ModelSize
@@ -34,6 +35,7 @@ class Spending:
     trained: float
     checkpointing: bool
     peak: float | None = None
+    elsewhere: frozenset[str] = frozenset()
 
     def of(
         self,
@@ -103,4 +105,8 @@ def spending_of(host: Any, setup: Setup) -> Spending | None:
     trained = sum(size for size, has_gradient in sizes if has_gradient) / max(1, sum(size for size, _ in sizes))
     gpu = gpu_named(torch.cuda.get_device_name(host.accelerator.device)) if host.accelerator.device.type == "cuda" else None
     peak = None if gpu is None else gpu.tflops * 1e12
-    return Spending(student, teachers, trained, bool(host.args.gradient_checkpointing), peak)
+    args = host.args
+    served = {"rollout"} if args.use_vllm and args.vllm_mode == "server" else set()
+    if any(part.args.teacher_placement == "server" for part in setup.apart.values()):
+        served.add("teacher")
+    return Spending(student, teachers, trained, bool(args.gradient_checkpointing), peak, frozenset(served))

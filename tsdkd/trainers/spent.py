@@ -71,7 +71,7 @@ class Spent(TrainerCallback):
         (folder / SPENT).write_text(json.dumps(self.figures()) + "\n")
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint; one without the file starts from nothing."""
+        """Continue from a checkpoint; one without the file, of an earlier version, changes nothing."""
         found = read_spent(folder)
         if found is not None:
             self.flops = {part: float(found["flops"].get(part, 0.0)) for part in PARTS}

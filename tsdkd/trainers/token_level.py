@@ -16,6 +16,7 @@ from tsdkd.methods import Method
 from tsdkd.provenance import provenance
 from tsdkd.teachers import Teacher, gathered, vocabulary_size
 from tsdkd.teachers.heads import check_head
+from tsdkd.trainers.beside import ServerEngine
 from tsdkd.trainers.callbacks import callbacks_of
 from tsdkd.trainers.card import card_of
 from tsdkd.trainers.config import TokenDistillConfig
@@ -36,7 +37,6 @@ from tsdkd.trainers.models import (
     tell_student,
     with_whole_path,
 )
-from tsdkd.trainers.one_ahead import ServerEngine
 from tsdkd.trainers.packing import check_packing
 from tsdkd.trainers.prompts import Limits
 from tsdkd.trainers.recording import check_recordable, write_recording
