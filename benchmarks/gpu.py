@@ -31,6 +31,8 @@ import torch
 
 from tsdkd import TSDKD, Head, TokenBatch
 from tsdkd.costs import GPU, gpu_named, known_gpus
+from tsdkd.preflight.growth import flops_by_part, moved_by, shape_of
+from tsdkd.preflight.memory import Run as Plan
 from tsdkd.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
@@ -366,6 +368,15 @@ def predicted(gpu: GPU) -> list[dict[str, Any]]:
             flops *= student * shape["student_hidden"] + teacher * shape["teacher_hidden"]
             made.append({"card": gpu.name, "variant": name, **shape, "roofline_ms": 1e3 * flops / (gpu.tflops * 1e12)})
     return made
+
+
+def predicted_pair(student: str, teacher: str, gpu: GPU, rows: int = 32, completion: int = 256) -> dict[str, float]:
+    """Rooflines of a step's parts in ms, as `tsdkd plan` counts them, of as many rows as `pair` has and their mean length."""
+    run = Plan(configuration(student, QWEN["vocab"]), configuration(teacher, QWEN["vocab"]), rows=8, accumulation=rows // 8,
+               teacher_rows=8, length=completion + 32, completion=completion)  # fmt: skip
+    shape = shape_of(run, 1)
+    flops, moved = flops_by_part(run, shape), moved_by(run, 1, shape)
+    return {part: 1e3 * gpu.seconds(flops[part], moved[part]) for part in flops}
 
 
 def main(arguments: list[str] | None = None) -> int:

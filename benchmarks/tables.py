@@ -113,9 +113,20 @@ def on_a_gpu() -> str:
             and tuple(row[key] for key in ("tokens", "vocab", "student_hidden", "teacher_hidden")) == sizes
         ]  # fmt: skip
         best = " | ".join(f"{row['roofline_ms']:.1f} ms" for row in (h100, h200))
-        what = {"tsdkd": "tsdkd, all three terms", "trl_jsd": "TRL, JSD alone"}[h100["variant"]]
+        what = {"tsdkd": "tsdkd, all three terms (Liger's JSD has as many products)", "trl_jsd": "TRL, JSD alone"}[
+            h100["variant"]
+        ]
         where = f"{sizes[0]:,}, {sizes[1]:,}, {sizes[2]} ← {sizes[3]}"
         lines.append(f"| {where} | {what} | {best} | {'; '.join(found) or 'not measured yet'} |")
+    lines += ["", "| a step of 32 rows of 256 tokens, in ms at best | rollouts | teacher | student | loss | measured |"]
+    lines.append("|---|---|---|---|---|---|")
+    measured = {row["pair"] for row in rows_of("gpu") if row["part"] == "pair" and not row["dry"]}
+    for student, teacher in gpu.PAIRS:
+        for card in ("H100", "H200"):
+            parts = gpu.predicted_pair(student, teacher, known_gpus()[card])
+            told = "below" if f"{student} <- {teacher}" in measured else "not measured yet"
+            lines.append(f"| {student} ← {teacher}, {card} | {' | '.join(f'{ms:.0f}' for ms in parts.values())} | {told} |")
+    lines.append("")
     whole = [row for row in rows_of("gpu") if not row["dry"] and row["run"] == newest.get(row["card"])]
     names = ("card", "part", "variant", "impl", "chunk", "pair", "trainer", "engine", "tokens")
     figures = ("ms", "seconds", "peak_gib", "tokens_per_second", "mfu", "tsdkd_ratio", "failed")
@@ -127,7 +138,7 @@ def on_a_gpu() -> str:
         }
         named = ", ".join(str(row[name]) for name in names if name in row)
         lines.append(f"- {named}: {', '.join(f'{key} {value}' for key, value in told.items())}")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def comparison() -> str:

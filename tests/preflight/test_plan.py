@@ -189,7 +189,8 @@ def test_more_tokens_a_step():
         grown["rows", 10].shares["rollout"] < grown["rows", 1].shares["rollout"] and speed["length", 100] < speed["length", 10]
     )
     hidden = [grown["rows", factor].memory.parts["teacher's hidden states"] for factor in (1, 10)]
-    assert hidden[1] == 10 * hidden[0] and made.otherwise.peak > made.options[0].memory.peak
+    assert [one.beyond for one in made.growth] == [False] * 6 + [True] * 2  # a context of 32 768
+    assert hidden[1] == 10 * hidden[0] and made.otherwise[0].peak > made.options[0].memory.peak
     assert set(made.rooflines) == set(known_gpus()) and made.rooflines["H100"] == made.seconds
 
 

@@ -61,6 +61,7 @@ class Grown:
         tokens: trained on in a step.
         seconds: of each part at best, or its FLOPs where the GPUs' speed is not known.
         memory: of the placement on each GPU.
+        beyond: a model's context is shorter.
     """
 
     how: str
@@ -68,6 +69,7 @@ class Grown:
     tokens: float
     seconds: dict[str, float]
     memory: Memory
+    beyond: bool = False
 
     @property
     def shares(self) -> dict[str, float]:
@@ -90,7 +92,11 @@ def growth(run: Run, where: Placement, gpus: int, gpu: GPU, factors: Sequence[in
             flops, moved = flops_by_part(grown, shape), moved_by(grown, gpus, shape)
             seconds = {part: gpu.seconds(flops[part] / gpus, moved[part] / gpus) for part in PARTS} if gpu.tflops else flops
             memory = memory_of(grown, where, gpus, gpu.memory * GIB)
-            made.append(Grown(how, factor, shape.tokens, seconds, memory))
+            contexts = [each.get_text_config() for each in (run.student, *run.teachers)]
+            longest = min(
+                (n for text in contexts if (n := getattr(text, "max_position_embeddings", None))), default=grown.length
+            )
+            made.append(Grown(how, factor, shape.tokens, seconds, memory, grown.length > longest))
     return made
 
 
@@ -100,11 +106,11 @@ def growth_table(made: Sequence[Grown], has_speed: bool) -> list[str]:
     shares, largest = f"{what}: {', '.join(PARTS)}", "what it holds the most of"
     lines = [f"{'more tokens a step':<20}{'tokens':>12}  {shares:<58}{'tokens/s':>10}{'GiB':>9}   {largest}"]
     for one in made:
-        name = "as it is" if one.factor == 1 else f"{one.factor} × the {one.how}"
+        name = "as it is" if one.factor == 1 else f"{one.factor} × the {one.how}{' †' if one.beyond else ''}"
         if one.factor == 1 and one.how == "length":
             continue
         shares = ", ".join(f"{one.shares[part]:.0%}" for part in PARTS)
         speed = f"{one.tokens / sum(one.seconds.values()):>10,.0f}" if has_speed else f"{'':>10}"
         largest = max(one.memory.parts, key=lambda part: one.memory.parts[part])
         lines.append(f"  {name:<18}{one.tokens:>12,.0f}  {shares:<58}{speed}{one.memory.peak / GIB:>9.1f}   {largest}")
-    return lines
+    return [*lines, "  † longer than a model's context"] if any(one.beyond for one in made) else lines

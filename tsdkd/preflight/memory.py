@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -170,10 +170,12 @@ class Memory:
     Attributes:
         parts: by name, what there is: weights, gradients, optimizer, teacher, its hidden states, activations, …
         phases: of step 1 and of step 2, in which the optimizer has its states, the most at once of each phase.
+        within: of some parts what they are made of: layers' activations, the loss's chunk, keys and values, gathered layers.
     """
 
     parts: dict[str, int]
     phases: tuple[dict[str, int], dict[str, int]]
+    within: dict[str, int] = field(default_factory=dict)
 
     @property
     def peaks(self) -> tuple[int, int]:
@@ -231,7 +233,7 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
     optimizer = optimizer_bytes(run, trained, where.student != "whole") // shards
     parts = {"student's weights": held, "gradients": kept_gradients, "gradients' buckets": buckets, "optimizer": optimizer}
 
-    away = reads = hidden = 0
+    away = reads = hidden = gathered = 0
     if run.readers:
         size = run.teacher_dtype.itemsize
         head = sum(each.head for each in theirs) * size
@@ -266,6 +268,17 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
     if where.student == "zero3" and run.vllm is None and run.written_here:
         rollout += weights  # TRL gathers the whole student while it writes
     parts |= {"activations and loss": activations + came, "rollout": rollout}
+    by_us = run.written and run.written_here and run.vllm is None
+    within = {
+        "activations": step.forward,
+        "the loss's chunk": loss,
+        "the teacher's states of a micro-batch": came,
+        "keys and values": ours.kv_cache(run.rows * run.accumulation * run.length, run.student_dtype.itemsize) if by_us else 0,
+        "the student's gathered layers": layer if where.student == "zero3" else 0,
+        "the whole student, gathered to write": weights if where.student == "zero3" and by_us else 0,
+        "the teacher's gathered layers": gathered,
+        "the teacher's activations": run.teacher_pass.peak if run.readers and where.teacher != "server" else 0,
+    }
     asleep = 0 if run.vllm is None or run.vllm_sleeps else int(run.vllm * gpu_bytes)
 
     def phases(states: int) -> dict[str, int]:
@@ -282,7 +295,7 @@ def memory_of(run: Run, where: Placement, gpus: int, gpu_bytes: float = float("i
             made["teacher"] = base - left + away + reads + hidden
         return made
 
-    return Memory(parts, (phases(0), phases(optimizer)))
+    return Memory(parts, (phases(0), phases(optimizer)), within)
 
 
 MOST_TOKENS, _LEAST, _COPIES, _AUTOGRAD = 2048, 16, 6, 10  # as `fused.chunks`, `.tiles_torch`, `.run` have it on a GPU

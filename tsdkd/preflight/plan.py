@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -77,7 +78,7 @@ class Plan:
         seconds: the roofline of each part on these GPUs; empty where their speed is not known.
         knob: the one change with which the nearest placement that does not fit would; None where all fit or none helps.
         rooflines: the same of each GPU that is known, as many of them.
-        otherwise: the first option's memory with layers recomputed where this run keeps their activations, and the other way.
+        otherwise: each option's memory with layers recomputed where this run keeps their activations, and the other way.
         growth: with more tokens a step.
     """
 
@@ -89,7 +90,7 @@ class Plan:
     seconds: dict[str, float]
     knob: tuple[Placement, str] | None
     rooflines: dict[str, dict[str, float]]
-    otherwise: Memory
+    otherwise: Sequence[Memory]
     growth: Sequence[Grown]
 
     @property
@@ -169,7 +170,8 @@ def plan(run: Run, gpus: GPUs, command: Callable[[Placement, int], str] | None =
     rooflines = {name: seconds(gpu) for name, gpu in known_gpus().items()}
     own = seconds(gpus.each) if gpus.each.tflops else {}
     best = made[0]
-    other = memory_of(run.but(checkpointing=not run.checkpointing), best.placement, gpus.count, room)
+    changed = run.but(checkpointing=not run.checkpointing)
+    other = [memory_of(changed, option.placement, gpus.count, room) for option in made]
     more = growth(run, best.placement, gpus.count, gpus.each) if grows else []
     return Plan(run, gpus, made, flops, moved, own, _knob(run, gpus, made, room), rooflines, other, more)
 
@@ -214,10 +216,14 @@ def table(made: Plan) -> str:
     shown = made.options[0]
     lines += ["", f"of {shown.placement}, GiB:"]
     lines += [f"  {name:<26}{size / GIB:>9.2f}" for name, size in shown.memory.parts.items() if size]
-    how = "kept" if run.checkpointing else "recomputed (gradient_checkpointing)"
-    lines.append(
-        f"  with layers' activations {how} it would be {made.otherwise.peak / GIB:.1f}, the student {made.run_flops:+.0%} FLOPs"
+    within = [f"{name} {size / GIB:.2f}" for name, size in shown.memory.within.items() if size]
+    lines += textwrap.wrap(
+        f"within them, some at other times: {', '.join(within)}", 118, initial_indent="  ", subsequent_indent="    "
     )
+    how = "kept" if run.checkpointing else "recomputed (gradient_checkpointing)"
+    each = ", ".join(f"{memory.peak / GIB:.1f}" for memory in made.otherwise)
+    told = f"with layers' activations {how} these would take, in turn, {each}; the student {made.run_flops:+.0%} FLOPs"
+    lines += ["", *textwrap.wrap(told, 118)]
     lines += ["", f"{'a step':<12}{'PFLOP':>9}{'GB read':>10}" + (f"{'seconds at best':>18}" if made.seconds else "")]
     for name, count in made.flops.items():
         more = f"{made.seconds[name]:>18.2f}" if made.seconds else ""
@@ -260,23 +266,26 @@ def as_json(made: Plan) -> dict[str, Any]:
                 "swap_optimizer": option.placement.swap_optimizer,
                 "fits": option.fits,
                 "parts": option.memory.parts,
+                "within": option.memory.within,
+                "peak_with_checkpointing_otherwise": otherwise.peak,
                 "step_1": option.memory.phases[0],
                 "step_2": option.memory.phases[1],
                 "peaks": list(option.memory.peaks),
                 "command": option.command,
             }
-            for option in made.options
+            for option, otherwise in zip(made.options, made.otherwise, strict=True)
         ],
         "flops": made.flops,
         "bytes": made.moved,
         "seconds": made.seconds,
         "rooflines": made.rooflines,
-        "checkpointing": {"on": made.run.checkpointing, "peak_otherwise": made.otherwise.peak},
+        "checkpointing": made.run.checkpointing,
         "growth": [
             {
                 "how": one.how,
                 "factor": one.factor,
                 "tokens": one.tokens,
+                "beyond_context": one.beyond,
                 "shares": one.shares,
                 "peak": one.memory.peak,
                 "parts": one.memory.parts,
