@@ -147,6 +147,7 @@ def test_costs_stand_in_rows_tables_and_pages(tmp_path, capsys):
     run.train()
     run.log({"accuracy": 0.5, "n": 10})
     page = run_page([read_run(tmp_path / "run")])
+    assert f"<tr><th>trained tokens</th><td>{run.trained_tokens:,}</td></tr>" in page  # of a run without a score, too
     assert '<th class="number">trained tokens</th>' in page and f'<td class="number">{run.trained_tokens:,}</td>' in page
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def _facts(run: Run, label: str) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "seed": record.get("seed"),
         "steps logged": max((row["step"] for row in run.rows), default=None),
+        **costs_of(run.spent_at(math.inf)),
         **{name.replace("_", " "): f"{value:,.6g}" for name, value in last.items() if isinstance(value, (int, float))},
     }
     return {
