@@ -14,11 +14,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import loss_cost
 import step_cost
+from turns import interleaved, ratios
 
 from tsdkd.provenance import provenance
 
@@ -33,12 +34,6 @@ LOSSES = {
 STEP = "trainer's step / TRL's"
 
 
-def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, turn by turn; the first warms up."""
-    made = [{name: run() for name, run in runs.items()} for _ in range(rounds + 1)][1:]
-    return {name: [turn[name] for turn in made] for name in runs}
-
-
 def losses(o: argparse.Namespace) -> dict[str, list[float]]:
     """The ratios of the loss's variants."""
     sizes = {"student_hidden": 256, "teacher_hidden": 512, "dtype": "float32", "device": o.device, "seed": o.seed}
@@ -46,7 +41,7 @@ def losses(o: argparse.Namespace) -> dict[str, list[float]]:
     names = {name for pair in LOSSES.values() for name in pair}
     runs = {name: (lambda name=name: loss_cost._timed(loss_cost.VARIANTS[name], x)) for name in sorted(names)}
     seconds = interleaved(runs, o.rounds)
-    return {label: [a / b for a, b in zip(seconds[ours], seconds[peer], strict=True)] for label, (ours, peer) in LOSSES.items()}
+    return {label: ratios(seconds[ours], seconds[peer]) for label, (ours, peer) in LOSSES.items()}
 
 
 def steps(o: argparse.Namespace) -> list[float]:
@@ -58,7 +53,7 @@ def steps(o: argparse.Namespace) -> list[float]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # what trainers print
         made = {name: step_cost.build(name, asked, f"{folder}/{name}")[0] for name in ("tsdkd", "trl")}
         seconds = interleaved({name: (lambda step=step: step()[0]) for name, step in made.items()}, o.rounds)
-    return [a / b for a, b in zip(seconds["tsdkd"], seconds["trl"], strict=True)]
+    return ratios(seconds["tsdkd"], seconds["trl"])
 
 
 def _middle(values: Sequence[float]) -> float:
@@ -101,14 +96,14 @@ def main(arguments: list[str] | None = None) -> int:
     alike = [row for row in found if all(row[name] == value for name, value in sizes.items())]
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     rows, slower = [], False
-    for name, ratios in [*losses(o).items(), (STEP, steps(o))]:
-        rows.append({"benchmark": "check", "run": stamp, "name": name, **sizes, "ratio": ratios, **origin})
+    for name, measured in [*losses(o).items(), (STEP, steps(o))]:
+        rows.append({"benchmark": "check", "run": stamp, "name": name, **sizes, "ratio": measured, **origin})
         own = [row for row in reversed(alike) if row["name"] == name]
         before = next((row for row in own if row["hardware"] == origin["hardware"]), own[0] if own else None)
         here = before is not None and before["hardware"] == origin["hardware"]
-        told = verdict(ratios, before["ratio"] if here else None)
+        told = verdict(measured, before["ratio"] if here else None)
         slower |= told == "slower"
-        shown = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
+        shown = f"{statistics.median(measured):.3f} ({min(measured):.3f}-{max(measured):.3f})"
         then = "" if before is None else f"; {statistics.median(before['ratio']):.3f} at {before['commit']}"
         other = "" if here or before is None else f", on {before['hardware']}: not judged here"
         print(f"{name:<42} {shown}{then}{other}: {told}", flush=True)

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import io
 import json
 import statistics
 import subprocess
@@ -28,16 +27,16 @@ from typing import Any
 
 import loss_cost
 import torch
+from gpu_pairs import PAIRS, VOCABULARY, pair
+from turns import failure
 
 from tsdkd import TSDKD, Head, TokenBatch
 from tsdkd.costs import GPU, gpu_named, known_gpus
-from tsdkd.preflight.growth import flops_by_part, moved_by, shape_of
-from tsdkd.preflight.memory import Run as Plan
 from tsdkd.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 LIGER = {"vocab": 128_256, "student_hidden": 2048, "teacher_hidden": 4096}
-QWEN = {"vocab": 151_936, "student_hidden": 1536, "teacher_hidden": 5120}
+QWEN = {"vocab": VOCABULARY, "student_hidden": 1536, "teacher_hidden": 5120}
 SHAPES = [*({**LIGER, "tokens": n} for n in (1024, 4096, 8192)), {**QWEN, "tokens": 16_384}]
 TINY = [{"vocab": 512, "student_hidden": 32, "teacher_hidden": 64, "tokens": 64}]
 # Products of tokens, vocabulary and hidden size: of the student's head, of the teacher's.
@@ -51,16 +50,6 @@ UNITS = {
 }
 UNITS |= {"trl_jsd": (5, 3)}
 PUBLISHED = {1024: 8.3, 4096: 30.9, 8192: 60.7}  # Liger 0.8.5's JSD at its shape on an H100, ms
-# Layers, hidden, intermediate, heads, key-value heads of Qwen2.5's sizes; one vocabulary, as TRL needs.
-MODELS = {
-    "0.5B": (24, 896, 4864, 14, 2),
-    "1.5B": (28, 1536, 8960, 12, 2),
-    "7B": (28, 3584, 18944, 28, 4),
-    "14B": (48, 5120, 13824, 40, 8),
-    "tiny": (2, 64, 128, 4, 2),
-    "small": (2, 128, 256, 4, 2),
-}
-PAIRS = [("0.5B", "7B"), ("1.5B", "14B")]
 
 
 class Run:
@@ -182,7 +171,7 @@ def losses(run: Run) -> None:
                 try:
                     took = run.seconds(functools.partial(runs[name], x))
                 except Exception as error:  # a peer that does not run here, or not at this size
-                    run.row("loss", variant=name, **shape, failed=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+                    run.row("loss", variant=name, **shape, failed=failure(error))
                     del runs[name]
                     continue
                 seconds[name] += [took] if turn > 1 else []
@@ -221,140 +210,6 @@ def chunks(run: Run) -> None:
         del x, ours
 
 
-# ---------------------------------------------------------------------- pairs
-
-
-def configuration(size: str, vocab: int) -> Any:
-    from transformers import Qwen2Config
-
-    layers, hidden, wide, heads, kv = MODELS[size]
-    sizes = {"hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": layers, "num_attention_heads": heads}
-    ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-    return Qwen2Config(
-        vocab_size=vocab,
-        num_key_value_heads=kv,
-        max_position_embeddings=4096,
-        tie_word_embeddings=hidden < 2000,
-        **sizes,
-        **ends,
-    )
-
-
-def random_model(run: Run, size: str, vocab: int, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(run.o.seed)
-    with run.device:
-        return AutoModelForCausalLM.from_config(configuration(size, vocab), dtype=dtype)
-
-
-def pair(run: Run, student_size: str, teacher_size: str) -> None:
-    """The parts of a step and the whole, by our trainer and by TRL's, on the same injected rollouts.
-
-    TRL's forward passes run in the weights' own dtype, whatever `bf16` says: so it is timed with a student in float32, as ours
-    is (under autocast), and with one whose weights are bfloat16.
-    """
-    import step_cost
-    from datasets import Dataset
-    from trl import DistillationConfig, DistillationTrainer
-
-    from tsdkd import TSDKDConfig, TSDKDTrainer
-    from tsdkd.demo.recreate import make_tokenizer
-
-    dry = run.o.dry
-    vocab, batch, accumulation, completion = (512, 2, 2, 16) if dry else (151_936, 8, 4, 512)
-    rows, named = batch * accumulation, f"{student_size} <- {teacher_size}"
-    teacher = random_model(run, teacher_size, vocab, torch.bfloat16)
-    weights = {name: value.cpu() for name, value in random_model(run, student_size, vocab, torch.float32).state_dict().items()}
-    generator = torch.Generator().manual_seed(run.o.seed)
-    lengths = torch.empty(rows).log_normal_(5.5, 0.5, generator=generator).round().clamp(4, completion).int().tolist()
-    written = [torch.randint(5, 60, (n,), generator=generator).tolist() for n in lengths]
-    data = Dataset.from_dict({"prompt": [f"Tom has {100 + row} apples." * 2 for row in range(rows)]})
-    steps: dict[str, dict[str, Any]] = {}
-    for name in ("tsdkd", "trl", "trl_bf16"):
-        student = random_model(run, student_size, vocab, torch.bfloat16 if name == "trl_bf16" else torch.float32)
-        student.load_state_dict(weights)
-        clock = step_cost.Clock()
-        common: dict[str, Any] = dict(
-            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=3,
-            num_train_epochs=3, max_completion_length=completion, report_to="none", save_strategy="no", logging_steps=1,
-            disable_tqdm=True, gradient_checkpointing=True, learning_rate=1e-6, shuffle_dataset=False, bf16=not dry,
-            use_cpu=dry,
-        )  # fmt: skip
-        shared = {"train_dataset": data, "processing_class": make_tokenizer(), "callbacks": [clock]}
-        with tempfile.TemporaryDirectory() as folder, run.peak() as peak, contextlib.redirect_stdout(io.StringIO()):
-            if name == "tsdkd":
-                config = TSDKDConfig(output_dir=folder, max_length=completion + 64, **common)
-                trainer: Any = TSDKDTrainer(model=student, teacher_model=teacher, args=config, **shared)
-            else:
-                config = DistillationConfig(output_dir=folder, beta=0.9, **common)
-                trainer = DistillationTrainer(model=student, teacher_model=teacher, args=config, **shared)
-            write = lambda ids, *a, **k: [written[row] for row in range(len(ids))]  # noqa: E731
-            setattr(trainer, "write" if name == "tsdkd" else "_generate_single_turn", write)
-            try:
-                trainer.train()
-            except Exception as error:
-                run.row("pair", pair=named, trainer=name, failed=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-                continue
-            gib = peak()
-            log = [row for row in trainer.state.log_history if "loss" in row][-1]
-        seconds = clock.seconds[1:]  # the first warms up
-        parts = {key: log[key] for key in log if key.startswith(("time/", "tflop/")) or key == "mfu"}
-        tokens = sum(lengths) / statistics.median(seconds)
-        steps[name] = {"seconds": seconds, "peak_gib": gib, "tokens_per_second": tokens, "parts": parts}
-        if name == "tsdkd":
-            flops = 1e12 * sum(value for key, value in parts.items() if key in ("tflop/teacher", "tflop/student", "tflop/loss"))
-            steps[name] |= run.against(statistics.median(seconds), flops)
-        del trainer, student
-    for name, measured in steps.items():
-        if "tsdkd" in steps and name != "tsdkd":
-            measured["tsdkd_ratio"] = [a / b for a, b in zip(steps["tsdkd"]["seconds"], measured["seconds"], strict=True)]
-        run.row("pair", pair=named, trainer=name, rows=rows, trained_tokens=sum(lengths), **measured)
-    del teacher
-    written_by(run, student_size, vocab, 4 if dry else 64, 16 if dry else 256, named)
-
-
-def written_by(run: Run, size: str, vocab: int, rows: int, tokens: int, named: str) -> None:
-    """Tokens a second of rollouts: by transformers, and by vLLM where it is installed."""
-    student = random_model(run, size, vocab, torch.float32 if run.o.dry else torch.bfloat16).eval()
-    ids = torch.randint(5, 60, (rows, 16), device=run.device)
-    more = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": True, "pad_token_id": 0}
-    with torch.no_grad():
-        draw = functools.partial(student.generate, ids, attention_mask=torch.ones_like(ids), **more)
-        took = [run.seconds(draw) for _ in range(2)]
-    run.row("rollouts", pair=named, engine="transformers", rows=rows, tokens=tokens, tokens_per_second=rows * tokens / took[-1])
-    del student, draw
-    gc.collect()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        run.row("rollouts", pair=named, engine="vllm", failed=f"not installed: {error}")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        configuration(size, vocab).save_pretrained(folder)
-        config = json.loads(Path(folder, "config.json").read_text())
-        Path(folder, "config.json").write_text(json.dumps({**config, "architectures": ["Qwen2ForCausalLM"]}))
-        share = {} if run.o.dry else {"gpu_memory_utilization": 0.5}
-        kind = "float32" if run.o.dry else "bfloat16"
-        try:
-            engine = LLM(model=folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=1024, dtype=kind, **share)
-        except Exception as error:
-            run.row("rollouts", pair=named, engine="vllm", failed=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-            return
-        asked = SamplingParams(temperature=1.0, max_tokens=tokens, min_tokens=0, ignore_eos=True, detokenize=False)
-        given: Any = [{"prompt_token_ids": row} for row in ids.tolist()]
-        write = functools.partial(engine.generate, given, asked, use_tqdm=False)
-        took = [run.seconds(write) for _ in range(2)]
-        rate = rows * tokens / took[-1]
-        run.row("rollouts", pair=named, engine="vllm", rows=rows, tokens=tokens, tokens_per_second=rate)
-        core = getattr(engine.llm_engine, "engine_core", None)
-        if hasattr(core, "shutdown"):
-            core.shutdown()  # or its share of the GPU stays with its process
-        del engine, write
-
-
 # ---------------------------------------------------------------------- what is expected
 
 
@@ -368,15 +223,6 @@ def predicted(gpu: GPU) -> list[dict[str, Any]]:
             flops *= student * shape["student_hidden"] + teacher * shape["teacher_hidden"]
             made.append({"card": gpu.name, "variant": name, **shape, "roofline_ms": 1e3 * flops / (gpu.tflops * 1e12)})
     return made
-
-
-def predicted_pair(student: str, teacher: str, gpu: GPU, rows: int = 32, completion: int = 256) -> dict[str, float]:
-    """Rooflines of a step's parts in ms, as `tsdkd plan` counts them, of as many rows as `pair` has and their mean length."""
-    run = Plan(configuration(student, QWEN["vocab"]), configuration(teacher, QWEN["vocab"]), rows=8, accumulation=rows // 8,
-               teacher_rows=8, length=completion + 32, completion=completion)  # fmt: skip
-    shape = shape_of(run, 1)
-    flops, moved = flops_by_part(run, shape), moved_by(run, 1, shape)
-    return {part: 1e3 * gpu.seconds(flops[part], moved[part]) for part in flops}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -407,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 pair(run, *sizes)
             except Exception as error:  # a card too small: the rows before it stand
-                run.row("pair", pair=" <- ".join(sizes), failed=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+                run.row("pair", pair=" <- ".join(sizes), failed=failure(error))
     print(f"rows in {o.results}; {time.perf_counter() - run.began:.0f} s")
     return 0
 

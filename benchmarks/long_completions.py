@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from turns import interleaved, ratios
 
 from tsdkd import TSDKD
 from tsdkd.preflight.live import LiveBytes
@@ -132,13 +134,13 @@ def main(arguments: list[str] | None = None) -> None:
     longest = int(o.lengths.split(",")[0])
     lengths = [max(8, int(longest * share)) for share in torch.rand(o.rows).square().tolist()]
     both = {"padded": Step(o, lengths), "padding_free": Step(o, lengths, padding_free=True)}
-    turns: dict[str, list[float]] = {name: [] for name in both}
-    for turn in range(o.rounds + 1):
-        for name, step in both.items():
-            seconds = step.seconds()
-            if turn:
-                turns[name].append(seconds["teacher"] + seconds["student"])
-    ratio = [free / padded for free, padded in zip(turns["padding_free"], turns["padded"], strict=True)]
+
+    def reading(step: Step) -> float:
+        seconds = step.seconds()
+        return seconds["teacher"] + seconds["student"]
+
+    turns = interleaved({name: functools.partial(reading, step) for name, step in both.items()}, o.rounds)
+    ratio = ratios(turns["padding_free"], turns["padded"])
     rows.append({"what": "unlike completions", "lengths": lengths, "seconds": turns, "ratio": ratio})
     print(rows[-1], flush=True)
     o.results.parent.mkdir(parents=True, exist_ok=True)

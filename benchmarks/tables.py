@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import gpu
+import gpu_pairs
 from loss_cost import LABELS
 
 from tsdkd.costs import known_gpus
@@ -121,9 +122,9 @@ def on_a_gpu() -> str:
     lines += ["", "| a step of 32 rows of 256 tokens, in ms at best | rollouts | teacher | student | loss | measured |"]
     lines.append("|---|---|---|---|---|---|")
     measured = {row["pair"] for row in rows_of("gpu") if row["part"] == "pair" and not row["dry"]}
-    for student, teacher in gpu.PAIRS:
+    for student, teacher in gpu_pairs.PAIRS:
         for card in ("H100", "H200"):
-            parts = gpu.predicted_pair(student, teacher, known_gpus()[card])
+            parts = gpu_pairs.predicted_pair(student, teacher, known_gpus()[card])
             told = "below" if f"{student} <- {teacher}" in measured else "not measured yet"
             lines.append(f"| {student} ← {teacher}, {card} | {' | '.join(f'{ms:.0f}' for ms in parts.values())} | {told} |")
     lines.append("")

@@ -55,6 +55,10 @@ class ModelSize:
         attention = 2 * self.layers * self.heads * self.head_dim * lengths**2  # causal: half of the square, twice
         return rows * (2 * self.backbone * lengths + attention)
 
+    def writing_flops(self, lengths: float, rows: float, drawn: float) -> float:
+        """FLOPs of writing `drawn` tokens of texts that are so long at their end, its head with them."""
+        return self.forward_flops(lengths, rows) + 2 * self.head * drawn
+
 
 @dataclass(frozen=True)
 class StepShape:
@@ -109,7 +113,7 @@ def flops_of(student: ModelSize, teacher: ModelSize | None, shape: StepShape) ->
     if teacher is not None:
         loss += _TEACHER_HEAD * 2 * teacher.head * shape.tokens
     return {
-        "rollout": read + 2 * student.head * shape.tokens,
+        "rollout": student.writing_flops(length, shape.rows, shape.tokens),
         "teacher": 0.0 if teacher is None else teacher.forward_flops(length, shape.rows),
         "student": read * backward_factor(shape.trained, shape.checkpointing),
         "loss": loss,

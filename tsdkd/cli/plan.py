@@ -137,7 +137,7 @@ def run_of(config: Any, model: Any) -> Any:
         teacher_tokens=config.teacher_batch_tokens,
         student_bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else None,
         teacher_bits=_bits(config.teacher_model_init_kwargs or {}),
-        written=0.0 if spec.need_dataset and spec.replay is None and not spec.share else 1.0 if spec.replay else spec.share,
+        written=1.0 if spec.replay else spec.share,
         both_write=spec.writer != "student",
         written_here=not (config.use_vllm and config.vllm_mode == "server"),
         read=None if not reading.is_cut and reading.teacher == reading.lengths else (reading.student[0], reading.teacher[0]),

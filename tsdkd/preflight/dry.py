@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tsdkd.preflight.live import LiveBytes
-from tsdkd.teachers.heads import last_hidden_state
+from tsdkd.teachers.heads import experts_of, last_hidden_state
 from tsdkd.trainers.sizes import empty_model
 
 _DEPTHS = (2, 4)
@@ -161,8 +161,7 @@ def reading_pass(config: Any, *, rows: int, length: int, dtype: torch.dtype, att
 def _of_mixture(config: Any, dtype: torch.dtype, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype | None, int]:
     """A mixture of experts is run in bfloat16, the dtype of the products over its experts that there are without memory; how
     many times as large its gradients are in its own."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    if dtype.itemsize < 4 or not any(getattr(config.get_text_config(), name, None) for name in names):
+    if dtype.itemsize < 4 or not experts_of(config.get_text_config()):
         return dtype, autocast, 1
     return torch.bfloat16, None, dtype.itemsize // 2
 

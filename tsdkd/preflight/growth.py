@@ -40,14 +40,13 @@ def flops_by_part(run: Run, shape: StepShape) -> dict[str, float]:
     """A step's FLOPs; of several teachers each reads its share of the rows, or all where they are averaged."""
     ours, theirs = run.read or (shape.completion, shape.completion)
     made = flops_of(run.sizes[0], None, dataclasses.replace(shape, completion=ours))
-    whole = flops_of(run.sizes[0], None, shape)["rollout"]
     for size in run.readers:
         share = 1.0 if run.averaged else 1 / len(run.readers)
         made["teacher"] += share * size.forward_flops(shape.prompt + theirs, shape.rows)
         made["loss"] += share * 2 * size.head * shape.rows * theirs
-        if run.both_write:
-            whole += size.forward_flops(shape.prompt + shape.completion, shape.rows) + 2 * size.head * shape.tokens
-    made["rollout"] = whole * run.written if run.written_here else 0.0
+    writers = (run.sizes[0], *(run.readers if run.both_write else ()))
+    written = sum(size.writing_flops(shape.prompt + shape.completion, shape.rows, shape.tokens) for size in writers)
+    made["rollout"] = written * run.written if run.written_here else 0.0
     return made
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +47,7 @@ class Run:
         written: the share of completions that the student writes; `both_write`: the teacher's forward passes with its own.
         written_here: on these GPUs, not by a server.
         read: tokens of a completion that student and teacher are read at, where it is not all.
+        made: what has been made of the configurations; `but` shares it.
         bucket: gradients that DeepSpeed exchanges at a time (`reduce_bucket_size`).
     """
 
@@ -81,6 +81,14 @@ class Run:
     both_write: bool = False
     written_here: bool = True
     read: tuple[int, int] | None = None
+    made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def _once(self, make: Callable[..., Any], *given: Any, **more: Any) -> Any:
+        """What a function makes of configurations, once for a run and all that it is changed to."""
+        key = make, tuple(map(id, given)), tuple(sorted((name, value) for name, value in more.items() if value is not None))
+        if key not in self.made:
+            self.made[key] = make(*given, **more), given  # what is held keeps its id
+        return self.made[key][0]
 
     @property
     def read_together(self) -> int:
@@ -95,29 +103,26 @@ class Run:
             return ()
         return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
 
-    @functools.cached_property
+    @property
     def sizes(self) -> tuple[ModelSize, tuple[ModelSize, ...]]:
         """The student's, and its teachers'."""
-        return size_of(self.student), tuple(map(size_of, self.teachers))
+        return self._once(size_of, self.student), tuple(self._once(size_of, each) for each in self.teachers)
 
     @property
     def readers(self) -> tuple[ModelSize, ...]:
         """What reads in the teacher's part of a step."""
         return (self.sizes[0],) if self.itself else self.sizes[1]
 
-    @functools.cached_property
+    @property
     def trained(self) -> tuple[int, int]:
         """The parameters of the student with its adapter, and those of them that are trained."""
-        with torch.device("meta"):
-            model = empty_model(self.student)
-            model = model if self.adapt is None else self.adapt(model)
-        each = [(p.numel(), p.requires_grad) for p in model.parameters()]
-        return sum(size for size, _ in each), sum(size for size, has_gradient in each if has_gradient)
+        return self._once(_trained, self.student, self.adapt)
 
-    @functools.cached_property
+    @property
     def student_pass(self) -> Pass:
         """A micro-batch's forward, loss and backward."""
-        return student_pass(
+        return self._once(
+            student_pass,
             self.student,
             rows=self.rows,
             length=self.length,
@@ -130,17 +135,26 @@ class Run:
             attention=self.attention,
         )
 
-    @functools.cached_property
+    @property
     def teacher_pass(self) -> Pass:
         """The teacher's forward pass; of several the one that takes the most."""
         rows = self.read_together
         each = [(config, self.teacher_dtype) for config in self.teachers] or [(self.student, self.student_dtype)]
-        passes = [reading_pass(config, rows=rows, length=self.length, dtype=dtype) for config, dtype in each]
+        passes = [self._once(reading_pass, config, rows=rows, length=self.length, dtype=dtype) for config, dtype in each]
         return max(passes, key=lambda one: one.peak)
 
     def but(self, **changes: Any) -> Run:
         """The same with something else."""
         return dataclasses.replace(self, **changes)
+
+
+def _trained(student: Any, adapt: Callable[[Any], Any] | None) -> tuple[int, int]:
+    """Parameters, and those with a gradient."""
+    with torch.device("meta"):
+        model = empty_model(student)
+        model = model if adapt is None else adapt(model)
+    each = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in each), sum(size for size, has_gradient in each if has_gradient)
 
 
 @dataclass(frozen=True)

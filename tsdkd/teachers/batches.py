@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tsdkd.teachers.heads import text_config
+from tsdkd.teachers.heads import experts_of, text_config
 from tsdkd.types import Rollouts
 
 
@@ -103,7 +103,7 @@ def check_padding_free(
     """
     config = text_config(model)
     name, context = config._name_or_path or type(model).__name__, getattr(config, "max_position_embeddings", None)
-    experts = any(getattr(config, each, None) for each in ("num_local_experts", "num_experts", "n_routed_experts"))
+    experts = experts_of(config)
     refused = f"padding_free=True puts texts one behind the other, and the {role}, {name},"
 
     def last(*texts: list[int]) -> torch.Tensor:

@@ -25,6 +25,12 @@ def text_config(model: Any):
     return model.config.get_text_config()
 
 
+def experts_of(config: Any) -> int | None:
+    """How many experts a layer of a mixture has; None of other models."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((n for name in names if (n := getattr(config, name, None)) is not None), None)
+
+
 def reads_images(config: Any) -> bool:
     """Whether a model of this configuration reads images."""
     return getattr(config, "vision_config", None) is not None

@@ -7,24 +7,17 @@ from typing import Any
 
 import torch
 
-from tsdkd.teachers.heads import backbone_output, text_config, without_adapter_wrapper
+from tsdkd.teachers.heads import backbone_output, experts_of, text_config, without_adapter_wrapper
 from tsdkd.trainers.host import Host
-
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 def has_router_loss(model: Any) -> bool:
     """Whether transformers knows a load-balancing loss of this family."""
-    return _function(model) is not None and _experts(model) is not None
+    return _function(model) is not None and experts_of(text_config(without_adapter_wrapper(model))) is not None
 
 
 def _function(model: Any) -> Any:
     return getattr(sys.modules[type(without_adapter_wrapper(model)).__module__], "load_balancing_loss_func", None)
-
-
-def _experts(model: Any) -> int | None:
-    config = text_config(without_adapter_wrapper(model))
-    return next((n for name in _EXPERTS if (n := getattr(config, name, None)) is not None), None)
 
 
 class RouterLoss:
@@ -51,8 +44,8 @@ class RouterLoss:
                 f"student is a {type(without_adapter_wrapper(model)).__name__}: leave it out."
             )
         self.weight, self.share = weight, share
-        self.function, self.experts = _function(model), _experts(model)
-        self.per_token = text_config(without_adapter_wrapper(model)).num_experts_per_tok
+        config = text_config(without_adapter_wrapper(model))
+        self.function, self.experts, self.per_token = _function(model), experts_of(config), config.num_experts_per_tok
         self._value: torch.Tensor | None = None
 
     def read(self, student: Any, ids: torch.Tensor, mask: torch.Tensor | None, **more: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tsdkd.costs import GIB, ModelSize
-from tsdkd.teachers.heads import text_config
+from tsdkd.teachers.heads import experts_of, text_config
 from tsdkd.teachers.sources import dtype_of
 from tsdkd.trainers.host import once_a_run
 from tsdkd.trainers.setup import Setup
@@ -65,9 +65,7 @@ def _layers(model: Any) -> list[int]:
 
 def _idle(model: Any, text: Any) -> int:
     """Of a mixture of experts the parameters that a token does not pass."""
-    total = next(
-        (n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, name, None))), 0
-    )
+    total = experts_of(text)
     used = getattr(text, "num_experts_per_tok", None)
     if not total or not used:
         return 0

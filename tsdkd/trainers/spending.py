@@ -69,10 +69,8 @@ class Spending:
         writing = [ours] if "student" in written else []
         writing += list(self.teachers.values()) if "teacher" in written else []
         if writing:
-            drawn, whole = sum(map(len, rollouts.completion_ids)), _lengths(rollouts)
-            made["rollout"] = sum(
-                sum(size.forward_flops(length, 1) for length in whole) + 2.0 * size.head * drawn for size in writing
-            )
+            pairs = list(zip(_lengths(rollouts), map(len, rollouts.completion_ids), strict=True))
+            made["rollout"] = sum(size.writing_flops(length, 1, drawn) for size in writing for length, drawn in pairs)
         if self.teachers:
             made["teacher"] = 0.0
             for row, length in enumerate(_lengths(read.first(plan.teacher))):
