@@ -113,9 +113,11 @@ def test_bytes_are_those_of_a_run(tmp_path, case):
     assert memory.peaks[1] >= memory.peaks[0]
 
 
-@pytest.mark.parametrize("processes,bf16", [(1, True), (4, False), (4, True)])
-def test_bytes_of_processes_and_of_mixed_precision_are_those_of_a_run(tmp_path, processes, bf16):
-    planned, measured = planned_and_measured(tmp_path, processes, "whole", "local", bf16)
+@pytest.mark.parametrize(
+    "processes,bf16,teacher", [(1, True, "local"), (4, False, "local"), (4, True, "local"), (1, False, "server")]
+)
+def test_bytes_of_processes_of_mixed_precision_and_of_a_served_teacher_are_those_of_a_run(tmp_path, processes, bf16, teacher):
+    planned, measured = planned_and_measured(tmp_path, processes, "whole", teacher, bf16)
     assert planned == pytest.approx(measured, rel=0.15)
 
 

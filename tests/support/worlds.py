@@ -12,6 +12,32 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 LENGTH, ROWS, BUCKET = 100, 4, 100_000
 
 
+def serve():
+    """In place of servers: a teacher of whom the head alone is here, and whose states come from elsewhere."""
+    import torch
+
+    from tsdkd.teachers import placing
+    from tsdkd.teachers.server import head_of_checkpoint
+
+    class Served:
+        writes, is_remote = "not", True
+
+        def __init__(self, request):
+            self.head, _ = head_of_checkpoint(request.model, request.student_dtype, request.device)
+
+        def hidden(self, rollouts, lengths):
+            return [torch.randn(length, self.head.weight.shape[1]) for length in lengths]
+
+        def close(self):
+            pass
+
+    def placed(request):
+        teacher = Served(request)
+        return placing.Placed(teacher, None, teacher.head.size, request.model, lambda tokenizer, size: None)
+
+    placing.PLACEMENTS["server"] = placed
+
+
 def main(folder: Path, asked: dict) -> dict:
     from tsdkd.preflight.fake_world import deepspeed_config, enter
 
@@ -32,6 +58,9 @@ def main(folder: Path, asked: dict) -> dict:
         options["teacher_deepspeed"] = persistent
     if shards is not None and asked["student"] == "zero3":
         shards["zero_optimization"] |= persistent["zero_optimization"]
+    if asked["teacher"] == "server":
+        serve()
+        options["teacher_urls"] = ["http://127.0.0.1:1"]
     with LiveBytes() as live:
         trainer = make(
             folder, student=str(folder / "s"), teacher=str(folder / "t"), data=prompts(ROWS * 2 * asked["processes"]),
