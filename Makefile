@@ -70,7 +70,7 @@ bench-gpu: $(VENV)/.ready
 
 # Under a minute: which ratio to a peer moved by more than its spread since the baseline of this machine.
 bench-check: $(VENV)/.ready
-	$(OFFLINE) $(BIN)/python benchmarks/check.py
+	$(OFFLINE) $(BIN)/python benchmarks/check.py $(if $(BASELINE),--baseline)
 
 bench-step: $(VENV)/.ready
 	$(OFFLINE) $(BIN)/python benchmarks/step_cost.py

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -91,9 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--baseline", action="store_true", help="keep this run's rows")
     o = p.parse_args(arguments)
     origin = provenance(o.seed)
-    sizes = {"tokens": o.tokens, "vocab": o.vocab, "device": o.device}
+    # How threads wait for each other changes small operations by half: a baseline of another way is none.
+    waits = os.environ.get("OMP_WAIT_POLICY")
+    sizes = {"tokens": o.tokens, "vocab": o.vocab, "device": o.device, "omp_wait_policy": waits}
     found = [json.loads(line) for line in o.results.read_text().splitlines()] if o.results.is_file() else []
-    alike = [row for row in found if all(row[name] == value for name, value in sizes.items())]
+    alike = [row for row in found if all(row.get(name) == value for name, value in sizes.items())]
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     rows, slower = [], False
     for name, measured in [*losses(o).items(), (STEP, steps(o))]:
