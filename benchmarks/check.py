@@ -33,6 +33,7 @@ LOSSES = {
     "ranking alone / all terms": ("tsdkd_ranking", "tsdkd"),
 }
 STEP = "trainer's step / TRL's"
+RUNS = 3  # baselines that are taken together: from run to run ratios move by more than within one
 
 
 def losses(o: argparse.Namespace) -> dict[str, list[float]]:
@@ -102,12 +103,14 @@ def main(arguments: list[str] | None = None) -> int:
     for name, measured in [*losses(o).items(), (STEP, steps(o))]:
         rows.append({"benchmark": "check", "run": stamp, "name": name, **sizes, "ratio": measured, **origin})
         own = [row for row in reversed(alike) if row["name"] == name]
-        before = next((row for row in own if row["hardware"] == origin["hardware"]), own[0] if own else None)
-        here = before is not None and before["hardware"] == origin["hardware"]
-        told = verdict(measured, before["ratio"] if here else None)
+        ours = [row for row in own if row["hardware"] == origin["hardware"]][:RUNS]
+        before = (ours or own or [None])[0]
+        here = bool(ours)
+        known = [ratio for row in ours or own[:1] for ratio in row["ratio"]]
+        told = verdict(measured, known if here else None)
         slower |= told == "slower"
         shown = f"{statistics.median(measured):.3f} ({min(measured):.3f}-{max(measured):.3f})"
-        then = "" if before is None else f"; {statistics.median(before['ratio']):.3f} at {before['commit']}"
+        then = "" if before is None else f"; {statistics.median(known):.3f} at {before['commit']}"
         other = "" if here or before is None else f", on {before['hardware']}: not judged here"
         print(f"{name:<42} {shown}{then}{other}: {told}", flush=True)
     if o.baseline:
