@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tsdkd.checks import check_writable
+from tsdkd.checks import check_count, check_writable
 from tsdkd.cli.options import ALIASES, fields_of, methods_with, named_flags, option_from, split
 from tsdkd.cli.parsing import as_mapping
 from tsdkd.cli.recipes import one_file, read_recipes
@@ -41,6 +42,12 @@ def main(arguments: list[str]) -> int:
         "--answer_pattern",
         help="a regular expression that finds a final answer, its first group; default: #### ANSWER or \\boxed{ANSWER}",
     )
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="tokens of an answer to a problem; default: the run's max_completion_length"
+    )
+    parser.add_argument("--samples", type=int, help="sample so many answers of a problem, too (1 to 9): pass@k, calibration")
+    parser.add_argument("--sampled_problems", type=int, help="of the first so many problems; default: of all")
+    parser.add_argument("--sample_temperature", type=float, default=1.0, help="at which they are drawn (default: %(default)s)")
     parser.add_argument("--png", type=Path, help="draw the scores into this file, too (PNG or PDF)")
     parser.add_argument("--keep_students", action="store_true", help="save every run's student, in its folder")
     parser.add_argument("--eval_tasks", help="score on these tasks of tsdkd evaluate, comma-separated, in place of --problems")
@@ -78,7 +85,7 @@ def main(arguments: list[str]) -> int:
     from tsdkd.cli.evaluate import bundled_tasks, names_in
     from tsdkd.cli.parsing import parse
     from tsdkd.cli.train import build
-    from tsdkd.pipelines.compare import OnProblems, OnTasks, Run, Scorer, compare, labelled, runs_of, table
+    from tsdkd.pipelines.compare import OnProblems, OnTasks, Run, Samples, Scorer, compare, labelled, runs_of, table
     from tsdkd.pipelines.compare.runs import settings_of
     from tsdkd.pipelines.compare.scoring import problems_at
     from tsdkd.pipelines.compare.table import draw, final_scores
@@ -89,27 +96,43 @@ def main(arguments: list[str]) -> int:
     named = recipe.pop("methods", {}) or ([recipe["method"]] if "method" in recipe and not own.methods else {})
     defaults = _options_by_method(recipe, rest)
     methods = labelled(named, own.methods)
-    strangers = sorted(set(defaults) - {method for method, _ in methods.values()})
+    strangers = sorted(set(defaults) - {run.method for run in methods})
     if strangers:
-        say(f"Options of {', '.join(strangers)} are not read: it is not among the methods ({', '.join(methods)}).")
-    methods = {label: (method, {**defaults.get(method, {}), **given}) for label, (method, given) in methods.items()}
+        labels = ", ".join(run.label for run in methods)
+        say(f"Options of {', '.join(strangers)} are not read: it is not among the methods ({labels}).")
+    methods = [replace(run, options={**defaults.get(run.method, {}), **run.options}) for run in methods]
     scorer: Scorer
     if own.eval_tasks:
+        if own.samples is not None or own.max_new_tokens is not None:
+            raise ValueError(
+                "--samples and --max_new_tokens are of --problems; a task of --eval_tasks says itself how it asks."
+            )
         folders = [bundled_tasks(), *own.eval_include_path]
         how = {"chat_template": own.eval_chat_template, "limit": own.eval_limit}
         scorer = OnTasks(names_in(own.eval_tasks), folders, **how)
     else:
         _refuse_strangers_without_problems(own, recipe, rest)
-        scorer = OnProblems(problems_at(own.problems), own.answer_pattern, say)
+        if own.max_new_tokens is not None:
+            check_count("max_new_tokens", own.max_new_tokens, smallest=1)
+        samples = None
+        if own.samples is not None:
+            samples = Samples(own.samples, own.sampled_problems, own.sample_temperature)
+        scorer = OnProblems(problems_at(own.problems), own.answer_pattern, say, own.max_new_tokens, samples)
     folder = own.output_dir or Path(str(recipe.get("output_dir", own.out.with_suffix(""))))
     if "teacher_answers" not in recipe and not recipe.get("teacher_answers_temperature"):
         recipe["teacher_answers"] = str(folder / "teacher_answers.jsonl")  # greedy: the same for all runs
 
     def options_of(run: Run) -> tuple:
-        with one_file({**recipe, "output_dir": str(folder / run.name)}) as file:
+        with one_file({**recipe, **run.training, "output_dir": str(folder / run.name)}) as file:
             words = ["--config", file, "--method", run.method, "--seed", str(run.seed), *rest]
             return parse([*words, "--method_options", json.dumps(run.options)], TokenDistillConfig)
 
+    for run in methods:
+        both = sorted(set(run.training) & set(named_flags(rest)))
+        if both:
+            raise ValueError(
+                f"--{both[0]} is stated for all runs, and the recipe's training of {run.label!r} states another: leave one out."
+            )
     runs = runs_of(methods, own.seeds)
     for run in runs[: len(methods)]:
         options_of(run)  # refuses what does not fit before the first run starts

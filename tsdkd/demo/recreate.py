@@ -11,6 +11,7 @@ import argparse
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from tsdkd.data.rendering import Rendering
-from tsdkd.demo.problems import FACTORS, GAINS, ITEMS, LOSSES, NAMES, held_out, make_problem
+from tsdkd.demo.problems import FACTORS, GAINS, ITEMS, LOSSES, NAMES, Problem, held_out, make_problem
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>")
 CHAT_TEMPLATE = (
@@ -86,10 +87,10 @@ def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
     return llama.eval()
 
 
-def _batch(tokenizer, rng, size, faulty, levels):
+def _batch(tokenizer, rng, size, draw):
     rows, starts = [], []
     for _ in range(size):
-        problem = make_problem(rng, rng.choice(levels), faulty)
+        problem = draw(rng)
         asked = f"{problem.question}\n" if tokenizer.chat_template is None else [{"role": "user", "content": problem.question}]
         (prompt,) = Rendering(tokenizer, tokenizer).prompts([asked])
         starts.append(len(prompt))
@@ -103,8 +104,19 @@ def _batch(tokenizer, rng, size, faulty, levels):
     return ids, labels
 
 
-def fit(model, tokenizer, *, steps, lr, batch, seed, faulty=0.0, levels=(1, 2, 3), warmup=100, report=100):
-    """Train on worked solutions with AdamW and a cosine schedule; right padding needs no attention mask."""
+def drawn(levels=(1, 2, 3), faulty=0.0) -> Callable[[random.Random], Problem]:
+    """What draws a problem of one of these levels; see `make_problem`."""
+    return lambda rng: make_problem(rng, rng.choice(levels), faulty)
+
+
+def fit(model, tokenizer, draw, *, steps, lr, batch, seed, warmup=100, report=100, done=None):
+    """Train on worked solutions with AdamW and a cosine schedule; right padding needs no attention mask.
+
+    Args:
+        draw: from a `random.Random` to a problem.
+        report: say the loss every so many steps.
+        done: asked of the model whenever the loss is said; True ends it.
+    """
     model.train()
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
@@ -113,7 +125,7 @@ def fit(model, tokenizer, *, steps, lr, batch, seed, faulty=0.0, levels=(1, 2, 3
         rate = lr * min(1.0, step / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids, labels = _batch(tokenizer, rng, batch, faulty, levels)
+        ids, labels = _batch(tokenizer, rng, batch, draw)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
@@ -123,6 +135,8 @@ def fit(model, tokenizer, *, steps, lr, batch, seed, faulty=0.0, levels=(1, 2, 3
         if step % report == 0:
             print(f"step {step}: loss {total / report:.4f}, {time.perf_counter() - began:.0f} s", flush=True)
             total = 0.0
+            if done is not None and done(model):
+                break
     return model.eval()
 
 
@@ -150,13 +164,13 @@ def main() -> None:
 
     if args.only != "student":
         torch.manual_seed(1)
-        save(fit(make_model(4, 192, 512), tokenizer, steps=args.teacher_steps, lr=2e-3, batch=128, seed=1), "teacher")
+        save(fit(make_model(4, 192, 512), tokenizer, drawn(), steps=args.teacher_steps, lr=2e-3, batch=128, seed=1), "teacher")
     if args.only != "teacher":
         torch.manual_seed(2)
         student = make_model(2, 128, 384)
-        fit(student, tokenizer, steps=args.student_steps, lr=2e-3, batch=128, seed=2)
+        fit(student, tokenizer, drawn(), steps=args.student_steps, lr=2e-3, batch=128, seed=2)
         save(student, "student-before-habit")
-        fit(student, tokenizer, steps=args.habit_steps, lr=5e-4, batch=128, seed=3, faulty=0.5, warmup=10, report=20)
+        fit(student, tokenizer, drawn(faulty=0.5), steps=args.habit_steps, lr=5e-4, batch=128, seed=3, warmup=10, report=20)
         save(student, "student")
 
 

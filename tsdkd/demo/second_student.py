@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tsdkd.demo.problems import make_problems
-from tsdkd.demo.recreate import fit
+from tsdkd.demo.recreate import drawn, fit
 
 SPECIAL = ("<pad>", "</s>")
 VOCAB_SIZE = 320
@@ -66,8 +66,8 @@ def make_second_student(folder: Path, steps: int = 1200, habit: int = 60, hidden
     """
     tokenizer = make_second_tokenizer()
     model = make_blank(tokenizer, hidden, seed)
-    fit(model, tokenizer, steps=steps, lr=3e-3, batch=64, seed=seed, levels=(1, 2), warmup=50, report=steps)
-    fit(model, tokenizer, steps=habit, lr=5e-4, batch=64, seed=seed + 1, faulty=0.5, levels=(1, 2), warmup=10, report=habit)
+    fit(model, tokenizer, drawn((1, 2)), steps=steps, lr=3e-3, batch=64, seed=seed, warmup=50, report=steps)
+    fit(model, tokenizer, drawn((1, 2), 0.5), steps=habit, lr=5e-4, batch=64, seed=seed + 1, warmup=10, report=habit)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

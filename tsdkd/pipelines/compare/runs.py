@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ from tsdkd.trainers.stopping import refuse_stopped
 # The rows of what is not trained here.
 UNTRAINED = "untrained"
 BASELINES = ("student", "teacher")
+# What no run of a comparison has to itself, beside `FILES`.
+OF_ALL = ("output_dir", "seed", "method", "method_options", "methods")
+# A file of a folder beyond so many bytes is told by its time, not read.
+LARGE = 1 << 26
 # What a recipe names whose contents a row depends on.
 FILES = (
     "model_name_or_path",
@@ -36,12 +40,14 @@ FILES = (
 
 @dataclass(frozen=True)
 class Run:
-    """One method with its options and one seed; `label` is its name in the table."""
+    """One method with its options and one seed; `label` is its name in the table, `training` what it trains by otherwise than
+    the others."""
 
     label: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -55,35 +61,43 @@ class Run:
             "method": self.method,
             "options": self.options,
             "seed": self.seed,
+            **({"training": self.training} if self.training else {}),
             "settings": settings,
         }
 
 
-def labelled(named: dict[str, Any] | list[str], wanted: str | None) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Each label with its method and options, from a recipe's `methods` and the labels that are wanted, comma-separated.
+def labelled(named: dict[str, Any] | list[str], wanted: str | None) -> list[Run]:
+    """Each label with its method, the method's options and the run's (`training`), from a recipe's `methods` and the labels that
+    are wanted, comma-separated.
 
     Raises:
-        ValueError: no method, or one that there is not.
+        ValueError: no method, or one that there is not; a `training` that is no mapping or names what all runs share.
     """
     if isinstance(named, list):
         named = {name: {} for name in named}
     labels = [label.strip() for label in wanted.split(",")] if wanted else list(named)
     if not labels:
         raise ValueError("no methods were given: pass --methods tsd_kd,gkd or a 'methods' mapping in the recipe.")
-    made = {}
+    made = []
     for label in labels:
         options = dict(named.get(label) or {})
-        method = options.pop("method", label)
+        method, training = options.pop("method", label), options.pop("training", None) or {}
         if method not in METHODS:
             raise ValueError(f"method {method!r} is unknown; choose from: {', '.join(METHODS)}.")
-        made[label] = method, options
+        if not isinstance(training, dict):
+            raise ValueError(f"training of {label!r} is {training!r}: it maps options of tsdkd train to values.")
+        shared = [name for name in training if name in OF_ALL or name in FILES]
+        if shared:
+            raise ValueError(
+                f"training of {label!r} names {', '.join(shared)}, which all runs of a comparison share: state it in the recipe."
+            )
+        made.append(Run(label, method, options, training=training))
     return made
 
 
-def runs_of(methods: dict[str, tuple[str, dict[str, Any]]], seeds: int) -> list[Run]:
+def runs_of(methods: Sequence[Run], seeds: int) -> list[Run]:
     """Every method once a seed, seed by seed."""
-    pairs = [(seed, label) for seed in range(seeds) for label in methods]
-    return [Run(label, *methods[label], seed=seed) for seed, label in pairs]
+    return [replace(run, seed=seed) for seed in range(seeds) for run in methods]
 
 
 def settings_of(recipe: dict[str, Any], flags: Sequence[str], scorer: Scorer) -> dict[str, Any]:
@@ -94,14 +108,16 @@ def settings_of(recipe: dict[str, Any], flags: Sequence[str], scorer: Scorer) ->
 
 
 def digest(texts: Sequence[str], paths: Sequence[str | None]) -> str:
-    """What a row depends on beside its settings: texts, files' contents, and of folders each file's name, size and time."""
+    """What a row depends on beside its settings: texts and files' contents; of a folder's files beyond 64 MB name, size and time."""
     made = hashlib.sha256("\0".join(texts).encode())
     for path in (Path(name) for name in paths if name):
         if path.is_file():
             made.update(path.read_bytes())
         elif path.is_dir():
-            for file in sorted(path.iterdir()):
-                made.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+            for file in sorted(file for file in path.iterdir() if file.is_file()):
+                size = file.stat().st_size
+                made.update(f"{file.name} {size} ".encode())
+                made.update(file.read_bytes() if size <= LARGE else str(file.stat().st_mtime_ns).encode())
     return made.hexdigest()[:16]
 
 
@@ -233,4 +249,5 @@ def _free(trainer: Any) -> None:
 
 
 def _identity(row: dict[str, Any]) -> str:
-    return json.dumps([row["label"], row["method"], row["options"], row["seed"], row["settings"]], sort_keys=True)
+    own = [row["label"], row["method"], row["options"], row["seed"], row["settings"]]
+    return json.dumps([*own, row["training"]] if row.get("training") else own, sort_keys=True)
