@@ -67,8 +67,8 @@ class Run:
 
 
 def labelled(named: dict[str, Any] | list[str], wanted: str | None) -> list[Run]:
-    """Each label with its method, the method's options and the run's (`training`), from a recipe's `methods` and the labels that
-    are wanted, comma-separated.
+    """Each label with its method, the method's options and the run's (`training`), from a recipe's `methods` and the labels
+    that are wanted, comma-separated.
 
     Raises:
         ValueError: no method, or one that there is not; a `training` that is no mapping or names what all runs share.
@@ -89,7 +89,8 @@ def labelled(named: dict[str, Any] | list[str], wanted: str | None) -> list[Run]
         shared = [name for name in training if name in OF_ALL or name in FILES]
         if shared:
             raise ValueError(
-                f"training of {label!r} names {', '.join(shared)}, which all runs of a comparison share: state it in the recipe."
+                f"training of {label!r} names {', '.join(shared)}, which all runs of a comparison share: state it in the "
+                "recipe."
             )
         made.append(Run(label, method, options, training=training))
     return made
@@ -108,7 +109,7 @@ def settings_of(recipe: dict[str, Any], flags: Sequence[str], scorer: Scorer) ->
 
 
 def digest(texts: Sequence[str], paths: Sequence[str | None]) -> str:
-    """What a row depends on beside its settings: texts and files' contents; of a folder's files beyond 64 MB name, size and time."""
+    """What a row depends on beside its settings: texts and files' contents; of a folder's large files name, size and time."""
     made = hashlib.sha256("\0".join(texts).encode())
     for path in (Path(name) for name in paths if name):
         if path.is_file():
