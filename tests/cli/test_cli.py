@@ -55,7 +55,7 @@ def test_provenance_names_no_strangers_commit(tmp_path, monkeypatch):
 
 def test_unknown_commands_and_bad_values_say_what_to_do(capsys):
     assert main(["trian"]) == 2
-    commands = "train, compare, evaluate, plan, doctor, inspect, report, methods, table, pipeline, demo"
+    commands = "train, compare, evaluate, plan, doctor, inspect, report, methods, table, pipeline, completion, demo"
     assert f"unknown command 'trian'; the commands are: {commands}" in capsys.readouterr().err
     assert main(["demo", "--steps", "0"]) == 2
     assert "--steps 0: it must be 1 or more" in capsys.readouterr().err

@@ -20,6 +20,7 @@ COMMANDS = {
     "methods": "list the methods, their options and papers",
     "table": "lay scores out as the paper's tables, beside its own numbers",
     "pipeline": "systems of several stages: twt, qr-distill",
+    "completion": "print what completes these commands in bash, zsh or fish",
     "demo": "distil two shipped tiny models on this machine and show what changed",
 }
 
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"tsdkd {__version__}")
         return 0
-    usage = _USAGE + "".join(f"  {name:<10}{what}\n" for name, what in COMMANDS.items())
+    usage = _USAGE + "".join(f"  {name:<12}{what}\n" for name, what in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage + "\n`tsdkd COMMAND --help` lists a command's options.")
         return 0
