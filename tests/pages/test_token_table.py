@@ -141,9 +141,19 @@ def test_a_notebook_shows_the_page_and_models_are_also_names(models, tmp_path):
     assert ids.token_ids == [5, 6, 1]
 
 
+def test_a_methods_options_are_given_by_name(models):
+    table = table_of(models, num_candidates=3, entropy_weight=0.25, max_completion_length=40)
+    same = table_of(models, method=TSDKD(num_candidates=3, entropy_weight=0.25), max_completion_length=40)
+    own = table_of(models, max_completion_length=40)
+    for name, column in table.arrays.items():
+        np.testing.assert_array_equal(column, same.arrays[name])
+    assert not np.array_equal(table.arrays["contribution/entropy"], own.arrays["contribution/entropy"])
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
+        ({"num_candidtes": 3}, "method 'tsd_kd' has no option 'num_candidtes'"),
         ({"completion": ""}, "prompt 0 has no completion to be read"),
         ({"method": "gdk"}, "gdk"),
         ({"teacher": None}, "no teacher was given"),

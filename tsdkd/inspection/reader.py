@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -323,7 +324,7 @@ def inspect_completion(
         tokenizer: where the student is an object without one.
         seed: of what the student writes.
         teacher_prompt: what the teacher reads in place of `prompt`.
-        options: of `TokenDistillConfig` (`max_completion_length`, `temperature`, `method_options`, …).
+        options: of `TokenDistillConfig` (`max_completion_length`, `temperature`, …) and, by their names, of the method.
 
     Returns:
         a `TokenTable`: `.arrays` is a dict of arrays `[tokens]`, `.frame()` a pandas frame, and in a notebook it shows itself.
@@ -341,6 +342,9 @@ def inspect_completion(
         completion = completion.tolist() if hasattr(completion, "tolist") else completion
         is_ids = not isinstance(completion, str) and all(isinstance(part, (int, np.integer)) for part in completion)
         row["completion_ids" if is_ids else "completion"] = [int(i) for i in completion] if is_ids else completion
+    known = {field.name for field in dataclasses.fields(TokenDistillConfig)}
+    if own := {name: options.pop(name) for name in [*options] if name not in known}:  # others are refused
+        options["method_options"] = {**(options.get("method_options") or {}), **own}
     with _as_they_were(student, teacher):
         reader = reader_of(student, teacher, method, tokenizer=tokenizer, **options)
         return reader.table(reader.rollouts([row], seed=seed, given=completion is not None))
