@@ -83,10 +83,10 @@ setup(
     python_requires=">=3.11",  # as TRL 1.16, which uses 3.11 syntax
     install_requires=[
         "torch>=2.8",  # what TRL 1.16 and transformers 5 are tested with, and fully_shard for FSDP2
-        "transformers>=5.10",  # the Trainer loop whose hooks trainers/trl_seams.py names
+        "transformers>=5.10.1",  # the Trainer loop whose hooks trainers/trl_seams.py names
         "trl>=1.16,<1.17",  # its private seams move between minors; a test names the one that moved
         "accelerate>=1.13",  # autocast() and reduce() as trainers/ call them with transformers 5
-        "datasets>=4.0",  # columns as lazy sequences, which the checks iterate
+        "datasets>=4.7",  # what TRL 1.16 itself asks for
         "safetensors>=0.5",  # what transformers 5 writes
         "httpx>=0.27",  # asks teacher servers; huggingface_hub brings it too
         "numpy",
