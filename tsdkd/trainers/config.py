@@ -14,6 +14,7 @@ from tsdkd.methods import Method, resolve_method
 from tsdkd.provenance import BLANK, redacted
 from tsdkd.teachers.sources import loading_options
 from tsdkd.trainers.health import ACTIONS
+from tsdkd.trainers.prefix import PrefixRollouts
 from tsdkd.trainers.samples import trace_steps
 from tsdkd.trainers.teacher_options import TeacherOptions
 
@@ -44,6 +45,9 @@ class TokenDistillConfig(TeacherOptions):
         teacher_batch_tokens: in place of rows, the most tokens of such a pass, padding counted; a longer text is read alone.
         ignore_tokens: tokens of completions that no term is trained on, by name (`<think>`); `special` is every special one but
             that which ends. Both models read them, and lengths, openers and shares are of the others.
+        prefix_rollouts: a mapping, `{"tokens": 64, "until": 0.5, "whole": 0.1}`: for that share of the training's steps
+            completions are cut to their first tokens while they are written, but for a share of steps that write whole ones
+            (`trainers.prefix.PrefixRollouts`).
         rollouts_ahead: 1 has a vLLM server write the next step's completions while a step trains: with weights one step old,
             on which nothing but the draws depends (`rollout/staleness`, `rollout/kl`). 0 waits for them.
         fused_impl: the loss engine, see `tsdkd.fused`.
@@ -65,6 +69,7 @@ class TokenDistillConfig(TeacherOptions):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TeacherOptions._VALID_DICT_FIELDS,
+        "prefix_rollouts",
         "method_options",
     ]
 
@@ -113,6 +118,9 @@ class TokenDistillConfig(TeacherOptions):
     )
     rollouts_ahead: int = field(
         default=0, metadata={"help": "1: a vLLM server writes the next step's completions while a step trains."}
+    )
+    prefix_rollouts: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Cut completions to a prefix: {"tokens": 64, "until": 0.5, "whole": 0.1}.'}
     )
     fused_impl: str = field(default="auto", metadata={"help": f"The loss engine: one of {', '.join(ENGINES)}."})
     gradient_filter: float = field(
@@ -165,6 +173,7 @@ class TokenDistillConfig(TeacherOptions):
                     "say how much of a step a teacher reads at a time: pass one of them."
                 )
         check_choice("rollouts_ahead", str(int(self.rollouts_ahead)), ("0", "1"))
+        PrefixRollouts.of(self.prefix_rollouts)
         check_choice("fused_impl", self.fused_impl, ENGINES)
         check_weight("gradient_filter", self.gradient_filter)
         check_weight("router_loss_weight", self.router_loss_weight)

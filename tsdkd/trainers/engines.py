@@ -73,6 +73,18 @@ class Generation:
         if self.vllm is not None:
             self.vllm.max_completion_length = tokens
 
+    @contextmanager
+    def cut(self, tokens: int | None) -> Iterator[None]:
+        """Shorter completions for a while; None: as long as ever."""
+        longest = self.trainer.max_completion_length
+        if tokens is not None:
+            self.set_max_completion_length(min(tokens, longest))
+        try:
+            yield
+        finally:
+            if tokens is not None:
+                self.set_max_completion_length(longest)
+
     def forbid_ids(self, vocab_size: int, unknown: list[int]) -> None:
         """Never sample an id from `vocab_size` on, for which the other model has no embedding, nor one that is no token."""
         trainer = self.trainer

@@ -24,6 +24,10 @@ class Host(Protocol):
     max_completion_length: int
     vocab_size: int
 
+    def cut(self, tokens: int | None) -> AbstractContextManager[None]:
+        """Shorter completions for a while; None: as long as ever."""
+        ...
+
     @property
     def mode(self) -> str:
         """`"train"` or `"eval"`."""

@@ -34,6 +34,8 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
     args, method = trainer.args, trainer.method
     options = qualified(method)
     sampling = {name: getattr(args, name, None) for name in _SAMPLING}
+    if args.prefix_rollouts is not None:  # checkpoints from before there was such an option do not name it
+        sampling["prefix_rollouts"] = args.prefix_rollouts
     data = None if trainer.train_dataset is None else digest_of_rows(trainer.train_dataset)
     corpus = trainer.setup.pretraining_dataset if method.pretraining_weight else None
     student = trainer.accelerator.unwrap_model(trainer.model)

@@ -34,6 +34,7 @@ from tsdkd.trainers.ignored import ignored_ids
 from tsdkd.trainers.loss import StepLoss
 from tsdkd.trainers.metrics import Metrics
 from tsdkd.trainers.one_ahead import RolloutsAhead
+from tsdkd.trainers.prefix import PrefixRollouts
 from tsdkd.trainers.prompts import Limits, Prompts
 from tsdkd.trainers.random_state import random_state, set_random_state
 from tsdkd.trainers.routers import router_of
@@ -68,6 +69,7 @@ class Loop:
         self.asked: Callable[[], int] = lambda: 0  # the number of the signal that has come to this process
         self.stop_asked = False
         self.ahead: RolloutsAhead | None = None
+        self.prefix, self.steps = PrefixRollouts.of(args.prefix_rollouts), 0
         self.ignored = ignored_ids(args.ignore_tokens, host.tokenizer, host.vocab_size)
         reader = teacher if method.reads_teacher else None
         corpus = None
@@ -117,7 +119,7 @@ class Loop:
 
     def begin(self, max_steps: int) -> None:
         """A training run of so many steps starts, and the method's state with it."""
-        self.stop_asked = False
+        self.stop_asked, self.steps = False, max_steps
         self.loss.begin(self.method.start(max_steps))
         self.guard.forget()
         if self.ahead is not None:
@@ -157,8 +159,12 @@ class Loop:
             by_student = self.ahead.take
         elif self.ahead is not None:
             self.ahead.settle()
+        host, longest = self.host, None
+        if self.prefix is not None and host.mode == "train" and host.training:
+            longest = self.prefix.longest(host.step, self.steps, host.args.seed)
         try:
-            written = self.supply.write(batch, prompt_ids, by_student)
+            with host.cut(longest):
+                written = self.supply.write(batch, prompt_ids, by_student)
         except RuntimeError as error:
             if "probability tensor contains" not in str(error):
                 raise

@@ -28,7 +28,13 @@ from tsdkd.trainers.setup_models import (
     sampling_is_possible,
     teacher_is_there,
 )
-from tsdkd.trainers.setup_placing import placement_is_possible, rollouts_go_ahead, swap_is_possible, vllm_works
+from tsdkd.trainers.setup_placing import (
+    placement_is_possible,
+    prefixes_are_the_students,
+    rollouts_go_ahead,
+    swap_is_possible,
+    vllm_works,
+)
 from tsdkd.trainers.vision import images_can_be_read
 
 
@@ -92,6 +98,7 @@ CHECKS: list[Callable[[Setup], Iterator[Problem]]] = [
     outputs_can_be_written,
     vllm_works,
     rollouts_go_ahead,
+    prefixes_are_the_students,
     placement_is_possible,
     swap_is_possible,
     corpus_has_a_weight,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from tsdkd.checks import Problem
 from tsdkd.teachers.zero3 import zero3_problems
 from tsdkd.trainers.engines import vllm_problem
+from tsdkd.trainers.prefix import PrefixRollouts
 from tsdkd.trainers.setup import Setup
 
 
@@ -28,6 +29,24 @@ def rollouts_go_ahead(setup: Setup) -> Iterator[Problem]:
         )
     if setup.has_tools or setup.with_images:
         yield Problem(what, "tools' turns and images are written within a step", "leave it out")
+
+
+def prefixes_are_the_students(setup: Setup) -> Iterator[Problem]:
+    """Completions that the student writes step by step, which can be cut while they are written."""
+    args, spec = setup.args, setup.rollouts
+    prefix = PrefixRollouts.of(args.prefix_rollouts)
+    if prefix is None:
+        return
+    what = f"prefix_rollouts={args.prefix_rollouts} was asked for"
+    if spec.writer != "student" or spec.need_dataset or setup.recording is not None:
+        yield Problem(
+            what, f"{setup.method.name} here trains on other completions than the student's own of each step", "leave it out"
+        )
+    if args.rollouts_ahead:
+        yield Problem(what, "rollouts_ahead writes a step's completions before it is known how long they are", "leave one out")
+    longest = args.max_completion_length
+    if longest is not None and prefix.tokens >= longest:
+        yield Problem(what, f"completions have at most max_completion_length={longest} tokens", "pass fewer tokens")
 
 
 def vllm_works(setup: Setup) -> Iterator[Problem]:

@@ -79,6 +79,9 @@ class TRLTrainer(DistillationTrainer):
     def rollout_engine(self) -> AbstractContextManager[Any]:
         return self.generation.engine()
 
+    def cut(self, tokens: int | None) -> AbstractContextManager[None]:
+        return self.generation.cut(tokens)
+
     def gathered_heads(self, *models: Any) -> AbstractContextManager[None]:
         heads = [model.get_output_embeddings() for model in models]
         return gathered(*(p for head in heads for p in (head.weight, getattr(head, "bias", None))))
