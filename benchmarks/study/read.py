@@ -21,6 +21,34 @@ from tsdkd.reporting.figures import MARKS, PALETTE, pyplot, save
 PAGE = Path(__file__).parents[2] / "docs" / "study.md"
 IMAGES = PAGE.parent / "images"
 DRAWS = 2000
+MORE = " × "  # before a label's budget, where that is not GKD's
+FEWEST = 3  # seeds of a verdict
+# What the paper claims, and what the controls ask: of the two labels the first is to be better.
+CLAIMS = (
+    ("TSD-KD is better than GKD (Table 1)", "tsd_kd", "gkd"),
+    ("TSD-KD is better than DistiLLM (Table 1)", "tsd_kd", "distillm"),
+    ("TSD-KD is better than supervised KD (Table 1)", "tsd_kd", "supervised_kd"),
+    ("TSD-KD is better than training on gold answers (Table 1)", "tsd_kd", "seq_kd"),
+    ("the gate helps the direct term (Table 3)", "gate alone", "gkd"),
+    ("the ranking helps (Table 3)", "ranking alone", "gkd"),
+    ("minimising the entropy helps (Table 3)", "entropy alone", "gkd"),
+    ("a short opener is better than ranking all tokens (Fig. 3)", "tsd_kd", "c = 1"),
+    ("ten candidates are better than two (Fig. 4)", "tsd_kd", "k = 2"),
+    ("a tenth of the tokens is better than half of them (Fig. 5)", "tsd_kd", "ρ = 0.5"),
+    ("β = 0.9 is better than 0.5 (Fig. 6)", "tsd_kd", "β = 0.5"),
+    ("on policy is better than off policy (Table 6)", "tsd_kd", "tsd_kd off policy"),
+    ("an adaptive opener is better (Table 7)", "adaptive opener", "tsd_kd"),
+    ("TSD-KD is better than GKD with LoRA (Table 9)", "tsd_kd LoRA", "gkd LoRA"),
+    ("the paper's ranking direction is better than its release's (control)", "tsd_kd", "ranking reversed"),
+    ("the opener is better than as many random tokens (control)", "tsd_kd", "random opener"),
+    ("uncertain tokens are better than random ones (control)", "gkd top entropy 20 %", "gkd random 20 %"),
+    ("a teacher is better than none: entropy alone (control)", "tsd_kd", "entropy without a teacher"),
+    ("a teacher is better than none: suppression (control)", "gkd", "suppression without a teacher"),
+    ("the scaled weights are better than the paper's (ours)", "tsd_kd scaled", "tsd_kd"),
+    ("stages weighed by the teacher's mass are better than the paper's form (ours)", "tsd_kd teacher's mass", "tsd_kd"),
+    ("the scaled weights are better than GKD (ours)", "tsd_kd scaled", "gkd"),
+    ("the first 30 % of the tokens are better than all, at equal FLOPs (ours)", "gkd first 30 %", "gkd"),
+)
 
 
 @dataclass
@@ -39,6 +67,10 @@ class Scored:
     def of(cls, label: str, rows: list[dict]) -> Scored:
         rows = sorted(rows, key=lambda row: row["seed"])
         return cls(label, rows, np.array([[mark == "1" for mark in row["right"]] for row in rows], dtype=np.float64))
+
+    def mean_flops(self) -> float:
+        """TFLOP of the whole training, the mean over seeds."""
+        return float(np.mean([sum(row["flops"].values()) for row in self.rows])) / 1e12
 
     def mean(self, what: str) -> float:
         """The mean over seeds of a row's figure."""
@@ -69,9 +101,14 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def shared(one: Scored, other: Scored) -> list[int]:
+    """The seeds that two labels both have."""
+    return sorted({row["seed"] for row in one.rows} & {row["seed"] for row in other.rows})
+
+
 def difference(one: Scored, other: Scored) -> tuple[float, float, float] | None:
     """The difference of two labels' accuracies over the seeds that both have, with its interval; None where there is none."""
-    seeds = sorted({row["seed"] for row in one.rows} & {row["seed"] for row in other.rows})
+    seeds = shared(one, other)
     if not seeds or one is other:
         return None
     pick = lambda scored: scored.right[[row["seed"] in seeds for row in scored.rows]]  # noqa: E731
@@ -101,35 +138,86 @@ def table(start: str) -> str:
     return "\n".join(lines)
 
 
-def frontier(path: Path) -> None:
-    """Accuracy against FLOPs of the whole training, a panel a start."""
+def verdict(one: Scored | None, other: Scored | None) -> str:
+    """Whether the first is better, with the interval of the difference and the seeds."""
+    found = None if one is None or other is None else difference(one, other)
+    if found is None or one is None or other is None:
+        return "not run yet"
+    value, low, high = found
+    seeds = len(shared(one, other))
+    told = "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
+    if seeds < FEWEST:
+        told = "too few seeds"
+    return f"{told}: {value:+.3f} ({low:+.3f} to {high:+.3f}), {seeds} seeds"
+
+
+def claims() -> str:
+    """Markdown: each claim at each start that has rows."""
+    by_start = {start: scored for start in STARTS if len(scored := rows_of(start)) > 2}
+    lines = [f"| claim | {' | '.join(by_start)} |", "|---" * (1 + len(by_start)) + "|"]
+    for text, better, worse in CLAIMS:
+        cells = [verdict(scored.get(better), scored.get(worse)) for scored in by_start.values()]
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def forest(path: Path) -> None:
+    """Each label's accuracy at GKD's FLOPs with its interval, a panel a start; the student and the teacher as lines."""
     plt = pyplot()
     starts = [start for start in STARTS if len(rows_of(start)) > 2]
-    figure, axes = plt.subplots(1, len(starts), figsize=(6.2 * len(starts), 5.2), squeeze=False, constrained_layout=True)
+    figure, axes = plt.subplots(1, len(starts), figsize=(6.4 * len(starts), 5.0), squeeze=False, constrained_layout=True)
+    for axis, start in zip(axes[0], starts, strict=True):
+        scored = {label: own for label, own in rows_of(start).items() if MORE not in label}
+        labels = sorted(set(scored) - {"student", "teacher"}, key=lambda label: scored[label].right.mean())
+        for place, label in enumerate(labels):
+            low, high = interval(scored[label].right)
+            value = scored[label].right.mean()
+            color = PALETTE[1] if "tsd_kd" in label else PALETTE[0]
+            axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=3, color=color)
+        for label, style in (("student", "--"), ("teacher", ":")):
+            axis.axvline(scored[label].right.mean(), linestyle=style, color="0.4", label=label)
+        axis.set_yticks(range(len(labels)), [f"{label} ({len(scored[label].rows)})" for label in labels])
+        axis.set(title=start, xlabel="greedy accuracy (bars: 95 %; in brackets the seeds)")
+        axis.grid(linewidth=0.3)
+        axis.legend(loc="lower right", fontsize=8)
+    save(figure, path)
+
+
+def frontier(path: Path) -> bool:
+    """Accuracy against FLOPs of the whole training, a line a label over its budgets; whether there is one yet."""
+    plt = pyplot()
+    starts = [start for start in STARTS if any(MORE in label for label in rows_of(start))]
+    if not starts:
+        return False
+    figure, axes = plt.subplots(1, len(starts), figsize=(6.4 * len(starts), 5.2), squeeze=False, constrained_layout=True)
     for axis, start in zip(axes[0], starts, strict=True):
         scored = rows_of(start)
-        for place, (label, own) in enumerate(scored.items()):
-            if label in ("student", "teacher"):
-                axis.axhline(own.right.mean(), linestyle="--" if label == "student" else ":", color="0.4", label=label)
-                continue
-            low, high = interval(own.right)
-            x, y = np.mean([sum(row["flops"].values()) for row in own.rows]) / 1e12, own.right.mean()
-            style = {"fmt": MARKS[place // len(PALETTE) % len(MARKS)], "color": PALETTE[place % len(PALETTE)]}
-            axis.errorbar(x, y, yerr=[[y - low], [high - y]], capsize=3, markersize=6, label=label, **style)
-        axis.set(title=start, xlabel="TFLOP of rollouts, teacher, student and loss", ylabel="greedy accuracy (bars: 95 %)")
+        named = list(dict.fromkeys(label.partition(MORE)[0] for label in scored if MORE in label))
+        for place, name in enumerate(named):
+            own = [one for label, one in scored.items() if label.partition(MORE)[0] == name]
+            points = sorted((one.mean_flops(), one.right.mean(), *interval(one.right)) for one in own)
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            bars = [[point[1] - point[2] for point in points], [point[3] - point[1] for point in points]]
+            style = {"marker": MARKS[place % len(MARKS)], "color": PALETTE[place % len(PALETTE)]}
+            axis.errorbar(x, y, yerr=bars, capsize=3, label=name, **style)
+        axis.set(title=start, xscale="log", ylabel="greedy accuracy (bars: 95 %)")
+        axis.set(xlabel="TFLOP of rollouts, teacher, student and loss")
         axis.grid(linewidth=0.3)
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+        axis.legend(fontsize=8)
     save(figure, path)
+    return True
 
 
 def main() -> None:
     text = PAGE.read_text()
-    for start in STARTS:
-        marks = f"<!-- {start}: generated by benchmarks/study/read.py -->", f"<!-- {start}: end -->"
-        if marks[0] in text and rows_of(start):
-            made = f"{marks[0]}\n{table(start)}\n{marks[1]}"
+    made_of = {"claims": claims} | {start: lambda start=start: table(start) for start in STARTS if rows_of(start)}
+    for name, make in made_of.items():
+        marks = f"<!-- {name}: generated by benchmarks/study/read.py -->", f"<!-- {name}: end -->"
+        if marks[0] in text:
+            made = f"{marks[0]}\n{make()}\n{marks[1]}"
             text = re.sub(re.escape(marks[0]) + ".*?" + re.escape(marks[1]), lambda _, made=made: made, text, flags=re.DOTALL)
     PAGE.write_text(text)
+    forest(IMAGES / "study-methods.png")
     frontier(IMAGES / "study-frontier.png")
 
 

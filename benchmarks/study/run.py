@@ -65,9 +65,22 @@ class Job:
         return f"{self.start}-{self.config}"
 
 
+# In the order of what they are worth; any of them can be run by itself (`--jobs`).
 JOBS = (
     Job("words", "methods"),
+    Job("words", "terms"),
+    Job("words", "controls"),
     Job("plans", "methods"),
+    Job("sure", "methods"),
+    Job("words", "budgets", 3),
+    Job("words", "candidates", 3),
+    Job("sure", "candidates", 3),
+    Job("words-habit", "methods", 3),
+    Job("plans", "terms", 3),
+    Job("words", "sweeps", 3),
+    Job("words", "more_methods", 3),
+    Job("words-small", "methods", 3),
+    Job("words-8000", "methods", 3),
 )
 
 
@@ -85,8 +98,11 @@ def recipe(job: Job, size: Size, tuning: bool, shared: dict) -> dict:
     for label, options in methods_of(job).items():
         own = options.pop("training", {})
         like = options.pop("tuned_as", label)  # an ablation learns at the rate of what it ablates
+        budget = options.pop("budget", 1.0)  # times the FLOPs of GKD at its steps
         if not tuning:
-            named[label] = {**options, "training": {**tuned(size)[job.start][like], **own}}
+            found = tuned(size)[job.start][like]
+            found["max_steps"] = max(1, round(budget * found["max_steps"]))
+            named[label] = {**options, "training": {**found, **own}}
         elif like == label:
             for rate in wanted(label, rows_in(f"tuning-{job.name}", size)):
                 named[f"{label} @ {rate:g}"] = {**options, "training": {**own, "learning_rate": rate}}

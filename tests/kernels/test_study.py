@@ -20,11 +20,14 @@ STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
 sys.path.insert(0, str(STUDY))
 
 import controls  # noqa: E402
+import models  # noqa: E402
 import problems  # noqa: E402
 import read  # noqa: E402
+import run  # noqa: E402
 from problems import NUMBERS, TEMPLATES, Family, skeletons  # noqa: E402
 
 from tsdkd.losses import plackett_luce_nll  # noqa: E402
+from tsdkd.methods import METHODS  # noqa: E402
 from tsdkd.types import Head, TokenBatch, TokenStatistics  # noqa: E402
 
 UNITS = {"pair": 2, "dozen": 12, "score": 20}
@@ -185,6 +188,39 @@ def test_intervals_cover_as_they_say_and_differences_are_paired():
     assert value == pytest.approx(np.mean(better) - np.mean(hard)) and 0 < low < value < high < 0.1
     assert read.difference(one, one) is None
     assert read.difference(scored("c", [hard, better], [0, 1]), scored("d", [better], [1]))[0] == 0.0  # seed 1 alone
+
+
+def test_a_verdict_wants_three_seeds():
+    always, never = [1] * 200, [0, 1] * 100
+    of = lambda label, right, seeds: scored(label, [right] * seeds)  # noqa: E731
+    assert read.verdict(of("a", always, 2), of("b", never, 5)).startswith("too few seeds: +0.500")
+    assert read.verdict(of("a", always, 3), of("b", never, 5)).startswith("holds: +0.500")
+    assert read.verdict(of("a", never, 3), of("b", always, 3)).startswith("does not hold: -0.500")
+    assert read.verdict(of("a", always, 3), of("b", [*always[:-1], 0], 3)).startswith("cannot be told")
+    assert read.verdict(None, of("b", always, 3)) == "not run yet"
+
+
+def test_rates_are_tried_outwards_until_the_best_has_neighbours():
+    def after(**accuracies):
+        found = {float(rate.replace("_", "-")[1:]): value for rate, value in accuracies.items()}
+        rows = [{"label": f"x @ {rate:g}", "training": {"learning_rate": rate}, "accuracy": a} for rate, a in found.items()]
+        return run.wanted("x", [*rows, {"label": "y @ 1", "training": {"learning_rate": 1.0}, "accuracy": 1.0}])
+
+    assert after() == [3e-4, 1e-3] and after(r3e_4=0.5) == [1e-3]
+    assert after(r3e_4=0.5, r1e_3=0.4) == [1e-4] and after(r3e_4=0.5, r1e_3=0.6) == [3e-3]
+    assert after(r3e_4=0.5, r1e_3=0.4, r1e_4=0.6) == [3e-5] and after(r3e_4=0.5, r1e_3=0.4, r1e_4=0.3) == []
+    assert after(r1e_5=0.9, r3e_5=0.8, r1e_4=0.7, r3e_4=0.5, r1e_3=0.4) == []  # the last there is
+
+
+def test_every_job_names_what_there_is():
+    for job in run.JOBS:
+        methods, start = run.methods_of(job), run.STARTS[job.start]
+        tuned = {label for label, options in methods.items() if options.get("tuned_as", label) == label}
+        tuned |= {label for other in run.JOBS if other.start == job.start for label in run.methods_of(other)}
+        assert {options.get("tuned_as", label) for label, options in methods.items()} <= tuned
+        assert {start.student, start.teacher} <= set(models.MODELS) and start.data in models.FAMILIES
+        known = set(METHODS) | set(controls.CONTROLS)
+        assert all(options["method"] in known and "," not in label for label, options in methods.items())
 
 
 def test_the_smoke_run(tmp_path):
