@@ -229,7 +229,8 @@ def test_the_smoke_run(tmp_path):
     command = [sys.executable, str(STUDY / "run.py"), "--smoke", str(tmp_path)]
     made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert made.returncode == 0, made.stderr[-3000:]
-    rows = [json.loads(line) for path in sorted((tmp_path / "rows").glob("words-habit-*.jsonl")) for line in path.open()]
+    texts = [path.read_text() for path in sorted((tmp_path / "rows").glob("words-habit-*.jsonl"))]
+    rows = [json.loads(line) for text in texts for line in text.splitlines()]
     trained = {row["label"]: row for row in rows if row["method"] != "untrained"}
     assert trained.keys() == {"gkd", "ranking reversed"}
     assert all(len(row["right"]) == 6 and len(row["agreeing"]) == 6 and row["steps"] == 2 for row in trained.values())
