@@ -45,8 +45,8 @@ def skeletons(family: str, split: str) -> tuple[tuple, ...]:
     """The skeletons of a family that training has (`numbers`), or those that it has not (`templates`)."""
     if family == "plans":
         every = [(steps, others) for n in (1, 2, 3) for steps in product(STEPS, repeat=n) for others in (1, 2, 3)]
-    elif family == "measures":
-        every = [steps for steps in product(STEPS, repeat=3) if steps.count("units") == 1]
+    elif family == "measures":  # those of `words`, which its models have learned
+        return tuple(steps for steps in skeletons("words", split) if len(steps) == 3 and steps.count("units") == 1)
     else:
         every = [steps for n in (2, 3) for steps in product(STEPS, repeat=n) if steps.count("doubles") <= 1]
     random.Random(7).shuffle(every)

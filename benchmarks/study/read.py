@@ -26,7 +26,7 @@ FEWEST = 3  # seeds of a verdict
 # What the paper claims, and what the controls ask: of the two labels the first is to be better.
 CLAIMS = (
     ("TSD-KD is better than GKD (Table 1)", "tsd_kd", "gkd"),
-    ("TSD-KD is better than DistiLLM (Table 1)", "tsd_kd", "distillm"),
+    ("TSD-KD is better than DistiLLM, here on given answers alone (Table 1)", "tsd_kd", "distillm"),
     ("TSD-KD is better than supervised KD (Table 1)", "tsd_kd", "supervised_kd"),
     ("TSD-KD is better than training on gold answers (Table 1)", "tsd_kd", "seq_kd"),
     ("the gate helps the direct term (Table 3)", "gate alone", "gkd"),
@@ -82,7 +82,13 @@ def rows_of(start: str) -> dict[str, Scored]:
     by_label: dict[str, dict[int, dict]] = {}
     for job in JOBS:
         for row in rows_in(job.name) if job.start == start else ():
-            by_label.setdefault(row["label"], {})[row["seed"]] = row
+            own = by_label.setdefault(row["label"], {})
+            other = own.setdefault(row["seed"], row)
+            if any(other.get(name) != row.get(name) for name in ("options", "training", "right")):
+                raise SystemExit(
+                    f"{job.name} has two rows of {row['label']}, seed {row['seed']}, that differ: keep one making."
+                )
+            own[row["seed"]] = row
     return {label: Scored.of(label, list(rows.values())) for label, rows in by_label.items()}
 
 

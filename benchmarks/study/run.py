@@ -150,8 +150,10 @@ def choose(job: Job, size: Size) -> None:
             best[label] = row
     chosen = tuned(size)
     flops = {label: sum(row["flops"].values()) / row["steps"] for label, row in best.items()}
+    like = [row for row in rows_in(f"tuning-{job.start}-methods", size) if row["label"].startswith(f"{LIKE} @ ")]
+    allowed = sum(like[0]["flops"].values()) / like[0]["steps"] if like else flops[LIKE]
     for label, row in best.items():
-        ratio = min(flops.get(LIKE, flops[label]) / flops[label], MOST)
+        ratio = min(allowed / flops[label], MOST)
         found = {"learning_rate": row["training"]["learning_rate"], "max_steps": round(row["steps"] * ratio)}
         chosen.setdefault(job.start, {})[label] = found
     told = "# Written by run.py: the best rates on the validation problems (seed 0), and the steps that GKD's FLOPs allow.\n"
@@ -189,16 +191,31 @@ def run(job: Job, deadline: float, size: Size = FULL, shared: dict | None = None
     """
     start = STARTS[job.start]
     for model in (start.teacher, start.student):
-        made(model, size)
+        if deadline - time.monotonic() < 60:
+            return False
+        made(model, size)  # to its end, once it has begun
     written(start.data, size)
+    if not _tuned(job, deadline, size, shared or {}):
+        return False
+    return _compared(job, deadline, size, False, shared or {})
+
+
+def _tuned(job: Job, deadline: float, size: Size, shared: dict) -> bool:
+    """Whether what the job's labels learn at is known: tried, chosen and written down."""
+    methods = methods_of(job)
+    lent = {options["tuned_as"] for label, options in methods.items() if options.get("tuned_as", label) != label}
+    headline = Job(job.start, "methods", job.seeds)
+    first = LIKE not in tuned(size).get(job.start, {}) or not lent <= set(tuned(size).get(job.start, {}))
+    if first and job.config != "methods" and job.config != "smoke" and not _tuned(headline, deadline, size, shared):
+        return False
     own = {label for label, options in methods_of(job).items() if options.get("tuned_as", label) == label}
     while not own <= set(tuned(size).get(job.start, {})):
-        if recipe(job, size, True, shared or {})["methods"]:
-            if not _compared(job, deadline, size, True, shared or {}):
+        if recipe(job, size, True, shared)["methods"]:
+            if not _compared(job, deadline, size, True, shared):
                 return False
         else:
             choose(job, size)
-    return _compared(job, deadline, size, False, shared or {})
+    return True
 
 
 def _compared(job: Job, deadline: float, size: Size, tuning: bool, shared: dict) -> bool:

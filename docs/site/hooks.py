@@ -25,6 +25,7 @@ BESIDE = {
     "README.md": "index.md",
 }
 MESSAGES = "messages.md"  # made of the code
+SHOWN: dict[str, str] = {}  # the pages that show files
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
@@ -88,12 +89,17 @@ def _text(node: ast.expr) -> str:
 
 
 def messages() -> dict[str, list[str]]:
-    """Every refusal of the package by its file: the texts of what is raised."""
+    """Every refusal of the package by its file: the texts of what is raised, and of the problems that its checks name."""
     found: dict[str, list[str]] = {}
     for path in sorted((REPOSITORY / "tsdkd").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                if len(text := " ".join(_text(node.exc.args[0]).split())) > 12:
+            call = node.exc if isinstance(node, ast.Raise) else node
+            named = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Problem"
+            if not isinstance(call, ast.Call) or not call.args or not (named or isinstance(node, ast.Raise)):
+                continue
+            parts = call.args + [keyword.value for keyword in call.keywords] if named else call.args[:1]
+            if len(text := " ".join("; ".join(filter(None, map(_text, parts))).split())) > 12:
+                if text not in found.get(path.relative_to(REPOSITORY).as_posix(), []):
                     found.setdefault(path.relative_to(REPOSITORY).as_posix(), []).append(text)
     return found
 
@@ -123,7 +129,8 @@ def on_files(files, config):
         if name.startswith("images/"):
             files.append(File.generated(config, name, abs_src_path=str(found)))
         else:
-            files.append(File.generated(config, name, content=_shown(found)))
+            SHOWN[name] = _shown(found)
+            files.append(File.generated(config, name, content=SHOWN[name]))
     return files
 
 
@@ -153,4 +160,6 @@ def on_post_build(config):
         prose = re.sub(r"^(#|:::|!\[|\|).*$", "", FENCE.sub("", plain), flags=re.MULTILINE)
         first = next((line for line in prose.splitlines() if line.strip()), "")
         lines.append(f"- [{title}]({uri}): {first.strip()[:160]}")
+    for name, text in SHOWN.items():
+        (site / name).write_text(text)
     (site / "llms.txt").write_text("\n".join(lines) + "\n")

@@ -96,7 +96,9 @@ def test_faulty_solutions_end_in_their_own_answer():
 def test_held_out_templates_are_in_no_training(name):
     ours, held = set(skeletons(name, NUMBERS)), set(skeletons(name, TEMPLATES))
     assert ours and held and not ours & held
-    assert len(held) == (len(ours) + len(held)) // 4
+    assert name == "measures" or len(held) == (len(ours) + len(held)) // 4
+    if name == "measures":  # its models have learned `words`
+        assert ours <= set(skeletons("words", NUMBERS)) and held <= set(skeletons("words", TEMPLATES))
     first, again = (list(islice(Family(name).stream(9), 20)) for _ in range(2))
     assert first == again and first != list(islice(Family(name).stream(10), 20))
     without = frozenset(p.question for p in first)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from running import general, make
 from tiny import config, prompts, tiny_model
 
 from tsdkd import TokenDistillConfig
 from tsdkd.methods import GKD, SeqKD
+from tsdkd.trainers.health import Health
 from tsdkd.trainers.prefix import PrefixRollouts
 from tsdkd.trainers.setup import Setup
 from tsdkd.trainers.setup_placing import prefixes_are_the_students
@@ -87,3 +90,15 @@ def test_completions_that_are_given_cannot_be_cut_while_they_are_written(tmp_pat
     assert "at most max_completion_length=8 tokens" in told(GKD(), max_completion_length=8)[0]
     assert "rollouts_ahead writes" in told(GKD(), max_completion_length=16, rollouts_ahead=1)[0]
     assert told(GKD(), max_completion_length=9) == []
+
+
+def test_lengths_that_are_cut_by_option_are_no_sign(caplog):
+    """Short completions first and whole ones later are what was asked for; without the option they are a sign."""
+    state, control = SimpleNamespace(global_step=9, is_world_process_zero=True), SimpleNamespace()
+    for options, warned in (({"tokens": 5}, False), (None, True)):
+        caplog.clear()
+        health = Health(dict)
+        for length in (5.0,) * 4 + (40.0,) * 4:
+            args = SimpleNamespace(prefix_rollouts=options)
+            health.on_log(args, state, control, logs={"loss": 1.0, "completions/mean_length": length})
+        assert ("more than twice as long" in caplog.text) == warned

@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
 
     named = recipe.pop("methods", {}) or ([recipe["method"]] if "method" in recipe and not own.methods else {})
     defaults = _options_by_method(recipe, rest)
-    methods = labelled(named, own.methods)
+    methods = labelled(_spelt_out(named), own.methods)
     strangers = sorted(set(defaults) - {run.method for run in methods})
     if strangers:
         labels = ", ".join(run.label for run in methods)
@@ -115,6 +115,8 @@ def main(arguments: list[str]) -> int:
         if own.max_new_tokens is not None:
             check_count("max_new_tokens", own.max_new_tokens, smallest=1)
         samples = None
+        if own.samples is None and (own.sampled_problems is not None or own.sample_temperature != 1.0):
+            raise ValueError("--sampled_problems and --sample_temperature say how --samples are drawn: pass --samples, too.")
         if own.samples is not None:
             samples = Samples(own.samples, own.sampled_problems, own.sample_temperature)
         scorer = OnProblems(problems_at(own.problems), own.answer_pattern, say, own.max_new_tokens, samples)
@@ -154,6 +156,19 @@ def main(arguments: list[str]) -> int:
             print(f"What the runs did is shown by {folder / REPORT}")
         print(f"The rows are in {own.out}" + (f", the picture in {own.png}" if own.png else ""))
     return 0
+
+
+def _spelt_out(named: Any) -> Any:
+    """A recipe's methods with the short names of their labels' `training` (student, teacher) as the long ones."""
+    if not isinstance(named, dict):
+        return named
+    made = {}
+    for label, options in named.items():
+        training = options.get("training") if isinstance(options, dict) else None
+        if isinstance(training, dict):
+            options = {**options, "training": {ALIASES.get(name, name): value for name, value in training.items()}}
+        made[label] = options
+    return made
 
 
 def _options_by_method(recipe: dict[str, Any], rest: list[str]) -> dict[str, dict[str, Any]]:

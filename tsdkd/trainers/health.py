@@ -82,6 +82,8 @@ SIGNS = (
 
 
 ACTIONS = ("warn", "stop", "back")
+# What follows from how long completions may be.
+_BY_LENGTH = ("completions/mean_length", "completions/clipped_ratio", "completions/end_probability")
 
 
 class Health(TrainerCallback):
@@ -143,6 +145,8 @@ class Health(TrainerCallback):
                 self._seen.setdefault(name, []).append(float(logs[name]))
         for number, sign in enumerate(SIGNS):
             values = self._seen.get(sign.name, [])
+            if sign.name in _BY_LENGTH and getattr(args, "prefix_rollouts", None):
+                continue  # they are cut, and then they are not
             if number in self._told or len(values) < 2 * WINDOW:
                 continue
             start, now = statistics.fmean(values[:WINDOW]), statistics.fmean(values[-WINDOW:])

@@ -166,7 +166,7 @@ def compare(
     baselines = [Run(name, UNTRAINED) for name in BASELINES] if with_baselines else []
     missing = [run for run in baselines if _identity(run.row(settings)) not in done]
     if missing and runs:
-        for name, figures in _untrained(build(runs[0]), scorer).items():
+        for name, figures in _untrained(build(replace(runs[0], training={})), scorer).items():
             wanted = Run(name, UNTRAINED).row(settings)
             if _identity(wanted) not in done:
                 done[_identity(wanted)] = made(wanted, figures)
