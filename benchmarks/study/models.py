@@ -15,15 +15,14 @@ from pathlib import Path
 
 import torch
 from problems import NUMBERS, TEMPLATES, Family
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tsdkd.demo.problems import Problem
 from tsdkd.demo.recreate import fit
 from tsdkd.demo.scoring import accuracy
+from tsdkd.demo.second_student import byte_level_bpe, make_blank
 
 HERE = Path(__file__).parent
-SPECIAL = ("<pad>", "</s>")
 MAX_POSITIONS = 288
 LONGEST = 160
 VALIDATION_SEED, PROMPT_SEED = 101, 404
@@ -106,46 +105,14 @@ MODELS = {
 
 def tokenizer_of(family: Family, vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the family's texts, digits apart."""
-    core = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    core.decoder = decoders.ByteLevel()
     problems = itertools.islice(family.stream(12), 6 * vocabulary)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator((f"{p.question}\n{p.solution}" for p in problems), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=SPECIAL[0],
-        eos_token=SPECIAL[1],
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=MAX_POSITIONS,
-    )
+    return byte_level_bpe((f"{p.question}\n{p.solution}" for p in problems), vocabulary, MAX_POSITIONS)
 
 
 def blank(tokenizer: PreTrainedTokenizerFast, model: Model) -> LlamaForCausalLM:
     """An untrained model."""
-    torch.manual_seed(model.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=model.vocabulary,
-            hidden_size=model.hidden,
-            intermediate_size=3 * model.hidden,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.hidden // 32,
-            num_key_value_heads=model.hidden // 32,
-            max_position_embeddings=MAX_POSITIONS,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    how = {"layers": model.layers, "key_value_heads": model.hidden // 32, "vocab_size": model.vocabulary}
+    return make_blank(tokenizer, model.hidden, model.seed, **how)
 
 
 def asked(problem: Problem) -> str:

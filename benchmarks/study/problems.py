@@ -75,6 +75,13 @@ def _difference(a: int, b: int) -> str:
     return f"{a}-{b}: {', '.join(parts)}, so {a - b}."
 
 
+def _possible(step: str, count: int) -> str:
+    """The step, or another where the count is too large or too small for it."""
+    if step == "doubles" and count > LARGEST // 2:
+        step = "loses"
+    return "buys" if step == "loses" and count < 2 else step
+
+
 def story(rng: random.Random, steps: tuple[str, ...], words: int, units: dict[str, int], faulty: float = 0.0) -> Problem:
     """A story of those steps, its names and things out of `words` of each, with a distractor in two of five; `faulty` is the
     chance of each result to be one too many, for solutions that teach a bad habit."""
@@ -83,10 +90,7 @@ def story(rng: random.Random, steps: tuple[str, ...], words: int, units: dict[st
     count = rng.randint(11, 99)
     told, lines = [f"{name} has {count} {thing}."], [f"{count} {thing}."]
     for step in steps:
-        if step == "doubles" and count > LARGEST // 2:
-            step = "loses"
-        if step == "loses" and count < 2:
-            step = "buys"
+        step = _possible(step, count)
         if step == "buys":
             more = rng.randint(2, 99)
             told.append(rng.choice((f"{name} buys {more} more.", f"Then {name} finds {more} {thing}.")))
@@ -134,10 +138,7 @@ def plan(rng: random.Random, steps: tuple[str, ...], others: int, words: int) ->
         first = rng.randint(11, 99)
         sentences, planned, lines, count = [f"{name} has {first} {thing}."], [f"{first}"], [], first
         for step in own:
-            if step == "doubles" and count > LARGEST // 2:
-                step = "loses"
-            if step == "loses" and count < 2:
-                step = "buys"
+            step = _possible(step, count)
             if step == "loses":
                 less = rng.randint(2, min(count, 99))
                 sentences.append(f"{name} loses {less}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,7 @@ class Scored:
         return float(np.mean([row[what] for row in self.rows]))
 
 
+@cache
 def rows_of(start: str) -> dict[str, Scored]:
     """All rows of a start, whatever their configuration, by label."""
     by_label: dict[str, dict[int, dict]] = {}
@@ -189,12 +191,12 @@ def forest(path: Path) -> None:
     save(figure, path)
 
 
-def frontier(path: Path) -> bool:
-    """Accuracy against FLOPs of the whole training, a line a label over its budgets; whether there is one yet."""
+def frontier(path: Path) -> None:
+    """Accuracy against FLOPs of the whole training, a line a label over its budgets; nothing where no start has several."""
     plt = pyplot()
     starts = [start for start in STARTS if any(MORE in label for label in rows_of(start))]
     if not starts:
-        return False
+        return
     figure, axes = plt.subplots(1, len(starts), figsize=(6.4 * len(starts), 5.2), squeeze=False, constrained_layout=True)
     for axis, start in zip(axes[0], starts, strict=True):
         scored = rows_of(start)
@@ -211,7 +213,6 @@ def frontier(path: Path) -> bool:
         axis.grid(linewidth=0.3)
         axis.legend(fontsize=8)
     save(figure, path)
-    return True
 
 
 def main() -> None:

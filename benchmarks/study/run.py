@@ -208,7 +208,7 @@ def _tuned(job: Job, deadline: float, size: Size, shared: dict) -> bool:
     first = LIKE not in tuned(size).get(job.start, {}) or not lent <= set(tuned(size).get(job.start, {}))
     if first and job.config != "methods" and job.config != "smoke" and not _tuned(headline, deadline, size, shared):
         return False
-    own = {label for label, options in methods_of(job).items() if options.get("tuned_as", label) == label}
+    own = {label for label, options in methods.items() if options.get("tuned_as", label) == label}
     while not own <= set(tuned(size).get(job.start, {})):
         if recipe(job, size, True, shared)["methods"]:
             if not _compared(job, deadline, size, True, shared):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,17 +17,16 @@ VOCAB_SIZE = 320
 MAX_POSITIONS = 256
 
 
-def make_second_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the problems' texts, digits apart, without a chat template."""
+def byte_level_bpe(texts: Iterable[str], vocab_size: int, positions: int = MAX_POSITIONS) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of texts, digits apart, without a chat template."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     core.decoder = decoders.ByteLevel()
-    texts = (f"{p.question}\n{p.solution}" for p in make_problems(500, seed=12))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -35,22 +35,35 @@ def make_second_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=SPECIAL[1],
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=MAX_POSITIONS,
+        model_max_length=positions,
     )
 
 
-def make_blank(tokenizer: PreTrainedTokenizerFast, hidden: int = 96, seed: int = 3) -> LlamaForCausalLM:
-    """An untrained model for that tokenizer."""
+def make_second_tokenizer() -> PreTrainedTokenizerFast:
+    """That of the demo's problems."""
+    return byte_level_bpe((f"{p.question}\n{p.solution}" for p in make_problems(500, seed=12)), VOCAB_SIZE)
+
+
+def make_blank(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden: int = 96,
+    seed: int = 3,
+    *,
+    layers: int = 2,
+    key_value_heads: int = 1,
+    vocab_size: int | None = None,
+) -> LlamaForCausalLM:
+    """An untrained model for a tokenizer, of as many rows as it has tokens where `vocab_size` is not given."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=len(tokenizer) if vocab_size is None else vocab_size,
             hidden_size=hidden,
             intermediate_size=3 * hidden,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=hidden // 32,
-            num_key_value_heads=1,
-            max_position_embeddings=MAX_POSITIONS,
+            num_key_value_heads=key_value_heads,
+            max_position_embeddings=tokenizer.model_max_length,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
